@@ -1,0 +1,261 @@
+"""Every number of every model, with its source.
+
+Frozen dataclasses, validated when they are made. ``SDXL_BASE`` is the published model; ``SHAPES`` is the bundled
+small one. They differ in numbers only. Field comments name the official config's key (``sd_xl_base.yaml`` of
+Stability AI's generative-models) where it has another name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the U-Net; each level halves height and width of the one before."""
+
+    multiplier: int  # channels = model_channels * multiplier; official: channel_mult
+    depth: int  # transformer layers in each attention block, 0 = no attention; official: transformer_depth
+
+    def __post_init__(self) -> None:
+        _require(self.multiplier >= 1, f"level multiplier is {self.multiplier}, expected 1 or more")
+        _require(self.depth >= 0, f"level depth is {self.depth}, expected 0 or more")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Where an attention block sits in the U-Net.
+
+    ``stage`` is ``down``, ``mid`` or ``up``; ``level`` the feature level (0 is full latent resolution); ``index`` counts
+    the blocks of that level and stage in the order in which they run.
+    """
+
+    stage: str
+    level: int
+    index: int
+    depth: int
+    channels: int
+
+    @property
+    def name(self) -> str:
+        """The name people say: ``down.1.0``, ``mid``, ``up.2.2``."""
+        return "mid" if self.stage == "mid" else f"{self.stage}.{self.level}.{self.index}"
+
+    def tokens(self, height: int, width: int) -> int:
+        """Number of tokens of this block for a latent of ``height`` x ``width``."""
+        for _ in range(self.level):  # each downsampling is a stride-2 convolution with padding 1: it rounds up
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return height * width
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoising U-Net. Raises ``ValueError`` for numbers that cannot be built."""
+
+    model_channels: int
+    levels: tuple[Level, ...]
+    middle_depth: int  # official: transformer_depth_middle (defaults to the last level's depth)
+    res_blocks: int  # official: num_res_blocks
+    head_channels: int  # official: num_head_channels
+    context_channels: int  # official: context_dim
+    vector_channels: int  # official: adm_in_channels
+    in_channels: int = 4
+    out_channels: int = 4
+    norm_groups: int = 32  # a constant of the official code, a number here
+
+    def __post_init__(self) -> None:
+        _require(len(self.levels) >= 1, "U-Net has no levels")
+        _require(self.res_blocks >= 1, f"res_blocks is {self.res_blocks}, expected 1 or more")
+        for level in self.levels:
+            channels = self.model_channels * level.multiplier
+            _require(
+                channels % self.norm_groups == 0,
+                f"{channels} channels do not divide into {self.norm_groups} normalization groups",
+            )
+            _require(
+                level.depth == 0 or channels % self.head_channels == 0,
+                f"{channels} channels do not divide into heads of {self.head_channels}",
+            )
+
+    @property
+    def embedding_channels(self) -> int:
+        """Width of the time (and label) embedding: a constant 4x in the official code."""
+        return 4 * self.model_channels
+
+    def channels(self, level: int) -> int:
+        """Channels of feature level ``level``."""
+        return self.model_channels * self.levels[level].multiplier
+
+    def attention_sites(self) -> Iterator[AttentionSite]:
+        """Every attention block, in the order in which they run."""
+        last = len(self.levels) - 1
+        for level, spec in enumerate(self.levels):
+            for index in range(self.res_blocks if spec.depth else 0):
+                yield AttentionSite("down", level, index, spec.depth, self.channels(level))
+        if self.middle_depth:
+            yield AttentionSite("mid", last, 0, self.middle_depth, self.channels(last))
+        for level, spec in reversed(list(enumerate(self.levels))):
+            for index in range(self.res_blocks + 1 if spec.depth else 0):
+                yield AttentionSite("up", level, index, spec.depth, self.channels(level))
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder (official: ``ddconfig`` of the first stage)."""
+
+    channels: int  # official: ch
+    multipliers: tuple[int, ...]  # official: ch_mult
+    res_blocks: int  # official: num_res_blocks
+    scale_factor: float  # latent = scale_factor * encoder mean; brings the latent to about unit variance
+    latent_channels: int = 4  # official: z_channels
+    image_channels: int = 3
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        _require(self.scale_factor > 0, f"VAE scale_factor is {self.scale_factor}, expected more than 0")
+        for multiplier in self.multipliers:
+            channels = self.channels * multiplier
+            _require(
+                channels % self.norm_groups == 0,
+                f"{channels} VAE channels do not divide into {self.norm_groups} normalization groups",
+            )
+
+    @property
+    def downscale(self) -> int:
+        """Picture pixels per latent pixel, on a side."""
+        return int(2 ** (len(self.multipliers) - 1))
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """One text encoder. ``projection`` is the width of its pooled output, ``None`` where it has none."""
+
+    width: int
+    layers: int
+    heads: int
+    activation: str  # "quick_gelu" (CLIP) or "gelu" (OpenCLIP)
+    vocabulary: int
+    start_token: int
+    end_token: int
+    pad_token: int
+    projection: int | None = None
+    context_length: int = 77
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, f"text width {self.width} does not divide into {self.heads} heads")
+        _require(self.layers >= 2, f"text encoder has {self.layers} layers, expected 2 or more")
+        _require(
+            self.activation in ("quick_gelu", "gelu"),
+            f"text activation is {self.activation!r}, expected 'quick_gelu' or 'gelu'",
+        )
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Discrete noise levels of training (official: ``LegacyDDPMDiscretization``)."""
+
+    steps: int = 1000  # official: num_timesteps
+    beta_start: float = 0.00085  # official: linear_start
+    beta_end: float = 0.0120  # official: linear_end
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: U-Net, VAE, two text encoders, noise levels, and the picture size it was made for."""
+
+    name: str
+    unet: UNetConfig
+    vae: VAEConfig
+    text: tuple[TextConfig, TextConfig]
+    size: int  # side of a picture in pixels, when none is asked for
+    size_channels: int = 256  # sinusoidal embedding of each of six size numbers; official: ConcatTimestepEmbedderND.outdim
+    noise: NoiseConfig = NoiseConfig()
+
+    def __post_init__(self) -> None:
+        pooled = self.text[1].projection
+        _require(pooled is not None, "the second text encoder needs a projection: its pooled output feeds the U-Net")
+        assert pooled is not None
+        context = sum(encoder.width for encoder in self.text)
+        _require(
+            context == self.unet.context_channels,
+            f"text encoders give {context} context channels, the U-Net takes {self.unet.context_channels}",
+        )
+        vector = pooled + 6 * self.size_channels
+        _require(
+            vector == self.unet.vector_channels,
+            f"text and sizes give {vector} vector channels, the U-Net takes {self.unet.vector_channels}",
+        )
+        _require(
+            self.unet.in_channels == self.vae.latent_channels,
+            f"the VAE has {self.vae.latent_channels} latent channels, the U-Net takes {self.unet.in_channels}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and strings, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """Inverse of :meth:`to_dict`. Raises ``ValueError`` for missing, extra or impossible entries."""
+        try:
+            unet = {**data["unet"], "levels": tuple(Level(**level) for level in data["unet"]["levels"])}
+            vae = {**data["vae"], "multipliers": tuple(data["vae"]["multipliers"])}
+            clip, openclip = (TextConfig(**encoder) for encoder in data["text"])
+            parts = {
+                "unet": UNetConfig(**unet),
+                "vae": VAEConfig(**vae),
+                "text": (clip, openclip),
+                "noise": NoiseConfig(**data["noise"]),
+            }
+            return cls(**{**data, **parts})
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"model config is not usable: {error}") from error
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+SDXL_BASE = ModelConfig(
+    name="sdxl-base",
+    unet=UNetConfig(
+        model_channels=320,
+        levels=(Level(1, 0), Level(2, 2), Level(4, 10)),
+        middle_depth=10,
+        res_blocks=2,
+        head_channels=64,
+        context_channels=2048,
+        vector_channels=2816,
+    ),
+    vae=VAEConfig(channels=128, multipliers=(1, 2, 4, 4), res_blocks=2, scale_factor=0.13025),
+    text=(
+        # CLIP ViT-L/14, and OpenCLIP ViT-bigG/14, which pads with 0.
+        TextConfig(768, 12, 12, "quick_gelu", 49408, start_token=49406, end_token=49407, pad_token=49407),
+        TextConfig(1280, 32, 20, "gelu", 49408, start_token=49406, end_token=49407, pad_token=0, projection=1280),
+    ),
+    size=1024,
+)
+
+SHAPES = ModelConfig(
+    name="shapes",
+    unet=UNetConfig(
+        model_channels=32,
+        levels=(Level(1, 0), Level(2, 2), Level(4, 4)),
+        middle_depth=4,
+        res_blocks=1,
+        head_channels=32,
+        context_channels=192,
+        vector_channels=320,
+        norm_groups=8,
+    ),
+    vae=VAEConfig(channels=16, multipliers=(1, 2, 4), res_blocks=1, scale_factor=1.0, norm_groups=8),
+    text=(
+        TextConfig(64, 3, 2, "quick_gelu", 640, start_token=638, end_token=639, pad_token=639),
+        TextConfig(128, 4, 4, "gelu", 640, start_token=638, end_token=639, pad_token=0, projection=128),
+    ),
+    size=256,
+    size_channels=32,
+)
