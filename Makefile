@@ -1,0 +1,32 @@
+# `make sample` and `make test` do all the set-up themselves, in .venv, with the versions in constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROMPT ?= a small red circle above a big blue square on a white background
+
+.PHONY: sample test lint clean
+
+sample: .venv/installed
+	$(BIN)/python -m minisdxl.sample "$(PROMPT)" --prune --compare --out out
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@ .venv/installed
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,63 @@
+"""Giving pruned positions a value again, so that convolutions can follow.
+
+Source: the AT-EDM paper, section 3.2, "Recovering Pruned Tokens" and figure 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atedm.graph import AttentionGraph
+from atedm.tokens import TokenSet, take_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Restore:
+    """The inverse of one pruning: takes the kept tokens, whatever their values are by then, to the set before it.
+
+    ``source`` (B, n) int64 names for each of the n tokens before pruning the kept token whose value it takes, counted
+    among the ``kept_count`` kept ones. ``positions`` and ``grid`` are those of the set before. Restores nest: last
+    pruned, first restored.
+    """
+
+    source: Tensor
+    kept_count: int
+    grid: tuple[int, int]
+    positions: Tensor | None
+
+    def __call__(self, tokens: TokenSet) -> TokenSet:
+        """One gather. Raises ``ValueError`` for tokens that are not the ones that this pruning kept."""
+        expected = (self.source.shape[0], self.kept_count)
+        if tuple(tokens.values.shape[:2]) != expected or tokens.grid != self.grid:
+            raise ValueError(
+                f"cannot restore {tuple(tokens.values.shape[:2])} tokens (B, n) of grid {tokens.grid}: "
+                f"pruning kept {expected} of grid {self.grid}"
+            )
+        return TokenSet(take_tokens(tokens.values, self.source), self.grid, self.positions)
+
+
+def identity(tokens: TokenSet) -> Restore:
+    """The inverse of a pruning that kept every token."""
+    batch, count = tokens.values.shape[:2]
+    source = torch.arange(count, device=tokens.values.device).expand(batch, -1)
+    return Restore(source, count, tokens.grid, tokens.positions)
+
+
+def similarity_copy(tokens: TokenSet, graph: AttentionGraph, kept: Tensor) -> Restore:
+    """Each pruned token takes the value of the kept token that is most similar to it; kept ones take their own.
+
+    The most similar kept token i of a pruned token b is the one with the largest A[i, b]: the attention that b
+    receives, averaged over heads. ``tokens`` is the set before pruning, ``graph`` its self-attention, ``kept`` (B, k)
+    the ascending indices of the tokens that stay.
+    """
+    batch, count = kept.shape
+    is_pruned = torch.ones(batch, tokens.count, dtype=torch.int64, device=kept.device).scatter(1, kept, 0)
+    pruned = is_pruned.argsort(dim=1, stable=True)[:, count:]
+    own = torch.arange(count, device=kept.device).expand(batch, -1)
+    source = torch.empty_like(is_pruned)
+    source.scatter_(1, kept, own)
+    source.scatter_(1, pruned, graph.strongest_query(among=kept, targets=pruned))
+    return Restore(source, count, tokens.grid, tokens.positions)

@@ -1,0 +1,132 @@
+"""What a file is when it is not the checkpoint that it should be: said in the words of whoever downloaded it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+Shape = tuple[int, ...]
+
+# First bytes of files that get renamed to .safetensors, or that a failed download leaves behind.
+CONTAINERS = (
+    (rb"\s*(?i:<!doctype html|<html|<head|<body)", "an HTML page, such as a sign-in or an error page"),
+    (rb"\s*<\?xml", "an XML page, such as an error page"),
+    (rb"version https://git-lfs", "a git-lfs pointer: `git lfs pull` fetches the file that it stands for"),
+    (rb"PK\x03\x04(?s:.{,90})/data\.pkl", "a PyTorch pickle (.pt or .ckpt): pickles can run code"),
+    (rb"PK\x03\x04", "a zip archive"),
+    (rb"\x80[\x02-\x05][^\x00]", "a pickle (.pt, .ckpt or .bin): pickles can run code"),
+    (rb"GGUF", "a GGUF file of quantized weights"),
+    (rb"\x1f\x8b", "a gzip archive"),
+    (rb"\x89HDF", "an HDF5 file"),
+    (rb"\x89PNG|\xff\xd8\xff|RIFF(?s:.{4})WEBP", "a picture"),
+    (rb"\s*[{\[]", "a JSON text, such as a list of files or an error message"),
+    (rb"\x00{16}", "all zeros at its beginning, as an unfinished download can be"),
+)
+
+
+def container(head: bytes) -> str | None:
+    """What a file with the first bytes ``head`` is, for one that is not safetensors; ``None`` if they say nothing."""
+    head = head.removeprefix(b"\xef\xbb\xbf")  # byte order mark of a text
+    if not head:
+        return "an empty file"
+    for pattern, what in CONTAINERS:
+        if re.match(pattern, head):
+            return what
+    line = head.strip().split(b"\n")[0][:60].decode("ascii", errors="replace")
+    return f"a text that begins {line!r}" if line and line.isascii() and line.isprintable() else None
+
+
+# Names that only one family of files has, most telling first.
+FAMILIES = (
+    (r"lora_|[._]lora\.|\.hada_w\d|\.lokr_w\d|\.oft_blocks", "a LoRA, a change to be applied to some whole model"),
+    (r"^control_model\.|^controlnet_|(^|\.)input_hint_block\.", "a ControlNet"),
+    (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
+    (r"\.motion_modules\.", "an AnimateDiff motion module"),
+    (r"^(clip_g|clip_l|emb_params)$", "a textual inversion embedding"),
+    (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model"),
+    (r"(^|\.)double_blocks\.", "a Flux model"),
+    (r"^transformer_blocks\.", "a diffusion transformer in the diffusers layout"),
+    (r"^(encoder\.down_blocks|decoder\.up_blocks)\.", "only a VAE, in the diffusers layout"),
+    (r"^(unet\.)?down_blocks\.", "only a U-Net, in the diffusers layout"),
+    (r"^edm_(mean|std)$", "Playground 2.5 or another model with EDM latents"),
+    (r"^edm_vpred\.", "CosXL or another model that predicts v at EDM noise levels"),
+    (r"^(v_pred|ztsnr)$", "a v-prediction model, not one that predicts epsilon"),
+)
+
+# What predicts v, as other programs write it into a file's metadata.
+V_PREDICTION = (("modelspec.prediction_type", "v"), ("modelspec.predict_key", "v"))
+
+# Transformer layers of each attention block on the way down, of models cut out of SDXL (which has 2, 2, 10, 10).
+SMALLER_MODELS = {(2, 2, 4, 4): "SSD-1B", (1, 1, 2, 2): "Segmind Vega", (2, 5): "KOALA-700M", (2, 6): "KOALA-1B"}
+
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+PARTS = {
+    UNET_PREFIX: "U-Net",
+    VAE_PREFIX: "VAE",
+    "conditioner.embedders.0.transformer.": "first text encoder",
+    "conditioner.embedders.1.model.": "second text encoder",
+}
+BARE_PARTS = (
+    (r"^(diffusion_model\.)?(input_blocks|middle_block|output_blocks)\.", "only a U-Net"),
+    (r"^(encoder|decoder)\.(conv_in|down|mid|up|conv_out)\b", "only a VAE"),
+    (r"(^|\.)(text_model|resblocks|text_projection)\b", "only a text encoder"),
+)
+
+
+def family(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> str | None:
+    """What a file with these tensors is, if something says that it is not a whole SDXL base model; else ``None``.
+
+    ``None`` is no promise: names and shapes are still to be compared one by one.
+    """
+    for pattern, what in FAMILIES:
+        if any(re.search(pattern, name) for name in shapes):
+            return what
+    if any(metadata.get(key) == value for key, value in V_PREDICTION):
+        return "a v-prediction model, not one that predicts epsilon"
+    if _has(shapes, "cond_stage_model.") and not _has(shapes, "conditioner."):
+        return f"a Stable Diffusion {'1.x' if _has(shapes, 'cond_stage_model.transformer.') else '2.x'} model"
+    return _unet_variant(shapes) or _part(shapes)
+
+
+def _unet_variant(shapes: Mapping[str, Shape]) -> str | None:
+    """Models whose U-Net has the official names and other numbers."""
+    unet = {name.removeprefix("model.").removeprefix("diffusion_model."): shape for name, shape in shapes.items()}
+    if unet.get("label_emb.0.0.weight", ())[1:] == (2560,) or _has(shapes, "conditioner.embedders.0.model."):
+        return "the SDXL refiner, which finishes pictures of the base model"
+    in_channels = unet.get("input_blocks.0.0.weight", ())[1:2]
+    if in_channels == (9,):
+        return "an inpainting model (9 input channels, not 4)"
+    if in_channels == (8,):
+        return "a pix2pix editing model (8 input channels, not 4)"
+    context = unet.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", ())[1:]
+    if context in ((768,), (1024,)):
+        return f"only the U-Net of a Stable Diffusion {'1.x' if context == (768,) else '2.x'} model"
+    smaller = SMALLER_MODELS.get(_depths(unet))
+    return f"{smaller}, a smaller model cut out of SDXL" if smaller else None
+
+
+def _depths(names: Collection[str]) -> tuple[int, ...]:
+    """Transformer layers of each attention block on the way down."""
+    layers: dict[int, set[str]] = {}
+    for name in names:
+        if match := re.match(r"input_blocks\.(\d{1,3})\.1\.transformer_blocks\.(\d+)\.", name):
+            layers.setdefault(int(match[1]), set()).add(match[2])
+    return tuple(len(layers[block]) for block in sorted(layers))
+
+
+def _part(shapes: Mapping[str, Shape]) -> str | None:
+    """Some parts of a model without the others."""
+    present = [part for prefix, part in PARTS.items() if _has(shapes, prefix)]
+    absent = [part for part in PARTS.values() if part not in present]
+    if not absent:
+        return None
+    if present:
+        return f"only the {' and '.join(present)} of a model, without its {' and '.join(absent)}"
+    for pattern, what in BARE_PARTS:
+        if any(re.search(pattern, name) for name in shapes):
+            return what
+    return f"no model that is known here, with {len(shapes)} tensors"
+
+
+def _has(names: Collection[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)

@@ -1,0 +1,189 @@
+"""The safetensors container: named tensors and a few strings in one file, checked before anything is believed.
+
+A file is 8 bytes with the length of a JSON header, the header, and the tensors' bytes one after the other without gaps
+(https://huggingface.co/docs/safetensors). It is read with ordinary reads and not mapped into memory: a mapped file that
+shrinks kills the process without a word, and its pages count as memory on top of the converted weights. It is written
+tensor by tensor for the same reason: no second copy of a model in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisdxl.files import atomic_path
+from minisdxl.recognize import container
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+METADATA = "__metadata__"
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used; one line that names it, says what it is, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: the container's name of its dtype, its shape, and its first and last + 1 byte after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file whose header has been read and agrees with itself and with the file's size."""
+
+    path: Path
+    entries: dict[str, Entry]  # in the order of their bytes
+    metadata: dict[str, str]
+    header_bytes: int  # what comes before the first tensor
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, one by one, on the CPU, in the file's own dtype; their dtypes must be in ``FLOATS``.
+
+        Raises:
+            CheckpointError: if the file cannot be read, or has become shorter since it was opened.
+        """
+        try:
+            with self.path.open("rb") as file:
+                for name in names:
+                    entry = self.entries[name]
+                    tensor = torch.empty(entry.shape, dtype=FLOATS[entry.dtype], device="cpu")
+                    file.seek(self.header_bytes + entry.start)
+                    if file.readinto(_bytes_of(tensor)) != entry.stop - entry.start:
+                        raise CheckpointError(f"{self.path} ended within {name} while it was being read")
+                    yield name, tensor
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+
+
+def open_tensors(path: str | Path) -> TensorFile:
+    """Reads and checks the header of a safetensors file.
+
+    Raises:
+        CheckpointError: if there is no such file, it is something else (its first bytes say what), its header is
+            damaged, or it is shorter or longer than its header says.
+    """
+    path = Path(path)
+    try:
+        text, size = _header(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        entries, metadata = _parse(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a damaged header: {error}; download or write it again") from error
+    header_bytes = 8 + len(text)
+    expected = header_bytes + max((entry.stop for entry in entries.values()), default=0)
+    if size < expected:
+        raise CheckpointError(
+            f"{path} is truncated: {size:,} of {expected:,} bytes, {expected - size:,} are missing; download it again"
+        )
+    if size > expected:
+        raise CheckpointError(
+            f"{path} is too long: {size:,} bytes, {size - expected:,} more than the {expected:,} of its header"
+        )
+    return TensorFile(path, entries, metadata, header_bytes)
+
+
+def _header(path: Path) -> tuple[bytes, int]:
+    """The header's bytes, and the size of the file."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}; expected one .safetensors file")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(512)
+        length = int.from_bytes(head[:8], "little")
+        if length > MAX_HEADER or head[8:9] != b"{":
+            what = container(head) or f"of an unknown kind, {size:,} bytes that begin with {head[:8].hex(' ')}"
+            raise CheckpointError(f"{path} is {what}; expected a safetensors file")
+        file.seek(8)
+        text = file.read(length)
+    if len(text) < length:
+        missing = 8 + length - size
+        raise CheckpointError(
+            f"{path} is truncated: the last {missing:,} bytes of its header are missing, and all after"
+        )
+    return text, size
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype
+) -> None:
+    """Writes a safetensors file, whole or not at all, each tensor converted to ``dtype`` as it is written.
+
+    Raises:
+        CheckpointError: if ``dtype`` is not in ``FLOATS``, or the file cannot be written (no folder, disk full, ...).
+    """
+    codes = [code for code, known in FLOATS.items() if known == dtype]
+    if not codes:
+        raise CheckpointError(f"cannot write {path} as {dtype}, expected one of {list(FLOATS.values())}")
+    header: dict[str, Any] = {METADATA: dict(metadata)}
+    stop = 0
+    for name, tensor in tensors.items():
+        start, stop = stop, stop + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": codes[0], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers that map the file want tensors at multiples of their element size
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                file.write(_bytes_of(tensor.detach().to("cpu", dtype).contiguous()))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor; safetensors and every machine that runs this are little-endian."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _parse(text: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries, in the order of their bytes, and metadata of a header. Raises ``ValueError`` where it is damaged."""
+    header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+    metadata = header.pop(METADATA, None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{METADATA} is not a table of strings")
+    entries = {name: _entry(name, value) for name, value in header.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+    end = 0
+    for name, entry in entries.items():
+        if entry.start != end:
+            raise ValueError(f"tensor {name} begins at byte {entry.start}, expected {end}, where the one before ends")
+        end = entry.stop
+    return entries, metadata
+
+
+def _entry(name: str, value: Any) -> Entry:
+    if not name.isprintable():
+        raise ValueError(f"tensor name {name!r} is not printable")
+    match value:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]}:
+            if all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)) and start <= stop:
+                if dtype in FLOATS and stop - start != math.prod(shape) * FLOATS[dtype].itemsize:
+                    raise ValueError(f"tensor {name} has {stop - start} bytes for {dtype} of shape {shape}")
+                return Entry(dtype, tuple(shape), start, stop)
+    raise ValueError(f"tensor {name} has no usable dtype, shape and data_offsets")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name} is there {count} times")
+    return table

@@ -1,0 +1,123 @@
+"""The attention block of the U-Net: a feature map becomes a token set, runs through transformer layers, and comes back.
+
+Names are those of the official checkpoint (``SpatialTransformer`` and below).
+Legend: B batch, N tokens of a feature map, n <= N tokens still held, T text tokens, C channels, h heads, d = C / h.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from atedm.graph import AttentionInputs
+from atedm.pruning import prune
+from atedm.schedule import BlockPlan
+from atedm.tokens import TokenSet
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens (B, n, C) to a context (B, T, c); no bias on q, k and v (official: CrossAttention)."""
+
+    def __init__(self, channels: int, context_channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.heads = channels // head_channels
+        self.scale = head_channels**-0.5
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, AttentionInputs]:
+        """The attended values (B, n, C), and what the attention map is made of, for whoever ranks tokens by it."""
+        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        k = rearrange(self.to_k(context), "b t (h d) -> b h t d", h=self.heads)
+        v = rearrange(self.to_v(context), "b t (h d) -> b h t d", h=self.heads)
+        attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.to_out(rearrange(attended, "b h n d -> b n (h d)")), AttentionInputs(q, k, self.scale)
+
+
+class GEGLU(nn.Module):
+    """A linear map times the GELU of another (Shazeer 2020), both in one matrix."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, C) -> (B, n, hidden)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate, approximate="none")
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # Index 1 is the official code's dropout, which is 0.
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, C) -> (B, n, C)."""
+        x = self.net(x)
+        return x
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention, feed-forward (official: BasicTransformerBlock). Any set of tokens will do."""
+
+    def __init__(self, channels: int, context_channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
+        self.attn1 = Attention(channels, channels, head_channels)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.attn2 = Attention(channels, context_channels, head_channels)
+        self.norm3 = nn.LayerNorm(channels, eps=1e-5)
+        self.ff = FeedForward(channels)
+
+    def forward(self, tokens: TokenSet, context: Tensor) -> tuple[TokenSet, AttentionInputs]:
+        """Norm, attend, add, three times. Also returns the inputs of the self-attention map."""
+        x = tokens.values
+        normed = self.norm1(x)
+        attended, self_attention = self.attn1(normed, normed)
+        x = x + attended
+        attended, _ = self.attn2(self.norm2(x), context)
+        x = x + attended
+        x = x + self.ff(self.norm3(x))
+        return tokens.with_values(x), self_attention
+
+
+class AttentionBlock(nn.Module):
+    """Feature map (B, C, H, W) to tokens, through ``depth`` layers, and back, with a residual (official: SpatialTransformer).
+
+    ``name`` is the block's sayable name (``down.1.0``, ``mid``): token plans address it by that.
+    """
+
+    def __init__(
+        self, name: str, channels: int, depth: int, context_channels: int, head_channels: int, groups: int
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # the official 1e-6, unlike the ResBlocks' 1e-5
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerLayer(channels, context_channels, head_channels) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor, plan: BlockPlan | None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); ``plan`` says after which layer tokens are pruned, ``None`` means nowhere."""
+        tokens = TokenSet.from_feature_map(self.norm(x))
+        tokens = tokens.with_values(self.proj_in(tokens.values))
+        restores = []
+        for index, layer in enumerate(self.transformer_blocks):
+            tokens, self_attention = layer(tokens, context)
+            if plan is not None and index == plan.after_layer:
+                tokens, restore = prune(tokens, self_attention.graph(), plan.ratio)
+                restores.append(restore)
+        # A per-token linear layer commutes with copying tokens, so it runs on the kept ones only.
+        tokens = tokens.with_values(self.proj_out(tokens.values))
+        for restore in reversed(restores):
+            tokens = restore(tokens)
+        return x + tokens.to_feature_map()

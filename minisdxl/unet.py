@@ -1,0 +1,178 @@
+"""The denoising U-Net.
+
+Names are those of the official single-file checkpoint (prefix ``model.diffusion_model.``): numbered ``input_blocks``,
+``middle_block`` and ``output_blocks``. ``UNetConfig.attention_sites`` lists the attention blocks by names people can say.
+Shapes: latent x (B, 4, H, W); timestep (B,); context (B, T, c); vector (B, v); embedding (B, 4 * model_channels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atedm.schedule import DENSE, TokenPlan
+from minisdxl.config import AttentionSite, UNetConfig
+from minisdxl.embedding import sinusoidal_embedding
+from minisdxl.transformer import AttentionBlock
+
+
+class ResBlock(nn.Module):
+    """Two normalized 3x3 convolutions with the embedding added between them, and a residual."""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, groups: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, in_channels, eps=1e-5), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, out_channels))
+        # Index 2 is the official code's dropout, which is 0.
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels, eps=1e-5),
+            nn.SiLU(),
+            nn.Identity(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        if in_channels != out_channels:
+            self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
+        else:
+            self.skip_connection = nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H, W)."""
+        h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
+        skip: Tensor = self.skip_connection(x)
+        return skip + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    """Halves height and width, rounding up, by a convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
+        x = self.op(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Repeats pixels up to the size of the feature map that comes next, then convolves."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        """(B, C, h, w) -> (B, C, *size); the size is twice h and w, or one less where the way down rounded up."""
+        x = self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return x
+
+
+class Block(nn.Sequential):
+    """One numbered block: a convolution in, or a ResBlock with or without attention, or a change of resolution."""
+
+    def forward(  # type: ignore[override]  # nn.Sequential takes one input
+        self, x: Tensor, embedding: Tensor, context: Tensor, plan: TokenPlan, size: torch.Size
+    ) -> Tensor:
+        """Each part takes what it needs; ``size`` is the (H, W) that an upsampling must reach."""
+        for part in self:
+            if isinstance(part, ResBlock):
+                x = part(x, embedding)
+            elif isinstance(part, AttentionBlock):
+                x = part(x, context, plan.get(part.name))
+            elif isinstance(part, Upsample):
+                x = part(x, size)
+            else:
+                x = part(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise in a latent: ``unet(x, timestep, context, vector, plan)`` -> (B, 4, H, W)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.embedding_channels
+        self.time_embed = nn.Sequential(nn.Linear(config.model_channels, width), nn.SiLU(), nn.Linear(width, width))
+        self.label_emb = nn.Sequential(
+            nn.Sequential(nn.Linear(config.vector_channels, width), nn.SiLU(), nn.Linear(width, width))
+        )
+        sites = config.attention_sites()
+        top, bottom = config.channels(0), config.channels(len(config.levels) - 1)
+        self.input_blocks = nn.ModuleList(self._down(sites))
+        self.middle_block = Block(
+            self._res(bottom, bottom),
+            *([self._attention(next(sites))] if config.middle_depth else []),
+            self._res(bottom, bottom),
+        )
+        self.output_blocks = nn.ModuleList(self._up(sites))
+        self.out = nn.Sequential(
+            nn.GroupNorm(config.norm_groups, top, eps=1e-5), nn.SiLU(), nn.Conv2d(top, config.out_channels, 3, padding=1)
+        )
+
+    def _res(self, in_channels: int, out_channels: int) -> ResBlock:
+        return ResBlock(in_channels, out_channels, self.config.embedding_channels, self.config.norm_groups)
+
+    def _attention(self, site: AttentionSite) -> AttentionBlock:
+        c = self.config
+        return AttentionBlock(
+            site.name, site.channels, site.depth, c.context_channels, c.head_channels, groups=c.norm_groups
+        )
+
+    def _down(self, sites: Iterator[AttentionSite]) -> Iterator[Block]:
+        """The numbered blocks of the way down; the output of each is a skip for the way up."""
+        c = self.config
+        yield Block(nn.Conv2d(c.in_channels, c.channels(0), 3, padding=1))
+        channels = c.channels(0)
+        for level, spec in enumerate(c.levels):
+            for _ in range(c.res_blocks):
+                res = self._res(channels, c.channels(level))
+                yield Block(res, self._attention(next(sites))) if spec.depth else Block(res)
+                channels = c.channels(level)
+            if level < len(c.levels) - 1:
+                yield Block(Downsample(channels))
+
+    def _up(self, sites: Iterator[AttentionSite]) -> Iterator[Block]:
+        """The numbered blocks of the way up: each takes one skip, level 0 last."""
+        c = self.config
+        channels = c.channels(len(c.levels) - 1)
+        for level, spec in reversed(list(enumerate(c.levels))):
+            # The skips of a level, in the order they come back: its ResBlocks, then what entered the level.
+            skips = [c.channels(level)] * c.res_blocks + [c.channels(max(level - 1, 0))]
+            for index, skip in enumerate(skips):
+                parts: list[nn.Module] = [self._res(channels + skip, c.channels(level))]
+                if spec.depth:
+                    parts.append(self._attention(next(sites)))
+                if level > 0 and index == c.res_blocks:
+                    parts.append(Upsample(c.channels(level)))
+                yield Block(*parts)
+                channels = c.channels(level)
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Tensor, vector: Tensor, plan: TokenPlan = DENSE
+    ) -> Tensor:
+        """The predicted noise (B, 4, H, W).
+
+        ``plan`` says what each attention block does with its tokens; a block that it does not name runs dense.
+        Raises ``ValueError`` for a plan that names a block this U-Net does not have.
+        """
+        plan.check(list(self.config.attention_sites()))
+        embedding = self.time_embed(sinusoidal_embedding(timestep, self.config.model_channels).to(x.dtype))
+        embedding = embedding + self.label_emb(vector.to(x.dtype))
+        skips = []
+        for block in self.input_blocks:
+            x = block(x, embedding, context, plan, x.shape[-2:])
+            skips.append(x)
+        x = self.middle_block(x, embedding, context, plan, x.shape[-2:])
+        for block in self.output_blocks:
+            skip = skips.pop()
+            next_size = skips[-1].shape[-2:] if skips else x.shape[-2:]
+            x = block(torch.cat([x, skip], dim=1), embedding, context, plan, next_size)
+        x = self.out(x)
+        return x

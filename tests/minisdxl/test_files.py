@@ -1,0 +1,68 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from minisdxl.files import atomic_path
+
+
+def test_the_file_appears_at_the_end_and_only_then(tmp_path: Path) -> None:
+    target = tmp_path / "picture.png"
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(b"whole")
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".png"
+        assert not target.exists()
+    assert target.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("before", [None, b"before"], ids=["new", "existing"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError], ids=lambda error: error.__name__)
+def test_a_failure_leaves_everything_as_it_was(
+    tmp_path: Path, before: bytes | None, error: type[BaseException]
+) -> None:
+    target = tmp_path / "picture.png"
+    if before is not None:
+        target.write_bytes(before)
+    with pytest.raises(error), atomic_path(target) as temporary:
+        temporary.write_bytes(b"ha")
+        raise error
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"picture.png": before} if before else {})
+
+
+def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "picture.png"
+    target.write_bytes(b"before")
+    with atomic_path(str(target)) as temporary:
+        temporary.write_bytes(b"after")
+    assert target.read_bytes() == b"after"
+
+
+def test_permissions_are_those_of_an_ordinary_new_file(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    with atomic_path(tmp_path / "atomic") as temporary:
+        temporary.write_bytes(b"")
+    assert os.stat(tmp_path / "atomic").st_mode == os.stat(tmp_path / "ordinary").st_mode
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    target = tmp_path / "picture.png"
+    with atomic_path(target) as first, atomic_path(target) as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+        assert first != second
+    assert target.read_bytes() == b"first"  # the inner block ends first, so the outer one replaces its file
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_bad_target_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder"), atomic_path(tmp_path):
+        pytest.fail("the block was entered")
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "nowhere" / "picture.png"):
+        pytest.fail("the block was entered")
+    assert not list(tmp_path.iterdir())

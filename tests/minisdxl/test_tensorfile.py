@@ -1,0 +1,230 @@
+"""The safetensors container against the safetensors library, and what happens with files that are damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minisdxl.tensorfile import FLOATS, CheckpointError, open_tensors, write_tensors
+
+DTYPES = pytest.mark.parametrize("dtype", list(FLOATS.values()), ids=str)
+
+
+def some_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of every rank, one of them empty, one of them not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"c.weight": (3, 5), "a": (), "b.weight": (2, 3, 4, 1), "empty": (0, 7), "d": (9,)}
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {**tensors, "transposed": torch.randn(4, 6, generator=generator).to(dtype).T}
+
+
+def raw_file(path: Path, header: Any, data: bytes = b"") -> Path:
+    """A file with any header, right or wrong."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def refusal(path: Path) -> str:
+    """The one line with which a file is refused; it names the file."""
+    with pytest.raises(CheckpointError) as caught:
+        open_tensors(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@DTYPES
+def test_the_library_reads_what_is_written_here(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = some_tensors(dtype)
+    path = tmp_path / "ours.safetensors"
+    write_tensors(path, tensors, {"a": "b", "quote": '"ü"'}, dtype)
+    theirs = load_file(path)
+    assert theirs.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert theirs[name].dtype == dtype
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=0)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"a": "b", "quote": '"ü"'}
+    assert open_tensors(path).header_bytes % 8 == 0
+
+
+@DTYPES
+def test_what_the_library_writes_is_read_here(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in some_tensors(dtype).items()}
+    path = tmp_path / "theirs.safetensors"
+    save_file(tensors, path, {"a": "b"})
+    file = open_tensors(path)
+    ours = dict(file.read(file.entries))
+    assert file.metadata == {"a": "b"}
+    assert ours.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert ours[name].dtype == dtype
+        assert file.entries[name].shape == tuple(tensor.shape)
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
+
+
+def test_tensors_are_converted_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    write_tensors(path, {"a": torch.tensor([1.0 + 2**-11, 1e-9, -3.0])}, {}, torch.float16)
+    assert load_file(path)["a"].tolist() == [1.0, 0.0, -3.0]
+    with pytest.raises(CheckpointError, match=r"as torch.int8, expected one of"):
+        write_tensors(path, {"a": torch.ones(1)}, {}, torch.int8)
+
+
+def test_other_dtypes_have_entries_too(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"a": torch.ones(3, dtype=torch.int8), "b": torch.ones(2, dtype=torch.float8_e4m3fn)}, path)
+    assert {name: entry.dtype for name, entry in open_tensors(path).entries.items()} == {"a": "I8", "b": "F8_E4M3"}
+
+
+def test_truncated_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.safetensors"
+    write_tensors(whole, some_tensors(torch.float32), {}, torch.float32)
+    content = whole.read_bytes()
+    header = open_tensors(whole).header_bytes
+    path = tmp_path / "cut.safetensors"
+    for size in sorted({*range(12), header - 1, header, header + 1, *range(12, len(content), 17), len(content) - 1}):
+        path.write_bytes(content[:size])
+        message = refusal(path)
+        if size == 0:
+            assert "an empty file" in message
+        elif size <= 8:
+            assert "of an unknown kind" in message
+        elif size < header:
+            assert f"the last {header - size} bytes of its header are missing" in message
+        else:
+            assert f"{size} of {len(content)} bytes, {len(content) - size} are missing" in message
+
+
+def test_too_long_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "long.safetensors"
+    write_tensors(path, {"a": torch.ones(4)}, {}, torch.float32)
+    with path.open("ab") as file:
+        file.write(bytes(17))
+    assert "17 more than" in refusal(path)
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+DAMAGED_HEADERS: dict[str, tuple[Any, str]] = {
+    "not JSON": (b"{not JSON}", "Expecting property name"),
+    "not UTF-8": (b'{"\xff": 1}', "utf-8"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16-le"), "damaged"),
+    "deep": (b'{"a":' + b"[" * 200_000, "recursion"),
+    "huge number": (b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', "digits"),
+    "large number": ({"a": {**F32, "shape": [2**63]}}, "no usable"),
+    "name with line break": ({"a\nb": F32}, "tensor name 'a\\nb' is not printable"),
+    "name twice": (b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), "a is there 2 times"),
+    "field twice": (b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}', "dtype is there 2 times"),
+    "overlap": ({"a": F32, "b": {**F32, "data_offsets": [4, 12]}}, "tensor b begins at byte 4, expected 8"),
+    "same place": ({"a": F32, "b": F32}, "tensor b begins at byte 0, expected 8"),
+    "hole": ({"a": F32, "b": {**F32, "data_offsets": [12, 20]}}, "tensor b begins at byte 12, expected 8"),
+    "hole at the beginning": ({"a": {**F32, "data_offsets": [4, 12]}}, "begins at byte 4, expected 0"),
+    "backwards": ({"a": {**F32, "data_offsets": [8, 0]}}, "no usable"),
+    "negative offset": ({"a": {**F32, "data_offsets": [-8, 0]}}, "no usable"),
+    "negative shape": ({"a": {**F32, "shape": [-1, -2]}}, "no usable"),
+    "truth value": ({"a": {**F32, "shape": [True, 2]}}, "no usable"),
+    "fraction": ({"a": {**F32, "shape": [2.0]}}, "no usable"),
+    "three offsets": ({"a": {**F32, "data_offsets": [0, 8, 8]}}, "no usable"),
+    "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "no usable"),
+    "not an entry": ({"a": 3}, "no usable"),
+    "shape and bytes differ": ({"a": {**F32, "shape": [3]}}, "tensor a has 8 bytes for F32 of shape [3]"),
+    "astronomic shape": ({"a": {**F32, "shape": [2**62, 2**62]}}, "tensor a has 8 bytes"),
+    "metadata not a table": ({"__metadata__": ["a"], "a": F32}, "__metadata__ is not a table of strings"),
+    "metadata not strings": ({"__metadata__": {"a": 1}, "a": F32}, "__metadata__ is not a table of strings"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_HEADERS)
+def test_a_damaged_header_is_refused(tmp_path: Path, damage: str) -> None:
+    header, expected = DAMAGED_HEADERS[damage]
+    message = refusal(raw_file(tmp_path / "damaged.safetensors", header, bytes(20)))
+    assert "damaged header" in message
+    assert expected in message
+
+
+def test_absurd_header_lengths_are_refused_without_reading_them(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.safetensors"
+    for length in (2**60, 2**64 - 1, 100_000_001):
+        path.write_bytes(length.to_bytes(8, "little") + b'{"a":1}')
+        assert "of an unknown kind" in refusal(path)
+    path.write_bytes((99_999_999).to_bytes(8, "little") + b'{"a":1}')
+    assert "truncated" in refusal(path)
+
+
+def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "nothing.safetensors")
+    assert "is a folder" in refusal(tmp_path)
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    assert "is not a file" in refusal(pipe)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "shrinks.safetensors"
+    write_tensors(path, {"a": torch.ones(4), "b": torch.ones(50_000)}, {}, torch.float32)
+    file = open_tensors(path)
+    os.truncate(path, 10_000)
+    tensors = file.read(file.entries)
+    assert next(tensors)[0] == "a"
+    with pytest.raises(CheckpointError, match="ended within b"):
+        next(tensors)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read .*: No such file"):
+        list(file.read(["a"]))
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Lets this process write files of at most ``size`` bytes: like a full disk, in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("before", [None, b"before"], ids=["new", "existing"])
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, before: bytes | None) -> None:
+    path = tmp_path / "big.safetensors"
+    if before is not None:
+        path.write_bytes(before)
+    tensors = {str(i): torch.ones(10_000) for i in range(20)}
+    with largest_file(300_000), pytest.raises(CheckpointError, match=r"cannot write .*big.safetensors: File too large"):
+        write_tensors(path, tensors, {}, torch.float32)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({path.name: before} if before else {})
+
+
+def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Interrupting(dict[str, Tensor]):
+        """Interrupts, like Ctrl-C, when its tensors are asked for the second time: while they are written."""
+
+        asked = 0
+
+        def values(self) -> Any:
+            yield torch.ones(3)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(tmp_path / "a.safetensors", Interrupting(a=torch.ones(3)), {}, torch.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_folder_to_write_to_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot write .*: No such file or directory"):
+        write_tensors(tmp_path / "nowhere" / "a.safetensors", {"a": torch.ones(1)}, {}, torch.float32)
+    with pytest.raises(CheckpointError, match=r"cannot write .*is a folder"):
+        write_tensors(tmp_path, {"a": torch.ones(1)}, {}, torch.float32)

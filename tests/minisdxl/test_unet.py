@@ -1,0 +1,160 @@
+"""The U-Net against diffusers' UNet2DConditionModel with the same weights, and against the official manifest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atedm.schedule import DENSE, BlockPlan, Schedule, TokenPlan
+from minisdxl.config import SDXL_BASE, SHAPES, Level, UNetConfig
+from minisdxl.unet import UNet
+from tests.manifest import official_shapes
+from tests.minisdxl.peers import diffusers_unet, scale_weights
+
+# The structure of SDXL (three levels, depths 0, 2 and 3, label embedding) at small widths.
+SMALL = UNetConfig(
+    model_channels=32,
+    levels=(Level(1, 0), Level(2, 2), Level(4, 3)),
+    middle_depth=3,
+    res_blocks=2,
+    head_channels=16,
+    context_channels=48,
+    vector_channels=40,
+)
+
+
+def random_inputs(
+    config: UNetConfig, size: tuple[int, int], dtype: torch.dtype, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latent, timestep, context and vector for a batch of two."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).mul(scale).to(dtype)
+
+    x, context, vector = draw(2, 4, *size), draw(2, 77, config.context_channels), draw(2, config.vector_channels)
+    return x, torch.tensor([801, 13]), context, vector
+
+
+def random_unet(config: UNetConfig, dtype: torch.dtype, scale: float = 1.0) -> UNet:
+    torch.manual_seed(0)
+    unet = UNet(config).to(dtype).eval().requires_grad_(False)
+    scale_weights(unet, scale)
+    return unet
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2], ids=["ordinary", "small"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("size", [(16, 24), (13, 19)], ids=["even", "odd"])
+@torch.no_grad()
+def test_parity_with_diffusers(scale: float, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    unet = random_unet(SMALL, dtype, scale)
+    x, timestep, context, vector = random_inputs(SMALL, size, dtype, scale)
+    peer = diffusers_unet(unet)
+    # diffusers builds the vector itself from sizes; handing it the finished one leaves that to the text tests.
+    peer.add_embedding, vector_embedding = nn.Identity(), unet.label_emb(vector)
+    peer.get_aug_embed = lambda **_: vector_embedding
+    theirs = peer(x, timestep, context).sample
+    ours = unet(x, timestep, context, vector)
+    error = (ours - theirs).abs()
+    bound = 1e-9 if dtype == torch.float64 else 1e-5 * theirs.abs().max().item()
+    print(f"max error {error.max():.2e}, mean {error.mean():.2e}, bound {bound:.2e}, scale {theirs.abs().max():.2e}")
+    assert error.max() <= bound
+
+
+def test_names_and_shapes_are_official() -> None:
+    with torch.device("meta"):
+        ours = {name: tuple(value.shape) for name, value in UNet(SDXL_BASE.unet).state_dict().items()}
+    official = official_shapes("model.diffusion_model.")
+    assert len(official) == 1680
+    assert ours == official
+    assert sum(torch.Size(shape).numel() for shape in ours.values()) == 2_567_463_684
+
+
+def test_attention_blocks_have_sayable_names() -> None:
+    names = [site.name for site in SDXL_BASE.unet.attention_sites()]
+    down, up = ["down.1.0", "down.1.1", "down.2.0", "down.2.1"], ["up.2.0", "up.2.1", "up.2.2", "up.1.0", "up.1.1", "up.1.2"]
+    assert names == [*down, "mid", *up]
+    with torch.device("meta"):
+        unet = UNet(SDXL_BASE.unet)
+    assert [module.name for module in unet.modules() if type(module).__name__ == "AttentionBlock"] == names
+
+
+# Official eps, by the module's place: 1e-6 only where a spatial transformer begins.
+EPS = {"norm": 1e-6, "norm1": 1e-5, "norm2": 1e-5, "norm3": 1e-5, "in_layers.0": 1e-5, "out_layers.0": 1e-5, "out.0": 1e-5}
+
+
+def test_every_eps_is_official() -> None:
+    with torch.device("meta"):
+        unet = UNet(SDXL_BASE.unet)
+    norms = {name: m.eps for name, m in unet.named_modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)}
+    assert len(norms) == 2 * 17 + 1 + 11 + 3 * 70  # ResBlocks, output, attention blocks, transformer layers
+    for name, eps in norms.items():
+        place = next(place for place in EPS if name == place or name.endswith("." + place))
+        assert eps == EPS[place], name
+
+
+@torch.no_grad()
+def test_pruning_nothing_is_the_dense_model_bit_for_bit() -> None:
+    unet = random_unet(SMALL, torch.float32)
+    inputs = random_inputs(SMALL, (16, 16), torch.float32)
+    sites = list(SMALL.attention_sites())
+    nothing = Schedule("nothing", ratio=0.0).plan(40, 50, sites)
+    assert len(nothing) == len(sites)
+    dense = unet(*inputs)
+    assert torch.equal(unet(*inputs, nothing), dense)
+    # A ratio so small that it rounds to no token goes the same way.
+    assert torch.equal(unet(*inputs, TokenPlan({"mid": BlockPlan(0.001)})), dense)
+
+
+@torch.no_grad()
+def test_dense_and_pruned_calls_leave_no_trace_in_the_model() -> None:
+    unet = random_unet(SMALL, torch.float32)
+    inputs = random_inputs(SMALL, (16, 16), torch.float32)
+    plan = Schedule("at-edm").plan(40, 50, list(SMALL.attention_sites()))
+    dense, pruned = unet(*inputs, DENSE), unet(*inputs, plan)
+    assert not torch.allclose(dense, pruned)
+    assert torch.equal(unet(*inputs, DENSE), dense)
+    assert torch.equal(unet(*inputs, plan), pruned)
+
+
+@torch.no_grad()
+def test_batch_rows_are_independent_when_pruned() -> None:
+    unet = random_unet(SMALL, torch.float64)
+    x, timestep, context, vector = random_inputs(SMALL, (16, 16), torch.float64)
+    plan = Schedule("at-edm").plan(40, 50, list(SMALL.attention_sites()))
+    both = unet(x, timestep, context, vector, plan)
+    for row in range(2):
+        alone = unet(*(part[row : row + 1] for part in (x, timestep, context, vector)), plan)
+        error = (alone[0] - both[row]).abs().max()
+        print(f"row {row} alone and in a batch: max error {error:.2e}")
+        assert error <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "after", "message"), [("down.7.0", 0, "down.7.0"), ("mid", 2, "before the last")], ids=["name", "layer"]
+)
+def test_plan_that_fits_no_block_raises(name: str, after: int, message: str) -> None:
+    unet = random_unet(SMALL, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        unet(*random_inputs(SMALL, (8, 8), torch.float32), TokenPlan({name: BlockPlan(0.5, after)}))
+
+
+def test_shapes_and_sdxl_differ_in_numbers_only() -> None:
+    def structure(config: UNetConfig) -> set[str]:
+        with torch.device("meta"):
+            return {type(module).__name__ for module in UNet(config).modules()}
+
+    assert structure(SHAPES.unet) == structure(SDXL_BASE.unet)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"head_channels": 48}, {"norm_groups": 24}, {"res_blocks": 0}, {"levels": ()}],
+    ids=["heads", "groups", "res_blocks", "levels"],
+)
+def test_impossible_configs_are_refused(change: dict[str, object]) -> None:
+    values = {field: getattr(SMALL, field) for field in SMALL.__dataclass_fields__} | change
+    with pytest.raises(ValueError, match=r"."):
+        UNetConfig(**values)

@@ -1,0 +1,300 @@
+"""Makes the bundled model ``shapes`` from nothing: draws its data, trains the VAE, then text encoders and U-Net together.
+
+    python -m tools.train_shapes                 # everything, resuming whatever a killed run left in runs/shapes
+
+Pictures are drawn as they are needed, so there is no data set and no epoch. The U-Net sees 32x32 latents first (128 px)
+and 64x64 (256 px) after that, told apart by SDXL's own size conditioning: a step at 64x64 costs about five times as much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import os
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+
+from atedm.schedule import DENSE
+from minisdxl.checkpoint import Modules, save
+from minisdxl.config import SHAPES, ModelConfig
+from minisdxl.files import atomic_path
+from minisdxl.sampler import (
+    Condition,
+    discrete_sigmas,
+    guided_denoiser,
+    image_generators,
+    initial_noise,
+    sample,
+    sigmas,
+)
+from minisdxl.text import TextEncoders
+from minisdxl.tokenizer import Tokenizer
+from minisdxl.transformer import AttentionBlock
+from minisdxl.unet import ResBlock, UNet
+from minisdxl.vae import VAE
+from tools.check_shapes import check
+from tools.shapes import draw, random_scene
+
+TOKENIZER = Path(__file__).parents[1] / "weights" / "shapes" / "tokenizer"
+
+
+def batch_of_pictures(rng: random.Random, count: int, side: int, split: str = "train") -> tuple[Tensor, list[str]]:
+    """``count`` fresh pictures (count, 3, side, side) in [-1, 1], and their captions."""
+    scenes = [random_scene(rng, split) for _ in range(count)]
+    pictures = np.stack([draw(scene, side) for scene in scenes])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return images.contiguous(memory_format=torch.channels_last), [scene.caption for scene in scenes]
+
+
+def warm_then_decay(step: int, steps: int, warm: int, decay: float) -> float:
+    """Learning-rate factor: a linear warm-up, a plateau, and a linear way down to 0 over the last share ``decay``."""
+    return min((step + 1) / warm, 1.0, (steps - step) / (steps * decay))
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes a training state whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+def log(path: Path, **values: float) -> None:
+    """One line on the terminal, one row in a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(path.stem, " ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(values)
+        writer.writerow(f"{value:.6g}" for value in values.values())
+
+
+def train_vae(options: argparse.Namespace) -> VAE:
+    """Trains the autoencoder, or returns the one that a finished run left.
+
+    The loss is L1 + L2 with a small Kullback-Leibler term, so that latents are smooth and the decoder forgives noise.
+    """
+    state_file = options.run / "vae.pt"
+    vae = VAE(SHAPES.vae).to(options.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    step = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True, map_location=options.device)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    began = time.time()
+    while step < options.vae_steps:
+        rng = random.Random(f"vae {options.seed} {step}")
+        torch.manual_seed(step)
+        # Mostly small pictures, for time (edges are one pixel wide at any size); the middle attention sees more
+        # positions in larger ones.
+        side, count = (256, 4) if step % 16 == 15 else (128, 8) if step % 4 == 3 else (64, 16)
+        images, _ = batch_of_pictures(rng, count, side)
+        images = images.to(options.device)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * warm_then_decay(step, options.vae_steps, warm=50, decay=0.5)
+        mean, log_variance = vae.moments(images)
+        noisy = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
+        output = vae.decode(noisy * vae.config.scale_factor)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        error = F.mse_loss(output, images)
+        loss = F.l1_loss(output, images) + error + 1e-3 * divergence
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 25 == 0 or step == options.vae_steps:
+            psnr = 10 * math.log10(4 / error.item())
+            log(options.run / "vae.csv", step=step, loss=loss.item(), psnr=psnr, seconds=time.time() - began)
+        if step % 100 == 0 or step == options.vae_steps:
+            save_state(state_file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
+    vae.eval().requires_grad_(False)
+    return vae
+
+
+class Model(nn.Module):
+    """What the second part trains: the U-Net and the text encoders, together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = UNet(SHAPES.unet)
+        self.text = TextEncoders(SHAPES.text)
+        for module in self.unet.modules():  # the official start: every residual branch adds nothing at first
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.out_layers[3].weight)
+                nn.init.zeros_(module.out_layers[3].bias)
+            elif isinstance(module, AttentionBlock):
+                nn.init.zeros_(module.proj_out.weight)
+                nn.init.zeros_(module.proj_out.bias)
+        nn.init.zeros_(self.unet.out[2].weight)
+        nn.init.zeros_(self.unet.out[2].bias)
+
+    def forward(self, latents: Tensor, timestep: Tensor, ids: tuple[Tensor, Tensor], drop: Tensor, side: int) -> Tensor:
+        """Predicted noise; rows where ``drop`` is true see no prompt."""
+        conditioning = self.text(*ids).zeroed(drop)
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=latents.device).expand(len(latents), -1)
+        vector = conditioning.vector(sizes, SHAPES.size_channels)
+        predicted: Tensor = self.unet(latents, timestep, conditioning.context, vector)
+        return predicted
+
+
+def optimizers_of(model: Model) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of transformer layers, where it needs far fewer steps than AdamW, and AdamW for the rest."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ("transformer_blocks" in name or ".layers." in name)]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)]
+
+
+@torch.no_grad()
+def latent_scale(vae: VAE, device: str) -> float:
+    """One over the standard deviation of unscaled latents, so that scaled ones have unit variance."""
+    images, _ = batch_of_pictures(random.Random("latent scale"), 64, SHAPES.size)
+    return 1.0 / vae.moments(images.to(device))[0].std().item()
+
+
+def train_unet(options: argparse.Namespace, vae: VAE) -> None:
+    """Trains U-Net and text encoders on latents of fresh pictures, small pictures first, then full-size ones.
+
+    The loss is the mean squared error of the predicted noise (epsilon prediction), noise levels drawn uniformly but
+    spread evenly over each batch. An exponential moving average of the weights is what is kept.
+    """
+    state_file = options.run / "unet.pt"
+    torch.manual_seed(options.seed)
+    model = Model().to(options.device)
+    model.unet.to(memory_format=torch.channels_last)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizers = optimizers_of(model)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    step = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True, map_location=options.device)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step = state["step"]
+        config = replace(SHAPES, vae=replace(SHAPES.vae, scale_factor=state["scale_factor"]))
+    else:
+        config = replace(SHAPES, vae=replace(SHAPES.vae, scale_factor=latent_scale(vae, options.device)))
+    vae.config = config.vae
+    tokenizer = Tokenizer.from_directory(TOKENIZER, config.text)
+    alphas_bar = 1 / (1 + discrete_sigmas(config.noise).float().square()).to(options.device)
+    steps = options.small_steps + options.large_steps
+    began, first, losses = time.time(), step, []
+    while step < steps:
+        rng = random.Random(f"unet {options.seed} {step}")
+        torch.manual_seed(step)
+        small = step < options.small_steps
+        side, count = (SHAPES.size // 2, options.batch) if small else (SHAPES.size, options.batch // 2)
+        images, captions = batch_of_pictures(rng, count, side)
+        with torch.no_grad():
+            latents = vae.encode(images.to(options.device))
+        timestep = ((torch.randperm(count) + torch.rand(count)) * config.noise.steps / count).long().to(options.device)
+        noise = torch.randn(latents.shape).to(options.device)
+        signal = alphas_bar[timestep][:, None, None, None]
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        ids, ids_2 = (each.to(options.device) for each in tokenizer(captions))
+        drop = (torch.rand(count) < 0.1).to(options.device)
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * warm_then_decay(step, steps, warm=50, decay=0.3)
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
+            predicted = model(noisy, timestep, (ids, ids_2), drop, side)
+        loss = F.mse_loss(predicted.float(), noise)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        weight = 1 - min(0.997, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for kept, fresh in zip(average.parameters(), model.parameters(), strict=True):
+                kept.lerp_(fresh, weight)
+        losses.append(loss.item())
+        if step % 20 == 0:
+            mean = sum(losses) / len(losses)
+            seconds = (time.time() - began) / (step - first)
+            log(options.run / "unet.csv", step=step, side=side, loss=mean, seconds_per_step=seconds)
+            losses = []
+        if step % 100 == 0 or step == steps:
+            state = {"model": model.state_dict(), "average": average.state_dict(), "step": step}
+            state |= {"optimizers": [o.state_dict() for o in optimizers], "scale_factor": config.vae.scale_factor}
+            save_state(state_file, state)
+            save(options.run / "shapes.safetensors", config, Modules(average.unet, vae, average.text))
+        if step % options.grid_every == 0 or step == steps:
+            obeyed = sample_grid(options, step, config, Modules(average.unet, vae, average.text), side)
+            log(options.run / "grid.csv", step=step, side=side, obeyed=obeyed)
+    if options.out is not None:
+        save(options.out, config, Modules(average.unet, vae, average.text))
+
+
+@torch.no_grad()
+def sample_grid(options: argparse.Namespace, step: int, config: ModelConfig, modules: Modules, side: int) -> float:
+    """Draws 16 unseen captions with 20 steps, writes them as one picture, and returns the share that obey."""
+    rng = random.Random("grid")
+    captions = [random_scene(rng, "test").caption for _ in range(16)]
+    tokenizer = Tokenizer.from_directory(TOKENIZER, config.text)
+    sizes = torch.tensor([[side, side, 0, 0, side, side]]).expand(len(captions), -1).to(options.device)
+    conditions = []
+    for conditioning in (
+        modules.text.encode(captions, tokenizer),
+        modules.text.encode_negative([""] * len(captions), tokenizer),
+    ):
+        conditions.append(Condition(conditioning.context, conditioning.vector(sizes, config.size_channels)))
+    levels = sigmas(20, config.noise)
+    generators = image_generators(range(len(captions)))
+    latent_side = side // config.vae.downscale
+    x = initial_noise(generators, (4, latent_side, latent_side), float(levels[0])).to(options.device)
+    denoiser = guided_denoiser(modules.unet, *conditions, options.cfg, lambda _: DENSE, config.noise)
+    with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
+        *_, x = sample(denoiser, x, levels)
+        images = modules.vae.decode(x).float()
+    pictures = images.add(1).mul(127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    verdicts = [check(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
+    for caption, verdict in zip(captions, verdicts, strict=True):
+        print("  obeyed " if verdict.obeyed else "  failed ", caption, "" if verdict.obeyed else verdict.reasons)
+    grid = rearrange(pictures, "(row column) h w c -> (row h) (column w) c", column=4)
+    with atomic_path(options.run / f"grid-{step:05d}.png") as path:
+        Image.fromarray(grid).save(path)
+    return sum(verdict.obeyed for verdict in verdicts) / len(verdicts)
+
+
+def main() -> None:
+    """Parses the command line and trains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/shapes"), help="folder of training state, logs and grids")
+    parser.add_argument("--out", type=Path, help="checkpoint to write at the end, such as weights/shapes/shapes.safetensors")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast (U-Net)")
+    parser.add_argument("--vae-steps", type=int, default=1600)
+    parser.add_argument("--small-steps", type=int, default=1400, help="U-Net steps on 32x32 latents")
+    parser.add_argument("--large-steps", type=int, default=700, help="U-Net steps on 64x64 latents")
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step; half of it at 64x64")
+    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the sample grids")
+    parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids")
+    options = parser.parse_args()
+    train_unet(options, train_vae(options))
+
+
+if __name__ == "__main__":
+    main()
