@@ -76,7 +76,7 @@ def load(
 ) -> tuple[ModelConfig, Modules]:
     """Reads a model, in evaluation mode.
 
-    Built without memory and filled tensor by tensor, each converted as it is read: at the peak there is little more in
+    Built without memory and filled tensor by tensor, converted as they are read: at the peak there is little more in
     memory than the weights in their :func:`part_dtype`.
 
     Raises:
@@ -84,10 +84,11 @@ def load(
     """
     file, config, modules = _open(path)
     _log_skipped(file)
-    shapes = official_shapes(modules)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in file.read(name for name in file.entries if name in shapes):
-        tensors[name] = tensor.reshape(shapes[name]).to(device, part_dtype(name, dtype))
+    tensors = {
+        name: torch.empty(shape, dtype=part_dtype(name, dtype), device=device)
+        for name, shape in official_shapes(modules).items()
+    }
+    file.read_into(tensors)
     for module in modules:
         module.eval()
     modules.unet.load_state_dict(_part(tensors, UNET_PREFIX), strict=True, assign=True)

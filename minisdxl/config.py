@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+LARGEST_SIDE = 4096  # pixels; a larger picture is a slip of the pen
+
+
 @dataclass(frozen=True)
 class Level:
     """One resolution of the U-Net; each level halves height and width of the one before."""
@@ -191,6 +194,21 @@ class ModelConfig:
             self.unet.in_channels == self.vae.latent_channels,
             f"the VAE has {self.vae.latent_channels} latent channels, the U-Net takes {self.unet.in_channels}",
         )
+
+    def picture_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """The (width, height) of a picture in pixels, ``None`` standing for the size that the model was made for.
+
+        Raises ``ValueError`` unless both are multiples of 8, no smaller than one pixel of the deepest level, and no
+        larger than ``LARGEST_SIDE``.
+        """
+        width, height = size if size is not None else (self.size, self.size)
+        smallest = max(8, self.vae.downscale * 2 ** (len(self.unet.levels) - 1))
+        for name, side in (("width", width), ("height", height)):
+            if side % 8 or not smallest <= side <= LARGEST_SIDE:
+                raise ValueError(
+                    f"picture {name} is {side} pixels, expected a multiple of 8 from {smallest} to {LARGEST_SIDE}"
+                )
+        return width, height
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings, for JSON."""

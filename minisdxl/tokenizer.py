@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from minisdxl.config import TextConfig
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+HUB_VOCABULARIES = (
+    ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/vocab.json"),
+    ("openai/clip-vit-large-patch14", "vocab.json"),
+)
 
 
 class Tokenizer:
@@ -117,3 +122,24 @@ def _read_merges(file: Path) -> list[tuple[str, str]]:
             raise ValueError(f"{file} line {number} is {line!r}, expected two tokens and a space between them")
         pairs.append((pair[0], pair[1]))
     return pairs
+
+
+def find_vocabulary(weights: Path, directory: str | Path | None) -> Path:
+    """The folder with the vocabulary for a checkpoint file, which holds none itself.
+
+    ``directory`` where one is given; else the folder ``tokenizer`` beside ``weights``; else what the hub's cache on
+    this machine has of SDXL or CLIP. Nothing is downloaded. Raises ``FileNotFoundError`` naming these ways.
+    """
+    if directory is not None:
+        return Path(directory)
+    beside = weights.parent / "tokenizer"
+    if beside.is_dir():
+        return beside
+    for repository, file in HUB_VOCABULARIES:
+        cached = try_to_load_from_cache(repository, file)
+        if isinstance(cached, str):
+            return Path(cached).parent
+    raise FileNotFoundError(
+        f"no CLIP vocabulary (vocab.json and merges.txt) for {weights}: expected a folder {beside}, one given by "
+        f"--tokenizer, or {HUB_VOCABULARIES[1][0]} in the hub's cache on this machine"
+    )

@@ -18,8 +18,8 @@ def scale_weights(module: nn.Module, scale: float) -> None:
                 parameter.data.mul_(scale)
 
 
-def diffusers_unet(unet: UNet) -> UNet2DConditionModel:
-    """diffusers' U-Net of the same config, weights, dtype and mode, by diffusers' own conversion of official names."""
+def diffusers_unet(unet: UNet, size_channels: int = 1) -> UNet2DConditionModel:
+    """diffusers' U-Net of the same config, weights and dtype, by diffusers' own conversion of official names."""
     c = unet.config
     depths = [level.depth for level in c.levels]
     peer = UNet2DConditionModel(
@@ -35,7 +35,7 @@ def diffusers_unet(unet: UNet) -> UNet2DConditionModel:
         cross_attention_dim=c.context_channels,
         use_linear_projection=True,
         addition_embed_type="text_time",
-        addition_time_embed_dim=1,
+        addition_time_embed_dim=size_channels,
         projection_class_embeddings_input_dim=c.vector_channels,
         norm_num_groups=c.norm_groups,
     )

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minisdxl.tensorfile import FLOATS, CheckpointError, open_tensors, write_tensors
+from minisdxl.tensorfile import FLOATS, CheckpointError, TensorFile, open_tensors, write_tensors
 
 DTYPES = pytest.mark.parametrize("dtype", list(FLOATS.values()), ids=str)
 
@@ -34,6 +34,13 @@ def raw_file(path: Path, header: Any, data: bytes = b"") -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
+
+
+def read_all(file: TensorFile) -> dict[str, Tensor]:
+    """All tensors of a file, in their own dtypes."""
+    tensors = {name: torch.empty(entry.shape, dtype=FLOATS[entry.dtype]) for name, entry in file.entries.items()}
+    file.read_into(tensors)
+    return tensors
 
 
 def refusal(path: Path) -> str:
@@ -67,7 +74,7 @@ def test_what_the_library_writes_is_read_here(tmp_path: Path, dtype: torch.dtype
     path = tmp_path / "theirs.safetensors"
     save_file(tensors, path, {"a": "b"})
     file = open_tensors(path)
-    ours = dict(file.read(file.entries))
+    ours = read_all(file)
     assert file.metadata == {"a": "b"}
     assert ours.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -82,6 +89,28 @@ def test_tensors_are_converted_as_they_are_written(tmp_path: Path) -> None:
     assert load_file(path)["a"].tolist() == [1.0, 0.0, -3.0]
     with pytest.raises(CheckpointError, match=r"as torch.int8, expected one of"):
         write_tensors(path, {"a": torch.ones(1)}, {}, torch.int8)
+
+
+def test_tensors_longer_than_the_buffer_are_converted_as_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long.safetensors"
+    numbers = torch.randn(101, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    save_file({"a": numbers, "b": numbers.half(), "c": numbers.float()}, path)
+    for size in (8, 80, 2**24):
+        monkeypatch.setattr("minisdxl.tensorfile.BUFFER", size)
+        targets = {"a": torch.empty(101, dtype=torch.bfloat16), "b": torch.empty(1, 101, 1)}
+        open_tensors(path).read_into(targets)
+        assert torch.equal(targets["a"], numbers.bfloat16())
+        assert torch.equal(targets["b"].flatten(), numbers.half().float())
+
+
+def test_targets_of_another_size_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(3), "b": torch.ones(3, dtype=torch.int8)}, path)
+    for target in ({"a": torch.empty(2)}, {"b": torch.empty(3)}):
+        with pytest.raises(ValueError, match="its target is"):
+            open_tensors(path).read_into(target)
 
 
 def test_other_dtypes_have_entries_too(tmp_path: Path) -> None:
@@ -177,13 +206,11 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_not_a_crash(tmp_pa
     write_tensors(path, {"a": torch.ones(4), "b": torch.ones(50_000)}, {}, torch.float32)
     file = open_tensors(path)
     os.truncate(path, 10_000)
-    tensors = file.read(file.entries)
-    assert next(tensors)[0] == "a"
     with pytest.raises(CheckpointError, match="ended within b"):
-        next(tensors)
+        read_all(file)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"cannot read .*: No such file"):
-        list(file.read(["a"]))
+        read_all(file)
 
 
 @contextmanager

@@ -1,0 +1,30 @@
+"""What the commands share: one clear line for what goes wrong, and sizes as people write them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import warnings
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line on stderr and exit code 2, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of ``WxH``. Raises ``argparse.ArgumentTypeError`` for other texts."""
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"size is {text!r}, expected WIDTHxHEIGHT in pixels, such as 1024x1024")
+    return int(match[1]), int(match[2])
+
+
+def plain_warnings() -> None:
+    """Shows a warning as one line, without the place in the code that gave it: it is meant for the user."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

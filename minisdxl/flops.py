@@ -1,0 +1,267 @@
+"""What a token plan costs, by formula: ``python -m minisdxl.flops`` and the functions behind it.
+
+FLOPs are two per multiply-accumulate of convolutions, linear layers and attention, for one image and one call of the
+U-Net (classifier-free guidance makes two a step), as in the AT-EDM paper (table 1, figure 2) and as
+``torch.utils.flop_counter`` counts them when the model runs. Ranking and recovery are reported apart, in no total.
+Legend: N tokens of a feature map, n <= N tokens still held, T text tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple, NoReturn
+
+from atedm.ranking import MAX_ITERATIONS, kept_count
+from atedm.schedule import DENSE, Schedule, TokenPlan, parse_preset
+from minisdxl.config import SDXL_BASE, SHAPES, AttentionSite, ModelConfig, UNetConfig
+
+MODELS = {config.name: config for config in (SDXL_BASE, SHAPES)}
+MAX_SIDE = 16384  # pixels; a larger picture is a typing error
+BAR = 40  # characters of the longest bar
+
+
+class Kind(StrEnum):
+    """Kinds of work."""
+
+    CONVOLUTION = "convolution"
+    PROJECTIONS = "projections"  # every linear layer outside the feed-forwards
+    SELF_ATTENTION = "self-attention"  # the two products with the attention map
+    CROSS_ATTENTION = "cross-attention"  # likewise
+    FEED_FORWARD = "feed-forward"
+    RANKING = "ranking and recovery"
+
+
+class Work(NamedTuple):
+    """One kind of work in one block; attention blocks have their sayable names, others those of their modules."""
+
+    name: str
+    kind: Kind
+    flops: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """The cost of one U-Net call, piece by piece in running order."""
+
+    works: tuple[Work, ...]
+
+    @property
+    def total(self) -> int:
+        """Everything but ranking and recovery."""
+        return sum(work.flops for work in self.works if work.kind != Kind.RANKING)
+
+
+def count(
+    config: UNetConfig | ModelConfig, height: int, width: int, plan: TokenPlan = DENSE, context_length: int = 77
+) -> Flops:
+    """The cost of one U-Net call for one latent of ``height`` x ``width`` and ``context_length`` text tokens.
+
+    How often G-WPR iterates depends on the picture: ranking is given at its most, ``MAX_ITERATIONS``. Recovery is a
+    gather and multiplies nothing. Raises ``ValueError`` for sizes under 1 and for a plan that does not fit the U-Net.
+    """
+    if min(height, width, context_length) < 1:
+        raise ValueError(f"latent is {height}x{width} and context_length {context_length}, expected 1 or more of each")
+    unet = config.unet if isinstance(config, ModelConfig) else config
+    plan.check(list(unet.attention_sites()))
+    return Flops(tuple(_Formula(unet, height, width, plan, context_length).unet()))
+
+
+@dataclass(frozen=True)
+class _Formula:
+    """Walks the blocks of ``minisdxl/unet.py`` in the order in which they run."""
+
+    config: UNetConfig
+    height: int
+    width: int
+    plan: TokenPlan
+    context_length: int
+
+    def unet(self) -> Iterator[Work]:
+        c, sites = self.config, self.config.attention_sites()
+        last, embedding = len(c.levels) - 1, c.embedding_channels
+        for name, channels in ("time_embed", c.model_channels), ("label_emb", c.vector_channels):
+            yield Work(name, Kind.PROJECTIONS, _product(1, channels + embedding, embedding))
+
+        channels = c.channels(0)
+        yield self.conv("input_blocks.0.0", c.in_channels, channels, 0)
+        skips = [channels]
+        for level, spec in enumerate(c.levels):
+            for _ in range(c.res_blocks):
+                yield from self.res_block(f"input_blocks.{len(skips)}.0", channels, c.channels(level), level)
+                yield from self.attention_block(next(sites)) if spec.depth else ()
+                channels = c.channels(level)
+                skips.append(channels)
+            if level < last:
+                yield self.conv(f"input_blocks.{len(skips)}.0", channels, channels, level + 1)
+                skips.append(channels)
+
+        yield from self.res_block("middle_block.0", channels, channels, last)
+        yield from self.attention_block(next(sites)) if c.middle_depth else ()
+        yield from self.res_block(f"middle_block.{2 if c.middle_depth else 1}", channels, channels, last)
+
+        blocks = len(skips)
+        for level, spec in reversed(list(enumerate(c.levels))):
+            for index in range(c.res_blocks + 1):
+                block = f"output_blocks.{blocks - len(skips)}"
+                yield from self.res_block(f"{block}.0", channels + skips.pop(), c.channels(level), level)
+                yield from self.attention_block(next(sites)) if spec.depth else ()
+                channels = c.channels(level)
+                if level > 0 and index == c.res_blocks:
+                    yield self.conv(f"{block}.{2 if spec.depth else 1}", channels, channels, level - 1)
+        yield self.conv("out", channels, c.out_channels, 0)
+
+    def conv(self, name: str, in_channels: int, out_channels: int, level: int) -> Work:  # 3x3, writes to that level
+        return Work(name, Kind.CONVOLUTION, _product(self.positions(level), 9 * in_channels, out_channels))
+
+    def res_block(self, name: str, in_channels: int, out_channels: int, level: int) -> Iterator[Work]:
+        # Two 3x3 convolutions, and a 1x1 one where the residual has to change its channels.
+        taps = 9 * in_channels + 9 * out_channels + (in_channels if in_channels != out_channels else 0)
+        yield Work(name, Kind.CONVOLUTION, _product(self.positions(level), taps, out_channels))
+        yield Work(name, Kind.PROJECTIONS, _product(1, self.config.embedding_channels, out_channels))
+
+    def attention_block(self, site: AttentionSite) -> Iterator[Work]:
+        c, text, tokens = site.channels, self.context_length, self.positions(site.level)
+        plan = self.plan.get(site.name)
+        kept = tokens if plan is None else kept_count(tokens, plan.ratio)
+        full = site.depth if plan is None else plan.after_layer + 1
+        held = [tokens] * full + [kept] * (site.depth - full)  # n of each layer
+
+        projections = _product(tokens, c, c) + _product(kept, c, c)  # in, and out: before the tokens are restored
+        # Self-attention projects to q, k, v and out, cross-attention to q and out; its k and v are of the text.
+        projections += sum(_product(n, c, 6 * c) + _product(text, self.config.context_channels, 2 * c) for n in held)
+        yield Work(site.name, Kind.PROJECTIONS, projections)
+        # Q K^T and A V, all heads together.
+        yield Work(site.name, Kind.SELF_ATTENTION, sum(2 * _product(n, c, n) for n in held))
+        yield Work(site.name, Kind.CROSS_ATTENTION, sum(2 * _product(n, c, text) for n in held))
+        # GEGLU makes two vectors of 4 C channels; their product, one such vector, goes back to C.
+        yield Work(site.name, Kind.FEED_FORWARD, sum(_product(n, c, 8 * c + 4 * c) for n in held))
+        if plan is not None:
+            # Q K^T once more, since fused attention keeps its map to itself; then A^T s, per head and iteration.
+            votes = c // self.config.head_channels * MAX_ITERATIONS if kept < tokens else 0
+            yield Work(site.name, Kind.RANKING, _product(tokens, c + votes, tokens))
+
+    def positions(self, level: int) -> int:
+        """H * W of a feature level: each halving rounds up."""
+        return -(-self.height >> level) * -(-self.width >> level)
+
+
+def _product(rows: int, inner: int, columns: int) -> int:
+    """A (rows, inner) x (inner, columns) matrix product."""
+    return 2 * rows * inner * columns
+
+
+def summary(config: ModelConfig, height: int, width: int, schedule: Schedule | None, steps: int) -> dict[str, Any]:
+    """The cost of one U-Net call on a latent of ``height`` x ``width``, ready for JSON.
+
+    FLOPs of the ``dense`` model, the ``steady`` (last) of ``steps`` steps, the ``pruneless`` (first) one and the
+    ``average`` of all; in ``blocks`` each :class:`Work` of the steady step, ranking and recovery among them. ``None``
+    for ``schedule`` is dense. Raises ``ValueError`` as :func:`count`, for steps out of range, or if nothing is pruned.
+    """
+    if not 1 <= steps <= config.noise.steps:
+        raise ValueError(f"steps is {steps}, expected 1 to {config.noise.steps}")
+    sites = list(config.unet.attention_sites())
+    plans = [DENSE if schedule is None else schedule.plan(step, steps, sites) for step in range(steps)]
+    calls = {plan: count(config, height, width, plan, config.text[0].context_length) for plan in {DENSE, *plans}}
+    steady = calls[plans[-1]]
+    return {
+        "dense": calls[DENSE].total,
+        "steady": steady.total,
+        "pruneless": calls[plans[0]].total,
+        "average": round(sum(calls[plan].total * times for plan, times in Counter(plans).items()) / steps),
+        "blocks": [work._asdict() for work in steady.works],
+    }
+
+
+def format_flops(n: float) -> str:
+    """Three digits and a unit: ``6.76 T``."""
+    n = float(f"{n:.3g}")  # rounded first: 999.9 G are 1.00 T
+    for unit, size in ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3):
+        if n >= size:
+            return f"{n / size:.{2 if n < 10 * size else 1 if n < 100 * size else 0}f} {unit}"
+    return f"{n:.0f}"
+
+
+def report(calls: dict[str, Any], dense: dict[str, Any]) -> str:
+    """A :func:`summary` for people, beside that of the dense model: totals, then kinds of work and blocks with bars."""
+    heads = {"dense": "dense", "steady": "steady step", "pruneless": "prune-less step", "average": "average"}
+    lines = [f"{head:<19}{format_flops(calls[k]):>7}{calls[k] / calls['dense']:>9.1%}" for k, head in heads.items()]
+    lines += ["", "steady step, # spent, . saved by pruning:"]
+    for column in "kind", "name":
+        spent, full = _sums(calls, column), _sums(dense, column)
+        for label in full:
+            hashes, width = (round(BAR * sums[label] / max(full.values())) for sums in (spent, full))
+            share = f"{format_flops(spent[label]):>7}{spent[label] / calls['steady']:>9.1%}"
+            lines.append(f"{label:<19}{share}  {('#' * hashes).ljust(width, '.')}".rstrip())
+        lines.append("")
+    ranking = sum(work["flops"] for work in calls["blocks"] if work["kind"] == Kind.RANKING)
+    return "\n".join([*lines, f"not included: {Kind.RANKING}, at most {format_flops(ranking)}"])
+
+
+def _sums(calls: dict[str, Any], column: str) -> Counter[str]:
+    """FLOPs by ``name`` or ``kind``, without ranking and recovery."""
+    sums: Counter[str] = Counter()
+    for work in calls["blocks"]:
+        if work["kind"] != Kind.RANKING:
+            sums[work[column]] += work["flops"]
+    return sums
+
+
+def parse_size(text: str, multiple: int) -> tuple[int, int]:
+    """Width and height in pixels of ``WxH``. Raises ``ValueError`` unless both are multiples of ``multiple``."""
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if any(side % multiple or not 0 < side <= MAX_SIDE for side in (width, height)):
+        raise ValueError(f"size is {text!r}, expected WIDTHxHEIGHT in pixels, multiples of {multiple} up to {MAX_SIDE}")
+    return width, height
+
+
+def find_config(model: str) -> ModelConfig:
+    """The config of that name or in that file. Raises ``ValueError``."""
+    if model in MODELS:
+        return MODELS[model]
+    if not model.endswith(".safetensors"):
+        raise ValueError(f"unknown model {model!r}, expected {', '.join(MODELS)}, or the path of a .safetensors file")
+    from minisdxl.checkpoint import read_config  # imports transformers, which takes longer than all else here
+
+    return read_config(model)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # one line, without the usage
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = _Parser(prog="python -m minisdxl.flops", description="What a U-Net call costs, dense and with pruning.")
+    add = parser.add_argument
+    add("--model", default=SDXL_BASE.name, help=f"{', '.join(MODELS)}, or a .safetensors file (default: %(default)s)")
+    add("--size", metavar="WxH", help="of the picture in pixels (default: what the model was made for)")
+    add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    add("--prune", nargs="?", const="at-edm", metavar="PRESET", help="prune tokens (default preset: %(const)s)")
+    add("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    try:
+        config = find_config(options.model)
+        schedule = parse_preset(options.prune) if options.prune is not None else None
+        size = f"{config.size}x{config.size}" if options.size is None else options.size
+        width, height = (side // config.vae.downscale for side in parse_size(size, config.vae.downscale))
+        calls = summary(config, height, width, schedule, options.steps)
+        dense = summary(config, height, width, None, options.steps)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.json:
+        print(json.dumps(calls, indent=1))
+    else:
+        asked = f"{config.name}, {size} pixels, {options.steps} steps, {options.prune or 'dense'}"
+        print(f"FLOPs of one U-Net call: {asked}", "", report(calls, dense), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
