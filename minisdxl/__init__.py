@@ -1,7 +1,7 @@
 """minisdxl: Stable Diffusion XL from scratch, with token pruning as ordinary layers.
 
-    sdxl = minisdxl.load("shapes")
-    images = sdxl.generate(["a small red circle on a white background"], prune="at-edm")
+sdxl = minisdxl.load("shapes")
+images = sdxl.generate(["a small red circle on a white background"], prune="at-edm")
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
 LARGEST_SIDE = 4096  # pixels; a larger picture is a slip of the pen
 
 
@@ -31,7 +30,7 @@ class Level:
 class AttentionSite:
     """Where an attention block sits in the U-Net.
 
-    ``stage`` is ``down``, ``mid`` or ``up``; ``level`` the feature level (0 is full latent resolution); ``index`` counts
+    ``stage`` is ``down``, ``mid`` or ``up``; ``level`` the feature level (0 is full resolution); ``index`` counts
     the blocks of that level and stage in the order in which they run.
     """
 
@@ -173,7 +172,9 @@ class ModelConfig:
     vae: VAEConfig
     text: tuple[TextConfig, TextConfig]
     size: int  # side of a picture in pixels, when none is asked for
-    size_channels: int = 256  # sinusoidal embedding of each of six size numbers; official: ConcatTimestepEmbedderND.outdim
+    size_channels: int = (
+        256  # sinusoidal embedding of each of six size numbers; official: ConcatTimestepEmbedderND.outdim
+    )
     noise: NoiseConfig = NoiseConfig()
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ Shapes: B prompts; latents (B, 4, h, w) with h and w the picture's sides over ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from atedm.schedule import DENSE, Schedule, TokenPlan, parse_preset
 from minisdxl import checkpoint
@@ -36,6 +38,11 @@ class SDXL:
     vae: VAE
     text: TextEncoders
     tokenizer: Tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return next(self.unet.parameters()).device
 
     @torch.no_grad()
     def generate(
@@ -68,9 +75,11 @@ class SDXL:
         """
         if not prompts or isinstance(prompts, str):
             raise ValueError(f"prompts is {prompts!r}, there are no prompts in it; expected a list of strings")
+        if not math.isfinite(cfg):
+            raise ValueError(f"guidance scale cfg is {cfg}, expected a finite number, such as 7.0")
         plans = self.plans(prune, steps)
         width, height = self.config.picture_size(size)
-        device, dtype = self.unet.out[2].weight.device, self.unet.out[2].weight.dtype
+        device, dtype = self.device, self.unet.dtype
         sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device).expand(len(prompts), -1)
 
         def condition(words: Conditioning) -> Condition:
@@ -79,16 +88,14 @@ class SDXL:
 
         positive = condition(self.text.encode(prompts, self.tokenizer))
         unconditional = condition(self.text.encode_negative([negative] * len(prompts), self.tokenizer))
-        denoiser = guided_denoiser(
-            self.unet, positive, unconditional, cfg, lambda step: plans[step], self.config.noise
-        )
+        denoiser = guided_denoiser(self.unet, positive, unconditional, cfg, lambda step: plans[step], self.config.noise)
 
         levels = sigmas(steps, self.config.noise)
         generators = image_generators(range(seed, seed + len(prompts)))
         f = self.config.vae.downscale
         shape = (self.config.vae.latent_channels, height // f, width // f)
-        x = initial_noise(generators, shape, float(levels[0])).to(device)
-        for step, x in enumerate(sample(denoiser, x, levels, generators)):
+        noise = initial_noise(generators, shape, float(levels[0])).to(device)
+        for step, x in enumerate(sample(denoiser, noise, levels, generators)):
             if on_step is not None:
                 on_step(step, x)
 
@@ -128,8 +135,8 @@ def load(
     vocabulary = find_vocabulary(path, tokenizer)
     config, modules = checkpoint.load(path, device, dtype)
     # Convolutions run faster on pixels with their channels side by side, and a token set is then a view.
-    modules.unet.to(memory_format=torch.channels_last)
-    modules.vae.to(memory_format=torch.channels_last)
+    for module in (modules.unet, modules.vae):
+        convert_conv2d_weight_memory_format(module, torch.channels_last)
     return SDXL(config, *modules, Tokenizer.from_directory(vocabulary, config.text))
 
 

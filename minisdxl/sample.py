@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from atedm.schedule import parse_preset
 from minisdxl.command import Parser, parse_size, plain_warnings
 from minisdxl.files import atomic_path
 from minisdxl.flops import count, format_flops
@@ -29,12 +30,16 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # prompts and options in any order
     plain_warnings()
     try:
+        if options.prune is not None:
+            parse_preset(options.prune)  # before gigabytes of weights are read
         targets = [_target(options, index) for index in range(len(options.prompts))]
         _check_writable(targets)
-        sdxl = load(options.weights, device=_device(options.device), dtype=DTYPES[options.dtype], tokenizer=options.tokenizer)
+        sdxl = load(
+            options.weights, device=_device(options.device), dtype=DTYPES[options.dtype], tokenizer=options.tokenizer
+        )
         settings = _settings(options, sdxl)
         for first in range(0, len(targets), options.batch):
             _make(sdxl, options, settings, first, targets[first : first + options.batch])
@@ -56,14 +61,29 @@ def _parser() -> Parser:
         help="prune tokens; the preset (default: %(const)s) may carry settings, as in at-edm:rho=0.5,tau=10",
     )
     add("--compare", action="store_true", help="dense and pruned side by side in one picture, from the same noise")
-    add("--weights", default="shapes", metavar="NAME|PATH", help="the bundled 'shapes' (default) or an SDXL .safetensors file")
-    add("--tokenizer", metavar="DIR", help="folder of vocab.json and merges.txt (default: 'tokenizer' beside the weights)")
+    add(
+        "--weights",
+        default="shapes",
+        metavar="NAME|PATH",
+        help="the bundled 'shapes' (default) or an SDXL .safetensors file",
+    )
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder of vocab.json and merges.txt (default: 'tokenizer' beside the weights)",
+    )
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add("--cfg", type=float, default=7.0, help="classifier-free guidance scale (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the first picture; picture i has seed + i (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
     add("--negative", default="", metavar="TEXT", help="what to steer away from")
-    add("--out", type=Path, default=Path("out"), metavar="FILE|DIR", help="a .png file, or a folder (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("out"),
+        metavar="FILE|DIR",
+        help="a .png file, or a folder (default: %(default)s)",
+    )
     add("--batch", type=int, default=1, help="pictures made at a time (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
@@ -113,7 +133,7 @@ def _settings(options: argparse.Namespace, sdxl: SDXL) -> dict[str, Any]:
     width, height = sdxl.config.picture_size(options.size)
     shared = {key: getattr(options, key) for key in ("negative", "steps", "cfg", "prune", "compare", "batch", "dtype")}
     model = {"weights": weights.name, "sha256": digest, "model": sdxl.config.name, "torch": torch.__version__}
-    return {**shared, "size": f"{width}x{height}", "device": str(sdxl.unet.out[2].weight.device), **model}
+    return {**shared, "size": f"{width}x{height}", "device": str(sdxl.device), **model}
 
 
 def _make(

@@ -71,7 +71,7 @@ class TensorFile:
                         raise ValueError(f"{name} is {entry.dtype} {entry.shape}, its target is {tuple(target.shape)}")
                     dtype = FLOATS[entry.dtype]
                     file.seek(self.header_bytes + entry.start)
-                    for part in target.view(-1).split(BUFFER // dtype.itemsize):
+                    for part in torch.split(target.view(-1), BUFFER // dtype.itemsize):
                         piece = buffer[: part.numel() * dtype.itemsize]
                         if file.readinto(_bytes_of(piece)) != piece.numel():
                             raise CheckpointError(f"{self.path} ended within {name} while it was being read")

@@ -51,7 +51,7 @@ class Tokenizer:
         if configs[0].context_length != configs[1].context_length:
             raise ValueError(f"text encoders take {[c.context_length for c in configs]} tokens, expected one length")
         self.configs = configs
-        self._encoder = CLIPTokenizer(vocab=vocabulary, merges=merges)  # type: ignore[arg-type]  # takes pairs too
+        self._encoder = CLIPTokenizer(vocab=vocabulary, merges=merges)
 
     @classmethod
     def from_directory(cls, directory: str | Path, configs: tuple[TextConfig, TextConfig]) -> Tokenizer:

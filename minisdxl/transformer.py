@@ -17,7 +17,7 @@ from atedm.tokens import TokenSet
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens (B, n, C) to a context (B, T, c); no bias on q, k and v (official: CrossAttention)."""
+    """Attention of tokens (B, n, C) to a context (B, T, c); q, k and v have no bias (official: CrossAttention)."""
 
     def __init__(self, channels: int, context_channels: int, head_channels: int) -> None:
         super().__init__()
@@ -47,7 +47,8 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) -> (B, n, hidden)."""
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate, approximate="none")
+        x = value * F.gelu(gate, approximate="none")
+        return x
 
 
 class FeedForward(nn.Module):
@@ -89,7 +90,7 @@ class TransformerLayer(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Feature map (B, C, H, W) to tokens, through ``depth`` layers, and back, with a residual (official: SpatialTransformer).
+    """Feature map (B, C, H, W) to tokens, through ``depth`` layers, and back (official: SpatialTransformer).
 
     ``name`` is the block's sayable name (``down.1.0``, ``mid``): token plans address it by that.
     """

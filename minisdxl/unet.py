@@ -1,7 +1,7 @@
 """The denoising U-Net.
 
 Names are those of the official single-file checkpoint (prefix ``model.diffusion_model.``): numbered ``input_blocks``,
-``middle_block`` and ``output_blocks``. ``UNetConfig.attention_sites`` lists the attention blocks by names people can say.
+``middle_block``, ``output_blocks``. ``UNetConfig.attention_sites`` lists the attention blocks by names people can say.
 Shapes: latent x (B, 4, H, W); timestep (B,); context (B, T, c); vector (B, v); embedding (B, 4 * model_channels).
 """
 
@@ -35,16 +35,14 @@ class ResBlock(nn.Module):
             nn.Identity(),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
-        if in_channels != out_channels:
-            self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
-        else:
-            self.skip_connection = nn.Identity()
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H, W)."""
         h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
-        skip: Tensor = self.skip_connection(x)
-        return skip + self.out_layers(h)
+        x = self.skip_connection(x) + self.out_layers(h)
+        return x
 
 
 class Downsample(nn.Module):
@@ -113,8 +111,15 @@ class UNet(nn.Module):
         )
         self.output_blocks = nn.ModuleList(self._up(sites))
         self.out = nn.Sequential(
-            nn.GroupNorm(config.norm_groups, top, eps=1e-5), nn.SiLU(), nn.Conv2d(top, config.out_channels, 3, padding=1)
+            nn.GroupNorm(config.norm_groups, top, eps=1e-5),
+            nn.SiLU(),
+            nn.Conv2d(top, config.out_channels, 3, padding=1),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in."""
+        return next(self.parameters()).dtype
 
     def _res(self, in_channels: int, out_channels: int) -> ResBlock:
         return ResBlock(in_channels, out_channels, self.config.embedding_channels, self.config.norm_groups)
@@ -154,9 +159,7 @@ class UNet(nn.Module):
                 yield Block(*parts)
                 channels = c.channels(level)
 
-    def forward(
-        self, x: Tensor, timestep: Tensor, context: Tensor, vector: Tensor, plan: TokenPlan = DENSE
-    ) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, vector: Tensor, plan: TokenPlan = DENSE) -> Tensor:
         """The predicted noise (B, 4, H, W).
 
         ``plan`` says what each attention block does with its tokens; a block that it does not name runs dense.

@@ -7,6 +7,8 @@ Every GroupNorm has eps 1e-6 (official: ``Normalize``), other than the U-Net's R
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -29,17 +31,15 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        else:
-            self.nin_shortcut = nn.Identity()
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual of norm, SiLU, convolution, twice."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        skip: Tensor = self.nin_shortcut(x)
-        return skip + h
+        x = self.nin_shortcut(x) + h
+        return x
 
 
 class AttentionBlock(nn.Module):
@@ -58,7 +58,8 @@ class AttentionBlock(nn.Module):
         normed = self.norm(x)
         q, k, v = (rearrange(project(normed), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-        return x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        x = x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        return x
 
 
 class Middle(nn.Module):
@@ -108,7 +109,7 @@ class DownLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, res_blocks: int, groups: int, last: bool) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * res_blocks
-        self.block = nn.Sequential(*(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)))
+        self.block = nn.Sequential(*(ResnetBlock(a, b, groups) for a, b in pairwise(widths)))
         self.downsample = nn.Identity() if last else Downsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ class UpLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, res_blocks: int, groups: int, last: bool) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (res_blocks + 1)
-        self.block = nn.Sequential(*(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)))
+        self.block = nn.Sequential(*(ResnetBlock(a, b, groups) for a, b in pairwise(widths)))
         self.upsample = nn.Identity() if last else Upsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:

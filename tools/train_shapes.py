@@ -1,9 +1,9 @@
-"""Makes the bundled model ``shapes`` from nothing: draws its data, trains the VAE, then text encoders and U-Net together.
+"""Makes the bundled model ``shapes`` from nothing: draws data, trains the VAE, then text encoders and U-Net together.
 
     python -m tools.train_shapes                 # everything, resuming whatever a killed run left in runs/shapes
 
 Pictures are drawn as they are needed, so there is no data set and no epoch. The U-Net sees 32x32 latents first (128 px)
-and 64x64 (256 px) after that, told apart by SDXL's own size conditioning: a step at 64x64 costs about five times as much.
+and 64x64 (256 px) after that, told apart by SDXL's own size conditioning: a picture costs five times as much there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from atedm.schedule import DENSE
 from minisdxl.checkpoint import Modules, save
@@ -39,7 +40,7 @@ from minisdxl.sampler import (
     sample,
     sigmas,
 )
-from minisdxl.text import TextEncoders
+from minisdxl.text import Conditioning, TextEncoders
 from minisdxl.tokenizer import Tokenizer
 from minisdxl.transformer import AttentionBlock
 from minisdxl.unet import ResBlock, UNet
@@ -89,7 +90,8 @@ def train_vae(options: argparse.Namespace) -> VAE:
     The loss is L1 + L2 with a small Kullback-Leibler term, so that latents are smooth and the decoder forgives noise.
     """
     state_file = options.run / "vae.pt"
-    vae = VAE(SHAPES.vae).to(options.device, memory_format=torch.channels_last)
+    vae = VAE(SHAPES.vae).to(options.device)
+    convert_conv2d_weight_memory_format(vae, torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     step = 0
     if state_file.exists():
@@ -115,7 +117,7 @@ def train_vae(options: argparse.Namespace) -> VAE:
         error = F.mse_loss(output, images)
         loss = F.l1_loss(output, images) + error + 1e-3 * divergence
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1
@@ -124,8 +126,14 @@ def train_vae(options: argparse.Namespace) -> VAE:
             log(options.run / "vae.csv", step=step, loss=loss.item(), psnr=psnr, seconds=time.time() - began)
         if step % 100 == 0 or step == options.vae_steps:
             save_state(state_file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
-    vae.eval().requires_grad_(False)
+    vae.requires_grad_(False).eval()
     return vae
+
+
+def zero(module: nn.Module) -> None:
+    """Sets all weights of a module to 0."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
 
 
 class Model(nn.Module):
@@ -137,13 +145,10 @@ class Model(nn.Module):
         self.text = TextEncoders(SHAPES.text)
         for module in self.unet.modules():  # the official start: every residual branch adds nothing at first
             if isinstance(module, ResBlock):
-                nn.init.zeros_(module.out_layers[3].weight)
-                nn.init.zeros_(module.out_layers[3].bias)
+                zero(module.out_layers[3])
             elif isinstance(module, AttentionBlock):
-                nn.init.zeros_(module.proj_out.weight)
-                nn.init.zeros_(module.proj_out.bias)
-        nn.init.zeros_(self.unet.out[2].weight)
-        nn.init.zeros_(self.unet.out[2].bias)
+                zero(module.proj_out)
+        zero(self.unet.out[2])
 
     def forward(self, latents: Tensor, timestep: Tensor, ids: tuple[Tensor, Tensor], drop: Tensor, side: int) -> Tensor:
         """Predicted noise; rows where ``drop`` is true see no prompt."""
@@ -155,8 +160,12 @@ class Model(nn.Module):
 
 
 def optimizers_of(model: Model) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of transformer layers, where it needs far fewer steps than AdamW, and AdamW for the rest."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ("transformer_blocks" in name or ".layers." in name)]
+    """Muon for the matrices of transformer layers, where it needs fewer steps than AdamW, and AdamW for the rest."""
+    matrices = [
+        p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and ("transformer_blocks" in name or ".layers." in name)
+    ]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     muon = torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
@@ -179,7 +188,7 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
     state_file = options.run / "unet.pt"
     torch.manual_seed(options.seed)
     model = Model().to(options.device)
-    model.unet.to(memory_format=torch.channels_last)
+    convert_conv2d_weight_memory_format(model.unet, torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizers = optimizers_of(model)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -220,7 +229,7 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
         loss = F.mse_loss(predicted.float(), noise)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -254,24 +263,24 @@ def sample_grid(options: argparse.Namespace, step: int, config: ModelConfig, mod
     captions = [random_scene(rng, "test").caption for _ in range(16)]
     tokenizer = Tokenizer.from_directory(TOKENIZER, config.text)
     sizes = torch.tensor([[side, side, 0, 0, side, side]]).expand(len(captions), -1).to(options.device)
-    conditions = []
-    for conditioning in (
-        modules.text.encode(captions, tokenizer),
-        modules.text.encode_negative([""] * len(captions), tokenizer),
-    ):
-        conditions.append(Condition(conditioning.context, conditioning.vector(sizes, config.size_channels)))
+
+    def condition(words: Conditioning) -> Condition:
+        return Condition(words.context, words.vector(sizes, config.size_channels))
+
+    positive = condition(modules.text.encode(captions, tokenizer))
+    unconditional = condition(modules.text.encode_negative([""] * len(captions), tokenizer))
     levels = sigmas(20, config.noise)
     generators = image_generators(range(len(captions)))
     latent_side = side // config.vae.downscale
     x = initial_noise(generators, (4, latent_side, latent_side), float(levels[0])).to(options.device)
-    denoiser = guided_denoiser(modules.unet, *conditions, options.cfg, lambda _: DENSE, config.noise)
+    denoiser = guided_denoiser(modules.unet, positive, unconditional, options.cfg, lambda _: DENSE, config.noise)
     with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
         *_, x = sample(denoiser, x, levels)
         images = modules.vae.decode(x).float()
     pictures = images.add(1).mul(127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     verdicts = [check(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
     for caption, verdict in zip(captions, verdicts, strict=True):
-        print("  obeyed " if verdict.obeyed else "  failed ", caption, "" if verdict.obeyed else verdict.reasons)
+        print(f"  {'obeyed' if verdict.obeyed else 'failed'}: {caption}; {'; '.join(verdict.reasons[:2])}", flush=True)
     grid = rearrange(pictures, "(row column) h w c -> (row h) (column w) c", column=4)
     with atomic_path(options.run / f"grid-{step:05d}.png") as path:
         Image.fromarray(grid).save(path)
@@ -281,8 +290,12 @@ def sample_grid(options: argparse.Namespace, step: int, config: ModelConfig, mod
 def main() -> None:
     """Parses the command line and trains."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/shapes"), help="folder of training state, logs and grids")
-    parser.add_argument("--out", type=Path, help="checkpoint to write at the end, such as weights/shapes/shapes.safetensors")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/shapes"), help="folder of training state, logs and grids"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="checkpoint to write at the end, such as weights/shapes/shapes.safetensors"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast (U-Net)")

@@ -41,14 +41,22 @@ def measure(unet: UNet, height: int, width: int, plan: TokenPlan, context_length
     vector = torch.randn(1, c.vector_channels, device=device)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         unet(x, time, context, vector, plan)
-    counts = {name: sum(operators.values()) for name, operators in counter.get_flop_counts().items()}
+    totals = {
+        path: sum(operators.values()) for path, operators in counter.get_flop_counts().items() if path != "Global"
+    }
+    own = Counter(totals)
+    for path, flops in totals.items():
+        parent = path.rpartition(".")[0]
+        while parent and parent not in totals:  # lists of modules do not run, so they are not seen
+            parent = parent.rpartition(".")[0]
+        if parent:
+            own[parent] -= flops
     measured: Counter[tuple[str, str]] = Counter()
-    for name, module in unet.named_modules():
-        path = ".".join(filter(None, ["UNet", name]))
-        own = counts.get(path, 0) - sum(counts.get(f"{path}.{child}", 0) for child, _ in module.named_children())
-        if own:
-            measured[block_name(unet, name), kind_of_work(name, module)] += own
-    assert measured.total() == counter.get_total_flops()  # every operator belongs to some module
+    for path, flops in own.items():
+        if flops:
+            name = path.removeprefix("UNet").removeprefix(".")
+            measured[block_name(unet, name), kind_of_work(name, unet.get_submodule(name))] += flops
+    assert measured.total() == counter.get_total_flops()
     return measured
 
 
@@ -88,7 +96,7 @@ def sdxl() -> UNet:
     return on_meta(SDXL_BASE.unet)
 
 
-@pytest.mark.parametrize(("height", "width", "text"), [(128, 128, 77), (96, 168, 77), (75, 101, 154), (1, 3, 1)])
+@pytest.mark.parametrize(("height", "width", "text"), [(128, 128, 77), (75, 101, 154), (1, 3, 1)])
 def test_dense_sdxl_to_the_flop(sdxl: UNet, height: int, width: int, text: int) -> None:
     measured = measure(sdxl, height, width, DENSE, text)
     counted = count(SDXL_BASE, height, width, DENSE, text)
@@ -97,9 +105,18 @@ def test_dense_sdxl_to_the_flop(sdxl: UNet, height: int, width: int, text: int) 
     assert table(counted.works) == measured
 
 
-@pytest.mark.parametrize("step", [0, 49])
-@pytest.mark.parametrize("preset", ["at-edm", "at-edm-dagger", "at-edm:rho=0.94", "at-edm:rho=0.001", "at-edm:rho=0"])
-@pytest.mark.parametrize(("height", "width"), [(128, 128), (33, 21)])
+@pytest.mark.parametrize(
+    ("preset", "step", "height", "width"),
+    [
+        ("at-edm", 49, 128, 128),
+        ("at-edm", 0, 75, 101),
+        ("at-edm-dagger", 49, 128, 128),
+        ("at-edm-dagger", 0, 33, 21),
+        ("at-edm:rho=0.94", 49, 33, 21),
+        ("at-edm:rho=0.001", 49, 33, 21),  # removes tokens of some blocks only
+        ("at-edm:rho=0", 0, 33, 21),
+    ],
+)
 def test_pruned_sdxl_to_the_flop(
     sdxl: UNet, monkeypatch: pytest.MonkeyPatch, preset: str, step: int, height: int, width: int
 ) -> None:
@@ -292,9 +309,9 @@ def test_table_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{head:<19}{format_flops(found[key]):>7}" in out
     assert "50 steps, at-edm" in out
     assert all(f"\n{name} " in out for name in {block["name"] for block in found["blocks"]})
-    bars = {line.split()[0]: (line.count("#"), line.count(".")) for line in out.splitlines() if "#" in line}
-    assert max(sum(bar) for bar in bars.values()) <= 60
-    assert bars["down.2.0"] == bars["mid"]
+    bars = {line.split()[0]: line.split()[-1] for line in out.splitlines() if "##" in line}
+    assert bars["down.2.0"] == bars["mid"] == "#" * 17 + "." * 23  # 288 G of the longest bar's 674 G
+    assert bars["convolution"] == "#" * 23  # 1.62 T of 2.86 T
     assert max(map(len, out.splitlines())) <= 80
     main([])
     dense = capsys.readouterr().out

@@ -100,7 +100,11 @@ def test_long_prompt_warns_and_shows_what_was_lost(tmp_path: Path, capsys: pytes
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    named: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert named in refused(capsys, PROMPT, *QUICK, *arguments)

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import instant_clip_tokenizer  # type: ignore[import-untyped]
+import instant_clip_tokenizer
 import pytest
 import torch
 from transformers import CLIPTokenizer

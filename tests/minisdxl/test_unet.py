@@ -74,7 +74,10 @@ def test_names_and_shapes_are_official() -> None:
 
 def test_attention_blocks_have_sayable_names() -> None:
     names = [site.name for site in SDXL_BASE.unet.attention_sites()]
-    down, up = ["down.1.0", "down.1.1", "down.2.0", "down.2.1"], ["up.2.0", "up.2.1", "up.2.2", "up.1.0", "up.1.1", "up.1.2"]
+    down, up = (
+        ["down.1.0", "down.1.1", "down.2.0", "down.2.1"],
+        ["up.2.0", "up.2.1", "up.2.2", "up.1.0", "up.1.1", "up.1.2"],
+    )
     assert names == [*down, "mid", *up]
     with torch.device("meta"):
         unet = UNet(SDXL_BASE.unet)
@@ -82,7 +85,15 @@ def test_attention_blocks_have_sayable_names() -> None:
 
 
 # Official eps, by the module's place: 1e-6 only where a spatial transformer begins.
-EPS = {"norm": 1e-6, "norm1": 1e-5, "norm2": 1e-5, "norm3": 1e-5, "in_layers.0": 1e-5, "out_layers.0": 1e-5, "out.0": 1e-5}
+EPS = {
+    "norm": 1e-6,
+    "norm1": 1e-5,
+    "norm2": 1e-5,
+    "norm3": 1e-5,
+    "in_layers.0": 1e-5,
+    "out_layers.0": 1e-5,
+    "out.0": 1e-5,
+}
 
 
 def test_every_eps_is_official() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from minisdxl.config import SDXL_BASE, VAEConfig
 from minisdxl.vae import VAE
 from tests.manifest import official_shapes
