@@ -1,30 +1,46 @@
 """Token sets, ranking, pruning and recovery: AT-EDM as ordinary layers, for any model that attends over a grid."""
 
-from atedm.graph import AttentionGraph, AttentionInputs, HeldGraph
-from atedm.pruning import prune
-from atedm.ranking import Ranking, gwpr, kept_count, rank, top_k
-from atedm.recovery import Restore, similarity_copy
+from atedm.graph import GRAPHS, AttentionGraph, AttentionInputs, LazyGraph
+from atedm.held import HeldGraph
+from atedm.merging import Merge, Merging, match_tokens
+from atedm.pruning import Pruning, prune
+from atedm.ranking import RANKINGS, Ranking, gwpr, kept_count, rank, scores, top_k
+from atedm.recovery import RECOVERIES, Restore, recover, similarity_copy
 from atedm.schedule import DENSE, PRESETS, BlockPlan, Schedule, Site, TokenPlan, parse_preset
+from atedm.sketched import SketchedGraph
+from atedm.streamed import StreamedGraph
 from atedm.tokens import TokenSet
 
 __all__ = [
     "DENSE",
+    "GRAPHS",
     "PRESETS",
+    "RANKINGS",
+    "RECOVERIES",
     "AttentionGraph",
     "AttentionInputs",
     "BlockPlan",
     "HeldGraph",
+    "LazyGraph",
+    "Merge",
+    "Merging",
+    "Pruning",
     "Ranking",
     "Restore",
     "Schedule",
     "Site",
+    "SketchedGraph",
+    "StreamedGraph",
     "TokenPlan",
     "TokenSet",
     "gwpr",
     "kept_count",
+    "match_tokens",
     "parse_preset",
     "prune",
     "rank",
+    "recover",
+    "scores",
     "similarity_copy",
     "top_k",
 ]

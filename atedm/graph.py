@@ -6,11 +6,16 @@ are the same tokens and M = N.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+
+from atedm.held import HeldGraph
+from atedm.sketched import SketchedGraph
+from atedm.streamed import StreamedGraph
+
+GRAPHS = ("held", "streamed", "sketched")  # the names of the three ways to keep a graph
 
 
 class AttentionGraph(Protocol):
@@ -40,78 +45,6 @@ class AttentionGraph(Protocol):
         """
 
 
-@dataclass(frozen=True, eq=False)
-class HeldGraph:
-    """An attention graph that holds its whole map in memory, in float32 or float64."""
-
-    map: Tensor
-
-    @classmethod
-    def from_map(cls, attention: Tensor) -> HeldGraph:
-        """The graph of a given map (B, heads, M, N); half precision becomes float32.
-
-        Raises ``ValueError`` unless the map has that shape, is free of NaN, has no negative weights, and its rows sum
-        to one: to within 1e-3, or four units of rounding where the map's own precision is coarser than that.
-        """
-        shape = tuple(attention.shape)
-        if len(shape) != 4 or 0 in shape:
-            raise ValueError(f"attention map has shape {shape}, expected (B, heads, M, N) without empty axes")
-        if not attention.is_floating_point():
-            raise ValueError(f"attention map is {attention.dtype}, expected floating point numbers")
-        held = _at_least_float32(attention)
-        if held.isnan().any():
-            raise ValueError("attention map contains NaN, expected rows of weights that sum to one")
-        if held.min() < 0:
-            raise ValueError(f"attention map has a negative weight {held.min().item():.3g}, expected 0 or more")
-        tolerance = max(1e-3, 4 * torch.finfo(attention.dtype).eps)
-        off = (held.sum(dim=-1) - 1).abs().max().item()
-        if not off <= tolerance:
-            raise ValueError(
-                f"attention map is not row-stochastic: a row's sum is off one by {off:.3g}, "
-                f"expected at most {tolerance:.3g}"
-            )
-        return cls(held)
-
-    @classmethod
-    def from_qk(cls, q: Tensor, k: Tensor, scale: float) -> HeldGraph:
-        """The graph softmax(scale * q k^T) of queries (B, heads, M, d) and keys (B, heads, N, d).
-
-        Logits and softmax are computed in float32 at least, as fused attention does inside.
-        """
-        logits = (_at_least_float32(q) * scale) @ _at_least_float32(k).mT
-        return cls(logits.softmax(dim=-1))
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(B, heads, M, N)."""
-        batch, heads, queries, keys = self.map.shape
-        return batch, heads, queries, keys
-
-    def uniform(self) -> Tensor:
-        """Equal scores for all queries, see :meth:`AttentionGraph.uniform`."""
-        batch, heads, queries, _ = self.shape
-        return self.map.new_full((batch, heads, queries), 1 / queries)
-
-    def votes(self, s_q: Tensor) -> Tensor:
-        """A^T s, see :meth:`AttentionGraph.votes`."""
-        return (s_q.unsqueeze(-2) @ self.map).squeeze(-2)  # einsum would copy the map to transpose it
-
-    def gather(self, s_k: Tensor) -> Tensor:
-        """A s, see :meth:`AttentionGraph.gather`."""
-        return (self.map @ s_k.unsqueeze(-1)).squeeze(-1)
-
-    def entropy(self) -> Tensor:
-        """Entropy of each row in nats, see :meth:`AttentionGraph.entropy`."""
-        terms: Tensor = torch.special.entr(self.map)  # -x ln x, and 0 at x = 0
-        return terms.sum(dim=-1)
-
-    def strongest_query(self, among: Tensor, targets: Tensor) -> Tensor:
-        """Which query attends most to each target, see :meth:`AttentionGraph.strongest_query`."""
-        rows = torch.take_along_dim(self.map.mean(dim=1), among.unsqueeze(2), dim=1)
-        weights = torch.take_along_dim(rows, targets.unsqueeze(1), dim=2)  # (B, m, p)
-        return weights.argmax(dim=1)  # torch documents: the first of equal maxima
-
-
 class AttentionInputs(NamedTuple):
     """What an attention layer hands over, so that no map is built where nobody asks for one.
 
@@ -122,10 +55,29 @@ class AttentionInputs(NamedTuple):
     key: Tensor
     scale: float
 
-    def graph(self) -> HeldGraph:
-        """Build the attention graph."""
-        return HeldGraph.from_qk(self.query, self.key, self.scale)
+    def graph(self, kind: str = "held") -> AttentionGraph:
+        """Build the attention graph of the ``kind``, one of ``GRAPHS``. Raises ``ValueError`` for any other.
+
+        ``held`` and ``streamed`` give the same answers, at other costs; ``sketched`` lets some of the queries vote.
+        """
+        match kind:
+            case "held":
+                return HeldGraph.from_qk(self.query, self.key, self.scale)
+            case "streamed":
+                return StreamedGraph.from_qk(self.query, self.key, self.scale)
+            case "sketched":
+                return SketchedGraph.from_qk(self.query, self.key, self.scale)
+        raise ValueError(f"attention graph is {kind!r}, expected one of {', '.join(GRAPHS)}")
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class LazyGraph:
+    """A graph that is built when it is first read, and kept from then on: several readers share it, or nobody pays."""
+
+    def __init__(self, inputs: AttentionInputs, kind: str = "held") -> None:
+        self.inputs = inputs
+        self.kind = kind
+
+    @cached_property
+    def graph(self) -> AttentionGraph:
+        """The graph of ``inputs``, see :meth:`AttentionInputs.graph`."""
+        return self.inputs.graph(self.kind)

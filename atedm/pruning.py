@@ -2,26 +2,63 @@
 
 from __future__ import annotations
 
-from atedm.graph import AttentionGraph
-from atedm.ranking import gwpr, kept_count, top_k
-from atedm.recovery import Restore, identity, similarity_copy
+from dataclasses import dataclass
+
+from atedm.graph import GRAPHS, AttentionInputs, LazyGraph
+from atedm.ranking import RANKINGS, check_ratio, kept_count, scores, top_k
+from atedm.recovery import RECOVERIES, Restore, identity, recover
 from atedm.tokens import TokenSet
 
 
-def prune(tokens: TokenSet, graph: AttentionGraph, ratio: float) -> tuple[TokenSet, Restore]:
-    """Remove the share ``ratio`` (rho) of ``tokens`` that G-WPR rates lowest on their self-attention ``graph``.
+@dataclass(frozen=True)
+class Pruning:
+    """How a pruning layer prunes: what share, by which ranking, and what pruned positions become afterwards.
 
-    Returns the kept tokens and the inverse, which is returned, not remembered. Where nothing is to be removed, the
-    tokens are the ones given, untouched. Raises ``ValueError`` for a graph of other tokens or a ratio outside [0, 1).
+    ``ratio`` is rho, the share of tokens removed. ``ranking`` is one of ``RANKINGS``, ``graph`` one of ``GRAPHS``,
+    ``recovery`` one of ``RECOVERIES``. ``iterations`` is how often G-WPR iterates, exactly; ``None`` is until it
+    settles. ``seed`` is for the random ranking alone: the same seed keeps the same positions.
+    Raises ``ValueError`` for an unknown name and for numbers out of range.
     """
-    batch, _, queries, keys = graph.shape
-    if (batch, queries, keys) != (tokens.values.shape[0], tokens.count, tokens.count):
-        raise ValueError(
-            f"attention graph is {graph.shape} (B, heads, M, N), expected M = N = {tokens.count} tokens "
-            f"in a batch of {tokens.values.shape[0]}"
-        )
-    count = kept_count(tokens.count, ratio)
-    if count == tokens.count:
+
+    ratio: float
+    ranking: str = "gwpr"
+    graph: str = "held"
+    recovery: str = "similarity"
+    iterations: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        choices = (("ranking", self.ranking, RANKINGS), ("graph", self.graph, GRAPHS))
+        for what, name, names in (*choices, ("recovery", self.recovery, RECOVERIES)):
+            if name not in names:
+                raise ValueError(f"{what} is {name!r}, expected one of {', '.join(names)}")
+        if self.iterations is not None and self.iterations < 1:
+            raise ValueError(f"iterations is {self.iterations}, expected 1 or more, or None: until the scores settle")
+
+
+def prune(
+    tokens: TokenSet, self_attention: AttentionInputs, cross_attention: AttentionInputs, how: Pruning
+) -> tuple[TokenSet, Restore]:
+    """Remove the share ``how.ratio`` (rho) of ``tokens`` that ``how.ranking`` rates lowest.
+
+    ``self_attention`` is that of these tokens among each other, ``cross_attention`` theirs to the text; of the two,
+    only the graphs that ``how`` reads are built. Returns the kept tokens and the inverse, which is returned, not
+    remembered. Where nothing is to be removed, the tokens are the ones given, untouched.
+
+    Raises ``ValueError`` for attention of other tokens.
+    """
+    batch, held = tokens.values.shape[0], tokens.count
+    for name, (query, key, _) in (("self", self_attention), ("cross", cross_attention)):
+        keys = held if name == "self" else key.shape[2]
+        if (query.shape[0], query.shape[2], key.shape[0], key.shape[2]) != (batch, held, batch, keys):
+            raise ValueError(
+                f"{name}-attention has queries {tuple(query.shape)} and keys {tuple(key.shape)} (B, heads, tokens, d), "
+                f"expected {held} {'queries and as many keys' if name == 'self' else 'queries'} in a batch of {batch}"
+            )
+    count = kept_count(held, how.ratio)
+    if count == held:
         return tokens, identity(tokens)
-    kept = top_k(gwpr(graph), count)
-    return tokens.keep(kept), similarity_copy(tokens, graph, kept)
+    self_graph, cross_graph = LazyGraph(self_attention, how.graph), LazyGraph(cross_attention, how.graph)
+    kept = top_k(scores(how.ranking, self_graph, cross_graph, how.iterations, how.seed), count)
+    return tokens.keep(kept), recover(how.recovery, tokens, kept, self_graph)

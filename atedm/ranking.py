@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atedm.graph import AttentionGraph, HeldGraph
+from atedm.graph import AttentionGraph, LazyGraph
+from atedm.held import HeldGraph
+
+RANKINGS = ("gwpr", "ca-wpr", "one-vote", "random")
 
 # The paper names a threshold epsilon and gives no number. Scores of a head sum to one, so this is a share of all votes.
 EPSILON = 1e-5
@@ -50,6 +53,8 @@ def rank(
 
     ``cross`` says that queries and keys are different tokens, so that equation (1) must bring the scores of the keys
     back to the queries. A head stops when its scores change by at most ``eps`` (L1 norm), or after ``max_iterations``.
+    Whether all heads have stopped is asked of the device in each iteration, unless ``eps`` is 0: then there are exactly
+    ``max_iterations`` of them, nothing waits for the device, and the meta device and compiled graphs are fine as well.
 
     Raises ``ValueError`` for a map that is not row-stochastic (see :meth:`HeldGraph.from_map`), for self-attention
     with M != N, and for ``eps`` or ``max_iterations`` out of range.
@@ -75,7 +80,7 @@ def rank(
         s_q = torch.where(active.unsqueeze(-1), update, s_q)
         iterations += active
         active &= ~(change <= eps)  # written so that NaN never counts as converged
-        if not active.any():  # the one wait for the device in each iteration
+        if eps > 0 and not active.any():  # the one wait for the device in each iteration
             break
     return Ranking(s_q, iterations, converged=~active)
 
@@ -89,6 +94,31 @@ def gwpr(
 ) -> Tensor:
     """Importance of each query token, (B, M): the scores of :func:`rank`, which says more."""
     return rank(attention, cross=cross, eps=eps, max_iterations=max_iterations).scores
+
+
+def scores(
+    name: str, self_attention: LazyGraph, cross_attention: LazyGraph, iterations: int | None = None, seed: int = 0
+) -> Tensor:
+    """Importance (B, N) of each token by the ranking called ``name``, one of ``RANKINGS``.
+
+    ``gwpr`` and ``ca-wpr`` are G-WPR on self-attention and on cross-attention to the text, until it settles, or for
+    exactly ``iterations`` (see :func:`rank`). ``one-vote`` is its first iteration on self-attention: how much attention
+    a token receives. ``random`` draws scores from ``seed``, on any device the same and for each batch row the same.
+    No graph is built but the one that is read. Raises ``ValueError`` for another name.
+    """
+    eps, limit = (EPSILON, MAX_ITERATIONS) if iterations is None else (0.0, iterations)
+    match name:
+        case "gwpr":
+            return gwpr(self_attention.graph, eps=eps, max_iterations=limit)
+        case "ca-wpr":
+            return gwpr(cross_attention.graph, cross=True, eps=eps, max_iterations=limit)
+        case "one-vote":
+            return gwpr(self_attention.graph, eps=0.0, max_iterations=1)
+        case "random":
+            query = self_attention.inputs.query
+            drawn = torch.rand(query.shape[2], generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+            return drawn.to(query.device).expand(query.shape[0], -1)
+    raise ValueError(f"ranking is {name!r}, expected one of {', '.join(RANKINGS)}")
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

@@ -6,21 +6,38 @@ Source: the AT-EDM paper, section 3.2, "Recovering Pruned Tokens" and figure 4.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from atedm.graph import AttentionGraph
+from atedm.filling import bicubic_interpolation, check_kept, direct_copy, zero_padding
+from atedm.graph import AttentionGraph, LazyGraph
 from atedm.tokens import TokenSet, take_tokens
+
+RECOVERIES = ("similarity", "zeros", "bicubic", "direct")
+
+
+class Restore(Protocol):
+    """The inverse of one pruning: takes the kept tokens, whatever their values are by then, to the set before it.
+
+    Restores nest: last pruned, first restored.
+    """
+
+    @property
+    def copies(self) -> bool:
+        """Whether it only copies what it is given, so that a per-token layer gives the same before it as after."""
+
+    def __call__(self, tokens: TokenSet) -> TokenSet:
+        """The set before. Raises ``ValueError`` for tokens that are not the ones that this pruning kept."""
 
 
 @dataclass(frozen=True, eq=False)
-class Restore:
-    """The inverse of one pruning: takes the kept tokens, whatever their values are by then, to the set before it.
+class Copy:
+    """The restore that copies kept tokens.
 
     ``source`` (B, n) int64 names for each of the n tokens before pruning the kept token whose value it takes, counted
-    among the ``kept_count`` kept ones. ``positions`` and ``grid`` are those of the set before. Restores nest: last
-    pruned, first restored.
+    among the ``kept_count`` kept ones. ``positions`` and ``grid`` are those of the set before.
     """
 
     source: Tensor
@@ -28,25 +45,39 @@ class Restore:
     grid: tuple[int, int]
     positions: Tensor | None
 
+    copies = True
+
     def __call__(self, tokens: TokenSet) -> TokenSet:
-        """One gather. Raises ``ValueError`` for tokens that are not the ones that this pruning kept."""
-        expected = (self.source.shape[0], self.kept_count)
-        if tuple(tokens.values.shape[:2]) != expected or tokens.grid != self.grid:
-            raise ValueError(
-                f"cannot restore {tuple(tokens.values.shape[:2])} tokens (B, n) of grid {tokens.grid}: "
-                f"pruning kept {expected} of grid {self.grid}"
-            )
+        """One gather, see :class:`Restore`."""
+        check_kept(tokens, (self.source.shape[0], self.kept_count), self.grid)
         return TokenSet(take_tokens(tokens.values, self.source), self.grid, self.positions)
 
 
-def identity(tokens: TokenSet) -> Restore:
+def recover(name: str, tokens: TokenSet, kept: Tensor, self_attention: LazyGraph) -> Restore:
+    """The recovery called ``name``, one of ``RECOVERIES``, of ``kept`` (B, k), ascending indices among ``tokens``.
+
+    ``tokens`` is the set before pruning, ``self_attention`` its graph. Raises ``ValueError`` for another name.
+    """
+    match name:
+        case "similarity":
+            return similarity_copy(tokens, self_attention.graph, kept)
+        case "zeros":
+            return zero_padding(tokens, kept)
+        case "bicubic":
+            return bicubic_interpolation(tokens, kept)
+        case "direct":
+            return direct_copy(tokens, kept)
+    raise ValueError(f"recovery is {name!r}, expected one of {', '.join(RECOVERIES)}")
+
+
+def identity(tokens: TokenSet) -> Copy:
     """The inverse of a pruning that kept every token."""
     batch, count = tokens.values.shape[:2]
     source = torch.arange(count, device=tokens.values.device).expand(batch, -1)
-    return Restore(source, count, tokens.grid, tokens.positions)
+    return Copy(source, count, tokens.grid, tokens.positions)
 
 
-def similarity_copy(tokens: TokenSet, graph: AttentionGraph, kept: Tensor) -> Restore:
+def similarity_copy(tokens: TokenSet, graph: AttentionGraph, kept: Tensor) -> Copy:
     """Each pruned token takes the value of the kept token that is most similar to it; kept ones take their own.
 
     The most similar kept token i of a pruned token b is the one with the largest A[i, b]: the attention that b
@@ -60,4 +91,4 @@ def similarity_copy(tokens: TokenSet, graph: AttentionGraph, kept: Tensor) -> Re
     source = torch.empty_like(is_pruned)
     source.scatter_(1, kept, own)
     source.scatter_(1, pruned, graph.strongest_query(among=kept, targets=pruned))
-    return Restore(source, count, tokens.grid, tokens.positions)
+    return Copy(source, count, tokens.grid, tokens.positions)

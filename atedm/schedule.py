@@ -1,146 +1,103 @@
-"""Which attention blocks prune at which denoising step: plans are data, made by a schedule.
+"""Which attention blocks reduce their tokens, how, and at which denoising step: schedules make plans.
 
-Source: the AT-EDM paper, sections 3.3 (denoising-steps-aware pruning, DSAP) and 4.1 (its numbers).
+Source: the AT-EDM paper, sections 3.3 (denoising-steps-aware pruning, DSAP), 4.1 (its numbers) and 4.3 (AT-EDM-dagger).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from atedm.ranking import check_ratio
+from atedm.merging import Merging
+from atedm.plan import BlockPlan, Site, TokenPlan
+from atedm.pruning import Pruning
 
-
-class Site(Protocol):
-    """What a schedule needs to know of an attention block: its name and where in the U-Net it sits."""
-
-    @property
-    def name(self) -> str:
-        """The name by which plans call it."""
-
-    @property
-    def stage(self) -> str:
-        """``down``, ``mid`` or ``up``."""
-
-    @property
-    def level(self) -> int:
-        """Feature level, 0 is the full latent resolution."""
-
-    @property
-    def index(self) -> int:
-        """Place among the blocks of this stage and level, in running order."""
-
-    @property
-    def depth(self) -> int:
-        """Number of transformer layers."""
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """What one attention block does with its tokens: remove the share ``ratio`` after the layer ``after_layer``.
-
-    Layers count from 0. Raises ``ValueError`` for a ratio outside [0, 1) or a negative layer.
-    """
-
-    ratio: float
-    after_layer: int = 0  # section 4.1: after the first layer
-
-    def __post_init__(self) -> None:
-        check_ratio(self.ratio)
-        if self.after_layer < 0:
-            raise ValueError(f"after_layer is {self.after_layer}, expected 0 or more")
-
-
-@dataclass(frozen=True, eq=False)
-class TokenPlan(Mapping[str, BlockPlan]):
-    """What every attention block does with its tokens at one step, by name; blocks not named run dense.
-
-    Equal plans are equal, in whatever order their blocks are named, and have equal hashes.
-    """
-
-    blocks: Mapping[str, BlockPlan] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", dict(self.blocks))
-
-    def __getitem__(self, name: str) -> BlockPlan:
-        return self.blocks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.blocks)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self.blocks.items()))
-
-    def describe(self) -> str:
-        """One line per block."""
-        if not self:
-            return "every block runs dense"
-        return "\n".join(
-            f"{name}: removes {100 * block.ratio:.4g} % of its tokens after layer {block.after_layer}"
-            for name, block in self.items()
-        )
-
-    def check(self, sites: Iterable[Site]) -> None:
-        """Raise ``ValueError`` if the plan names a block that is not there, or prunes where no layer follows."""
-        depths = {site.name: site.depth for site in sites}
-        for name, block in self.items():
-            if name not in depths:
-                raise ValueError(f"plan names the attention block {name!r}, expected one of {', '.join(depths)}")
-            if block.after_layer >= depths[name] - 1:
-                raise ValueError(
-                    f"plan prunes {name} after layer {block.after_layer} of its {depths[name]} (0 to "
-                    f"{depths[name] - 1}), expected a layer before the last one"
-                )
-
-
-DENSE = TokenPlan()
+EARLY = ("less", "more")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """DSAP: all attention blocks prune, but for some of them not in the first, prune-less, steps.
+    """A method of token reduction over all steps of a sampling run.
 
-    Raises ``ValueError`` for a ratio outside [0, 1) or tau outside 0 to 50.
+    ``method`` is what every attention block does unless told otherwise: a :class:`Pruning` or a :class:`Merging`.
+    DSAP: of every 50 steps the first ``tau`` treat the ends of the U-Net in another way than the rest do. With ``early``
+    "less" the early steps leave them untouched, the paper's prune-less schedule; with "more" it is the later steps that
+    do. ``ends`` are the blocks in question, ``None`` for the paper's: the first of each down-stage and the last of each
+    up-stage. ``spared`` blocks are never touched; ``spare_largest`` spares those of the level with the most tokens.
+    ``ratios`` gives single blocks another ratio. Pruning happens in the layers ``layers``.
+
+    Raises ``ValueError`` for values out of range.
     """
 
     name: str
-    ratio: float = 0.63  # rho, section 4.1
-    tau: int = 15  # prune-less steps of every 50, section 4.1
-    spare_largest: bool = False  # AT-EDM-dagger, section 4.3: no pruning where token sets are largest
+    method: Pruning | Merging
+    tau: int = 15  # section 4.1
+    early: str = "less"
+    ends: tuple[str, ...] | None = None
+    spared: tuple[str, ...] = ()
+    spare_largest: bool = False  # AT-EDM-dagger, section 4.3: the second feature level is not pruned
+    ratios: tuple[tuple[str, float], ...] = ()
+    layers: tuple[int, ...] = (0,)  # section 4.1; more than one repeats the pruning, step 5 of section 3.1
+    before_feed_forward: bool = False
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
         if not 0 <= self.tau <= 50:
-            raise ValueError(f"tau is {self.tau}, expected 0 to 50: prune-less steps of every 50")
+            raise ValueError(f"tau is {self.tau}, expected 0 to 50: early steps of every 50")
+        if self.early not in EARLY:
+            raise ValueError(f"early is {self.early!r}, expected one of {', '.join(EARLY)}")
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers is {self.layers}, expected one or more different layers")
+        for _, ratio in self.ratios:
+            replace(self.method, ratio=ratio)  # checks it
 
-    def prune_less_steps(self, steps: int) -> int:
-        """How many of ``steps`` denoising steps are prune-less: the first round(tau * steps / 50)."""
+    def early_steps(self, steps: int) -> int:
+        """How many of ``steps`` denoising steps are early: the first round(tau * steps / 50)."""
         return round(self.tau * steps / 50)
 
     def plan(self, step: int, steps: int, sites: Iterable[Site]) -> TokenPlan:
         """The token plan of denoising step ``step`` (from 0, the noisiest) of ``steps``.
 
-        Blocks of one layer are never pruned: no layer would follow. Raises ``ValueError`` for a step that is none of
-        the ``steps``, and if nothing would be pruned although rho > 0.
+        Raises ``ValueError`` for a step that is none of the ``steps``, for names of blocks that are not there, and if
+        nothing would be reduced although a ratio is above 0.
         """
         if not 0 <= step < steps:
             raise ValueError(f"step is {step}, expected 0 to {steps - 1} for {steps} steps")
         sites = list(sites)
-        spared = _largest(sites) if self.spare_largest else set()
-        if step < self.prune_less_steps(steps):
-            spared |= _ends(sites)
-        blocks = {site.name: BlockPlan(self.ratio) for site in sites if site.depth >= 2 and site.name not in spared}
-        if self.ratio > 0 and not blocks:
+        ratios = dict(self.ratios)
+        named = {*(self.ends or ()), *self.spared, *ratios}
+        unknown = named - {site.name for site in sites}
+        if unknown:
             raise ValueError(
-                f"{self.name} with rho {self.ratio} would prune nothing at step {step}: of the attention blocks "
-                f"{[site.name for site in sites]} all are to be spared or have fewer than 2 layers"
+                f"{self.name} names {', '.join(sorted(unknown))}, expected attention blocks out of "
+                f"{', '.join(site.name for site in sites)}"
+            )
+        untouched = {*self.spared, *(_largest(sites) if self.spare_largest else ())}
+        is_early = step < self.early_steps(steps)
+        if self.tau > 0 and is_early == (self.early == "less"):
+            untouched |= _ends(sites) if self.ends is None else set(self.ends)
+        blocks = {}
+        for site in sites:
+            method = replace(self.method, ratio=ratios.get(site.name, self.method.ratio))
+            if site.name not in untouched and self._fits(site):
+                blocks[site.name] = self._block(method, site)
+        if not blocks and self.method.ratio > 0:
+            raise ValueError(
+                f"{self.name} with ratio {self.method.ratio} would reduce no tokens at step {step}: the attention blocks "
+                f"{', '.join(site.name for site in sites)} are all left out or have too few layers"
             )
         return TokenPlan(blocks)
+
+    def _fits(self, site: Site) -> bool:
+        """Whether a block has the layers: nothing is pruned after the last one before a ResBlock (section 3.1, step 5)."""
+        if isinstance(self.method, Merging):
+            return True
+        return any(index < site.depth - (not self.before_feed_forward) for index in self.layers)
+
+    def _block(self, method: Pruning | Merging, site: Site) -> BlockPlan:
+        if isinstance(method, Merging):
+            return BlockPlan.merging(method, site.depth)
+        last = site.depth - (not self.before_feed_forward)
+        return BlockPlan.pruning(method, (i for i in self.layers if i < last), self.before_feed_forward)
 
 
 def _ends(sites: list[Site]) -> set[str]:
@@ -153,33 +110,3 @@ def _ends(sites: list[Site]) -> set[str]:
 def _largest(sites: list[Site]) -> set[str]:
     """The attention blocks of the shallowest level that has any: the second feature level of SDXL."""
     return {site.name for site in sites if site.level == min(other.level for other in sites)}
-
-
-PRESETS: dict[str, Schedule] = {
-    schedule.name: schedule for schedule in (Schedule("at-edm"), Schedule("at-edm-dagger", spare_largest=True))
-}
-
-_SETTINGS = {"rho": ("ratio", float, "a number"), "tau": ("tau", int, "a whole number")}
-
-
-def parse_preset(text: str) -> Schedule:
-    """The schedule that ``text`` asks for: a preset's name, then settings if any, as ``at-edm:rho=0.5,tau=10``.
-
-    Raises ``ValueError`` for an unknown preset or setting, and for values that are unreadable or out of range.
-    """
-    name, colon, settings = text.partition(":")
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
-    changes: dict[str, Any] = {}
-    for setting in settings.split(",") if colon else []:
-        key, _, value = setting.partition("=")
-        if key not in _SETTINGS:
-            raise ValueError(f"unknown setting {setting!r} of {name}, expected one of {', '.join(_SETTINGS)}")
-        attribute, number, kind = _SETTINGS[key]
-        if attribute in changes:
-            raise ValueError(f"setting {key} of {name} is given twice")
-        try:
-            changes[attribute] = number(value)
-        except ValueError as error:
-            raise ValueError(f"setting {key} of {name} is {value!r}, expected {kind}") from error
-    return replace(PRESETS[name], **changes)

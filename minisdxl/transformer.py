@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from atedm.graph import AttentionInputs
-from atedm.pruning import prune
-from atedm.schedule import BlockPlan
+from atedm.plan import UNTOUCHED, BlockPlan, LayerPlan
+from atedm.recovery import Restore
 from atedm.tokens import TokenSet
 
 
@@ -77,16 +77,20 @@ class TransformerLayer(nn.Module):
         self.norm3 = nn.LayerNorm(channels, eps=1e-5)
         self.ff = FeedForward(channels)
 
-    def forward(self, tokens: TokenSet, context: Tensor) -> tuple[TokenSet, AttentionInputs]:
-        """Norm, attend, add, three times. Also returns the inputs of the self-attention map."""
+    def forward(self, tokens: TokenSet, context: Tensor, plan: LayerPlan) -> tuple[TokenSet, list[Restore]]:
+        """Norm, attend, add, three times. Returns the tokens that ``plan`` leaves, and the way back to those it pruned."""
+        merge_1, merge_2, merge_3 = plan.merges(tokens)
         x = tokens.values
-        normed = self.norm1(x)
+        normed = merge_1.merge(self.norm1(x))
         attended, self_attention = self.attn1(normed, normed)
-        x = x + attended
-        attended, _ = self.attn2(self.norm2(x), context)
-        x = x + attended
-        x = x + self.ff(self.norm3(x))
-        return tokens.with_values(x), self_attention
+        x = x + merge_1.unmerge(attended)
+        attended, cross_attention = self.attn2(merge_2.merge(self.norm2(x)), context)
+        x = x + merge_2.unmerge(attended)
+        tokens, early = plan.prune(tokens.with_values(x), self_attention, cross_attention, before_feed_forward=True)
+        x = tokens.values
+        x = x + merge_3.unmerge(self.ff(merge_3.merge(self.norm3(x))))
+        tokens, late = plan.prune(tokens.with_values(x), self_attention, cross_attention, before_feed_forward=False)
+        return tokens, early + late
 
 
 class AttentionBlock(nn.Module):
@@ -108,17 +112,19 @@ class AttentionBlock(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor, plan: BlockPlan | None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); ``plan`` says after which layer tokens are pruned, ``None`` means nowhere."""
+        """(B, C, H, W) -> (B, C, H, W); ``plan`` says what the layers do with their tokens, ``None`` means nothing."""
         tokens = TokenSet.from_feature_map(self.norm(x))
         tokens = tokens.with_values(self.proj_in(tokens.values))
-        restores = []
+        restores: list[Restore] = []
         for index, layer in enumerate(self.transformer_blocks):
-            tokens, self_attention = layer(tokens, context)
-            if plan is not None and index == plan.after_layer:
-                tokens, restore = prune(tokens, self_attention.graph(), plan.ratio)
-                restores.append(restore)
-        # A per-token linear layer commutes with copying tokens, so it runs on the kept ones only.
-        tokens = tokens.with_values(self.proj_out(tokens.values))
+            tokens, pruned = layer(tokens, context, UNTOUCHED if plan is None else plan.layer(index))
+            restores += pruned
+        # A per-token linear layer commutes with copying tokens: it then runs on the kept ones only.
+        project_kept = all(restore.copies for restore in restores)
+        if project_kept:
+            tokens = tokens.with_values(self.proj_out(tokens.values))
         for restore in reversed(restores):
             tokens = restore(tokens)
+        if not project_kept:
+            tokens = tokens.with_values(self.proj_out(tokens.values))
         return x + tokens.to_feature_map()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atedm.schedule import DENSE, TokenPlan
+from atedm.plan import DENSE, TokenPlan
 from minisdxl.config import AttentionSite, UNetConfig
 from minisdxl.embedding import sinusoidal_embedding
 from minisdxl.transformer import AttentionBlock

@@ -1,0 +1,91 @@
+"""The recoveries that the paper compares similarity-based copy with: zeros, bicubic interpolation, direct copy.
+
+Source: the AT-EDM paper, section 4.4, "Similarity-based Copy", and figure 9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from atedm.held import at_least_float32
+from atedm.tokens import TokenSet, take_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Fill:
+    """The restore that puts the kept tokens back among values of another kind.
+
+    ``kept`` (B, k) are the indices that the tokens had in the set before, whose positions and grid the others are.
+    ``background`` gives values (B, n, C) for all n tokens of the set before, from those of the kept ones (B, k, C).
+    """
+
+    kept: Tensor
+    grid: tuple[int, int]
+    positions: Tensor | None
+    background: Callable[[Tensor], Tensor]
+
+    copies = False
+
+    def __call__(self, tokens: TokenSet) -> TokenSet:
+        """The background with the kept tokens over it, see :class:`~atedm.recovery.Restore`."""
+        check_kept(tokens, (self.kept.shape[0], self.kept.shape[1]), self.grid)
+        return TokenSet(put_tokens(tokens.values, self.kept, self.background(tokens.values)), self.grid, self.positions)
+
+
+def zero_padding(tokens: TokenSet, kept: Tensor) -> Fill:
+    """Pruned tokens become zero. Arguments as in :func:`~atedm.recovery.recover`."""
+    count = tokens.count
+
+    def zeros(values: Tensor) -> Tensor:
+        return values.new_zeros(values.shape[0], count, values.shape[2])
+
+    return Fill(kept, tokens.grid, tokens.positions, zeros)
+
+
+def direct_copy(tokens: TokenSet, kept: Tensor) -> Fill:
+    """Pruned tokens take the value that they had when pruned. Arguments as in :func:`~atedm.recovery.recover`.
+
+    NOTE: where pruning is repeated, the paper's "values before the first pruning layer" would be older ones.
+    """
+    before = tokens.values
+    return Fill(kept, tokens.grid, tokens.positions, lambda _: before)
+
+
+def bicubic_interpolation(tokens: TokenSet, kept: Tensor) -> Fill:
+    """Pruned tokens are interpolated from the kept ones around. Arguments as in :func:`~atedm.recovery.recover`.
+
+    NOTE: the paper does not say how; it reports values near zero amid other pruned tokens. Here the grid, zero where
+    no token is, is resampled to half its sides (rounded up) and back, bicubic both times, without antialiasing; from
+    the result pruned tokens take their values.
+    """
+    before, (height, width) = tokens.positions, tokens.grid
+    positions = kept if before is None else before.gather(1, kept)
+
+    def resampled(values: Tensor) -> Tensor:
+        x = put_tokens(values, positions, values.new_zeros(values.shape[0], height * width, values.shape[2]))
+        x = at_least_float32(rearrange(x, "b (h w) c -> b c h w", h=height))
+        x = F.interpolate(x, ((height + 1) // 2, (width + 1) // 2), mode="bicubic", align_corners=False)
+        x = F.interpolate(x, (height, width), mode="bicubic", align_corners=False)
+        x = rearrange(x, "b c h w -> b (h w) c").to(values.dtype)
+        return x if before is None else take_tokens(x, before)
+
+    return Fill(kept, tokens.grid, before, resampled)
+
+
+def put_tokens(values: Tensor, indices: Tensor, background: Tensor) -> Tensor:
+    """A copy of ``background`` (B, n, C) with ``values`` (B, k, C) at ``indices`` (B, k)."""
+    return background.scatter(1, indices.unsqueeze(-1).expand_as(values), values)
+
+
+def check_kept(tokens: TokenSet, kept: tuple[int, int], grid: tuple[int, int]) -> None:
+    """Raise ``ValueError`` unless ``tokens`` are as many, in a batch as large, and of the grid, as pruning kept."""
+    if tuple(tokens.values.shape[:2]) != kept or tokens.grid != grid:
+        raise ValueError(
+            f"cannot restore {tuple(tokens.values.shape[:2])} tokens (B, n) of grid {tokens.grid}: "
+            f"pruning kept {kept} of grid {grid}"
+        )

@@ -1,0 +1,150 @@
+"""Token merging for stable diffusion (ToMe): tokens that are alike become one before a sub-layer, and split after it.
+
+Source: Bolya and Hoffman 2023, "Token Merging for Fast Stable Diffusion", and their code, tomesd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atedm.held import at_least_float32
+from atedm.tokens import TokenSet, take_tokens
+
+
+class Merge(Protocol):
+    """What a sub-layer does with its tokens before it runs, and after."""
+
+    def merge(self, values: Tensor) -> Tensor:
+        """The values (B, m, C) of the merged tokens from those of all, (B, n, C)."""
+
+    def unmerge(self, values: Tensor) -> Tensor:
+        """Values (B, n, C) of all tokens from those of the merged ones, (B, m, C): each takes that of its merger."""
+
+
+@dataclass(frozen=True, eq=False)
+class NoMerge:
+    """Where nothing is merged: values go through untouched."""
+
+    def merge(self, values: Tensor) -> Tensor:
+        """The values given."""
+        return values
+
+    def unmerge(self, values: Tensor) -> Tensor:
+        """The values given."""
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """Which of n tokens become part of which of m merged tokens.
+
+    ``order`` (B, n): first the m tokens that stay, destinations last, then the r others, most similar first.
+    ``target`` (B, r): which of the m each of these others becomes part of. ``source`` (B, n): which of the m merged
+    tokens each token, in its own place, is part of.
+    """
+
+    order: Tensor
+    target: Tensor
+    source: Tensor
+
+    def merge(self, values: Tensor) -> Tensor:
+        """Each destination becomes the mean of itself and of what it merges with, see :class:`Merge`."""
+        ordered = take_tokens(values, self.order)
+        stay, go = ordered.tensor_split([values.shape[1] - self.target.shape[1]], dim=1)
+        return stay.scatter_reduce(1, self.target.unsqueeze(-1).expand_as(go), go, reduce="mean", include_self=True)
+
+    def unmerge(self, values: Tensor) -> Tensor:
+        """One gather, see :class:`Merge`."""
+        return take_tokens(values, self.source)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How a transformer layer merges: what share of its tokens, around which sub-layers, in cells of what size.
+
+    ``ratio`` is r, the share of tokens that become part of others, of which there is one in each cell of ``stride``
+    rows and columns. Raises ``ValueError`` for a stride below 1 and a ratio outside 0 to 1 - 1 / (cell size).
+    """
+
+    ratio: float
+    self_attention: bool = True
+    cross_attention: bool = True
+    feed_forward: bool = True
+    stride: tuple[int, int] = (2, 2)
+
+    def __post_init__(self) -> None:
+        rows, columns = self.stride
+        if rows < 1 or columns < 1:
+            raise ValueError(f"merging stride is {self.stride}, expected 1 or more each")
+        most = 1 - 1 / (rows * columns)
+        if not 0 <= self.ratio <= most:
+            raise ValueError(f"merging ratio r is {self.ratio}, expected 0 to {most:.4g} with stride {self.stride}")
+
+    def match(self, tokens: TokenSet) -> tuple[Merge, Merge, Merge]:
+        """The merges around self-attention, cross-attention and feed-forward, all by one matching of ``tokens``.
+
+        These are what enters the layer, before any norm. Raises ``ValueError`` as :func:`match_tokens` does.
+        """
+        matching = match_tokens(tokens, self) if any(self._where) else NoMerge()
+        around_self, around_cross, around_feed = (matching if merged else NoMerge() for merged in self._where)
+        return around_self, around_cross, around_feed
+
+    def counts(self, count: int) -> tuple[int, int, int]:
+        """How many of ``count`` tokens self-attention, cross-attention and feed-forward see."""
+        fewer = count - self.removed(count)
+        in_self, in_cross, in_feed = (fewer if merged else count for merged in self._where)
+        return in_self, in_cross, in_feed
+
+    def removed(self, count: int) -> int:
+        """How many of ``count`` tokens become part of others: int(count * ratio), as tomesd rounds."""
+        return int(count * self.ratio)
+
+    @property
+    def _where(self) -> tuple[bool, bool, bool]:
+        return self.self_attention, self.cross_attention, self.feed_forward
+
+
+def match_tokens(tokens: TokenSet, how: Merging) -> Merge:
+    """Bipartite soft matching: tokens of a grid become part of those most similar to them.
+
+    The first token of each whole cell of the grid is a destination, all others are sources. Those sources that have the
+    largest cosine similarity to any destination, as many as ``how`` removes, become part of it. ``tokens`` is dense;
+    its values are what similarity is measured on, in float32 at least. Raises ``ValueError`` for sparse tokens and for
+    a grid smaller than a cell.
+
+    As tomesd's ``bipartite_soft_matching_random2d`` without randomness, bit for bit, up to the order of destinations
+    and the choice among equal similarities: tomesd leaves both to an unstable sort, here the first token comes first.
+    """
+    removed = how.removed(tokens.count)
+    if removed == 0:
+        return NoMerge()
+    if not tokens.is_dense:
+        raise ValueError(f"cannot match {tokens.count} of {tokens.size} tokens of grid {tokens.grid}, expected all")
+    destinations, sources = _split(tokens.grid, how.stride, tokens.values.device)
+    # A token of zeros has no direction: the epsilon makes its similarity to all zero.
+    directions = F.normalize(at_least_float32(tokens.values), dim=-1, eps=1e-12)
+    best, nearest = (directions[:, sources] @ directions[:, destinations].mT).max(dim=-1)
+    ranked = best.sort(dim=-1, descending=True, stable=True).indices
+    go, stay = ranked[:, :removed], ranked[:, removed:]
+
+    order = torch.cat([sources[stay], destinations.expand(len(stay), -1), sources[go]], dim=1)
+    target = nearest.gather(1, go) + stay.shape[1]
+    own = torch.arange(tokens.count - removed, device=target.device).expand(len(stay), -1)
+    source = torch.empty_like(order).scatter(1, order, torch.cat([own, target], dim=1))
+    return Matching(order, target, source)
+
+
+def _split(grid: tuple[int, int], stride: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
+    """Raster positions of destinations and of sources, ascending."""
+    (height, width), (rows, columns) = grid, stride
+    down, across = height // rows, width // columns
+    if down * across == 0:
+        raise ValueError(f"grid {grid} is smaller than a merging cell {stride}: no token is a destination")
+    is_source = torch.ones(grid, dtype=torch.int64, device=device)
+    is_source[: down * rows : rows, : across * columns : columns] = 0
+    return is_source.flatten().argsort(stable=True).tensor_split([down * across])

@@ -1,0 +1,151 @@
+"""Named schedules: the paper's method, its variants and its rivals, and their settings as people write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from atedm.merging import Merging
+from atedm.pruning import Pruning
+from atedm.schedule import Schedule
+
+RHO = 0.63  # section 4.1
+R = 0.50  # ToMe's ratio, section 4.1
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A schedule with a line about it, and the ratios that meet the paper's FLOPs budgets (table 1) by letter."""
+
+    schedule: Schedule
+    about: str
+    budgets: tuple[tuple[str, float], ...] = ()
+
+
+def _preset(schedule: Schedule, about: str, **budgets: float) -> tuple[str, Preset]:
+    return schedule.name, Preset(schedule, about, tuple(budgets.items()))
+
+
+# Budgets a to d: see table 1. The paper gives rho for c alone; the others are what its FLOPs need with one pruning layer.
+_AT_EDM = {"a": 0.94, "b": 0.75, "c": RHO, "d": 0.52}
+_TOME = {"a": 0.75, "b": 0.60, "c": R, "d": 0.40}
+
+PRESETS: dict[str, Preset] = dict(
+    (
+        _preset(Schedule("at-edm", Pruning(RHO)), "the paper's method: G-WPR on self-attention, DSAP", **_AT_EDM),
+        _preset(
+            Schedule("at-edm-dagger", Pruning(RHO), spare_largest=True),
+            "at-edm, but no pruning where token sets are largest (section 4.3)",
+        ),
+        _preset(Schedule("tome", Merging(R), tau=0), "token merging in all layers and sub-layers, at every step", **_TOME),
+        _preset(Schedule("tome-dsap", Merging(R)), "token merging with the prune-less early steps of DSAP", **_TOME),
+        _preset(Schedule("ca-wpr", Pruning(RHO, ranking="ca-wpr")), "at-edm ranked by cross-attention (figure 8)"),
+        _preset(Schedule("zeros", Pruning(RHO, recovery="zeros")), "at-edm, pruned tokens come back as zeros (figure 9)"),
+        _preset(Schedule("bicubic", Pruning(RHO, recovery="bicubic")), "at-edm, pruned tokens are interpolated (figure 9)"),
+        _preset(
+            Schedule("direct", Pruning(RHO, recovery="direct")),
+            "at-edm, pruned tokens come back as they were when pruned (figure 9)",
+        ),
+        _preset(Schedule("random", Pruning(RHO, ranking="random")), "at-edm, but which tokens stay is drawn by lot"),
+        _preset(
+            Schedule("one-vote", Pruning(RHO, ranking="one-vote")),
+            "at-edm ranked by attention received, without iterating",
+        ),
+    )
+)
+
+
+def parse_preset(text: str) -> Schedule:
+    """The schedule that ``text`` asks for: a preset's name, then settings if any, as ``at-edm:rho=0.5,tau=10``.
+
+    A lone letter among the settings is a budget of the paper's table 1: ``at-edm:b``. Raises ``ValueError`` for an
+    unknown preset or setting, for settings that are given twice, and for values that are unreadable or out of range.
+    """
+    name, colon, settings = text.partition(":")
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    schedule, seen = preset.schedule, set[str]()
+    for setting in settings.split(",") if colon else []:
+        budgets = dict(preset.budgets)
+        key, _, value = ("ratio", "=", str(budgets[setting])) if setting in budgets else setting.partition("=")
+        key = "ratio" if key in ("rho", "r") else key
+        if key not in SETTINGS:
+            known = ["rho" if isinstance(schedule.method, Pruning) else "r", *list(SETTINGS)[1:]]
+            letters = f" or a budget, {', '.join(budgets)}" if budgets else ""
+            raise ValueError(f"unknown setting {setting!r} of {name}, expected one of {', '.join(known)}{letters}")
+        if key in seen:
+            raise ValueError(f"setting {key} of {name} is given twice")
+        seen.add(key)
+        try:
+            schedule = SETTINGS[key](schedule, value)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"setting {key} of {name} is {value!r}: {error}") from error
+    return schedule
+
+
+def _ratio(schedule: Schedule, value: str) -> Schedule:
+    return replace(schedule, method=replace(schedule.method, ratio=_number(value)))
+
+
+def _method(field: str) -> Callable[[Schedule, str], Schedule]:
+    """A setting of pruning that is a word."""
+
+    def change(schedule: Schedule, value: str) -> Schedule:
+        if not isinstance(schedule.method, Pruning):
+            raise ValueError("token merging has no such setting")
+        return replace(schedule, method=replace(schedule.method, **{field: value}))  # type: ignore[arg-type]
+
+    return change
+
+
+def _iterations(schedule: Schedule, value: str) -> Schedule:
+    if not isinstance(schedule.method, Pruning):
+        raise ValueError("token merging has no such setting")
+    return replace(schedule, method=replace(schedule.method, iterations=_whole(value)))
+
+
+def _layers(schedule: Schedule, value: str) -> Schedule:
+    return replace(schedule, layers=tuple(_whole(layer) for layer in value.split("+")))
+
+
+def _place(schedule: Schedule, value: str) -> Schedule:
+    places = {"after-ff": False, "before-ff": True}
+    if value not in places:
+        raise ValueError(f"expected one of {', '.join(places)}")
+    return replace(schedule, before_feed_forward=places[value])
+
+
+def _ratios(schedule: Schedule, value: str) -> Schedule:
+    pairs = (pair.partition("@") for pair in value.split("+"))
+    return replace(schedule, ratios=tuple((name, _number(ratio)) for ratio, _, name in pairs))
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("expected a number") from None
+
+
+def _whole(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError("expected a whole number") from None
+
+
+SETTINGS: dict[str, Callable[[Schedule, str], Schedule]] = {
+    "ratio": _ratio,  # written rho for pruning, r for merging
+    "tau": lambda schedule, value: replace(schedule, tau=_whole(value)),
+    "early": lambda schedule, value: replace(schedule, early=value),
+    "ends": lambda schedule, value: replace(schedule, ends=tuple(value.split("+"))),
+    "spare": lambda schedule, value: replace(schedule, spared=tuple(value.split("+"))),
+    "ratios": _ratios,  # 0.3@mid+0.8@up.2.0
+    "layers": _layers,  # 0+1
+    "place": _place,
+    "ranking": _method("ranking"),
+    "recovery": _method("recovery"),
+    "graph": _method("graph"),
+    "iterations": _iterations,
+}

@@ -1,0 +1,121 @@
+"""Attention graphs that hold no M x N numbers: they keep queries and keys, and compute the map anew for each answer.
+
+Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph`; d is the number of channels of a head. The weight of query
+i for key j is exp(q_i k_j * scale - L_i), where L_i, the row's log-sum-exp, is all that has to be known of row i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from atedm.held import at_least_float32
+
+# What a piece of the map and one temporary of its size may take together. SDXL's largest map (4096 tokens, 10 heads)
+# is 640 MiB in float32. Smaller pieces save little beside the queries and keys, and each costs a few kernel launches.
+PIECE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedGraph:
+    """The answers of :class:`~atedm.held.HeldGraph` without its map, from pieces of at most ``piece_bytes``.
+
+    ``query`` (B, heads, M, d) is scaled already, ``key`` is (B, heads, N, d), both in float32 or float64;
+    ``log_sum_exp`` (B, heads, M) is L, in natural logarithm. A piece is one row or column of each head at the least.
+    """
+
+    query: Tensor
+    key: Tensor
+    log_sum_exp: Tensor
+    piece_bytes: int
+
+    @classmethod
+    def from_qk(
+        cls, q: Tensor, k: Tensor, scale: float, log_sum_exp: Tensor | None = None, piece_bytes: int = PIECE_BYTES
+    ) -> StreamedGraph:
+        """The graph softmax(scale * q k^T) of queries (B, heads, M, d) and keys (B, heads, N, d).
+
+        ``log_sum_exp`` (B, heads, M) is what fused attention knows of each row; without it, it is computed here.
+        Raises ``ValueError`` if it has another shape.
+        """
+        # Attention layers split heads by a view. Contiguous, because every piece would copy it otherwise.
+        query, key = (at_least_float32(q) * scale).contiguous(), at_least_float32(k).contiguous()
+        graph = cls(query, key, query.new_zeros(query.shape[:3]), piece_bytes)
+        if log_sum_exp is None:
+            pieces = [graph._log_weights(rows).logsumexp(dim=-1) for rows in graph._pieces(along=2, across=3)]
+            log_sum_exp = torch.cat(pieces, dim=-1)
+        if log_sum_exp.shape != query.shape[:3]:
+            raise ValueError(f"log_sum_exp is {tuple(log_sum_exp.shape)}, expected {tuple(query.shape[:3])}: one a row")
+        return replace(graph, log_sum_exp=log_sum_exp.to(query.dtype))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, heads, M, N)."""
+        batch, heads, queries, _ = self.query.shape
+        return batch, heads, queries, self.key.shape[2]
+
+    def uniform(self) -> Tensor:
+        """Equal scores for all queries, see :meth:`~atedm.graph.AttentionGraph.uniform`."""
+        return torch.full_like(self.log_sum_exp, 1 / self.shape[2])
+
+    def votes(self, s_q: Tensor) -> Tensor:
+        """A^T s for scores s >= 0, see :meth:`~atedm.graph.AttentionGraph.votes`.
+
+        (A^T s)_j = exp(logsumexp_i(q_i k_j * scale - L_i + log s_i)): attention with queries and keys swapped and a
+        bias. Weights and scores are at most one, so that the sum needs no maximum taken out to be safe.
+        """
+        bias = (s_q.log() - self.log_sum_exp).unsqueeze(2)  # -inf where s = 0, which exp takes back to 0
+        pieces = self._pieces(along=3, across=2)
+        return torch.cat([(self.key[:, :, j] @ self.query.mT).add_(bias).exp_().sum(dim=-1) for j in pieces], dim=-1)
+
+    def gather(self, s_k: Tensor) -> Tensor:
+        """A s, see :meth:`~atedm.graph.AttentionGraph.gather`."""
+        column = s_k.unsqueeze(-1)
+        pieces = [self._log_weights(rows).exp_() @ column for rows in self._pieces(along=2, across=3)]
+        return torch.cat(pieces, dim=2).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy of each row in nats, see :meth:`~atedm.graph.AttentionGraph.entropy`."""
+        pieces = []
+        for rows in self._pieces(along=2, across=3):
+            log_weights = self._log_weights(rows)
+            pieces.append(-log_weights.exp().mul_(log_weights).sum(dim=-1))
+        return torch.cat(pieces, dim=-1)
+
+    def strongest_query(self, among: Tensor, targets: Tensor) -> Tensor:
+        """Which query attends most to each target, see :meth:`~atedm.graph.AttentionGraph.strongest_query`.
+
+        No other part of the map than these queries and keys is computed. Where two are equal but for rounding, the
+        winner can be another than in a :class:`~atedm.held.HeldGraph`.
+        """
+        part = replace(
+            self,
+            query=take_rows(self.query, among),
+            key=take_rows(self.key, targets),
+            log_sum_exp=torch.take_along_dim(self.log_sum_exp, among.unsqueeze(1), dim=2),
+        )
+        bias = part.log_sum_exp.unsqueeze(-1)
+        strongest = []
+        for columns in part._pieces(along=3, across=2):
+            weights = (part.query @ part.key[:, :, columns].mT).sub_(bias).exp_()
+            strongest.append(weights.mean(dim=1).argmax(dim=1))  # torch documents: the first of equal maxima
+        return torch.cat(strongest, dim=-1)
+
+    def _log_weights(self, rows: slice) -> Tensor:
+        """ln A of some rows."""
+        return (self.query[:, :, rows] @ self.key.mT).sub_(self.log_sum_exp[:, :, rows].unsqueeze(-1))
+
+    def _pieces(self, along: int, across: int) -> Iterator[slice]:
+        """Cut axis ``along`` of the map so that two pieces fit into ``piece_bytes``; they are whole ``across``."""
+        batch, heads = self.shape[:2]
+        step = max(1, self.piece_bytes // (2 * self.query.element_size() * batch * heads * self.shape[across]))
+        for start in range(0, max(1, self.shape[along]), step):  # an empty axis is one empty piece
+            yield slice(start, start + step)
+
+
+def take_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """Queries or keys (B, heads, m, d) at ``indices`` (B, m) of ``x`` (B, heads, M, d)."""
+    return torch.take_along_dim(x, indices[:, None, :, None], dim=2)
