@@ -8,21 +8,21 @@ Legend: N tokens of a feature map, n <= N tokens still held, T text tokens, C ch
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from atedm.ranking import MAX_ITERATIONS, kept_count
 from atedm.schedule import DENSE, Schedule, TokenPlan, parse_preset
+from minisdxl.command import Parser, parse_size
 from minisdxl.config import SDXL_BASE, SHAPES, AttentionSite, ModelConfig, UNetConfig
 
 MODELS = {config.name: config for config in (SDXL_BASE, SHAPES)}
-MAX_SIDE = 16384  # pixels; a larger picture is a typing error
 BAR = 40  # characters of the longest bar
 
 
@@ -147,7 +147,7 @@ class _Formula:
             yield Work(site.name, Kind.RANKING, _product(tokens, c + votes, tokens))
 
     def positions(self, level: int) -> int:
-        """H * W of a feature level: each halving rounds up."""
+        """H * W of a feature level: each halving rounds up, as -(-n >> 1) does."""
         return -(-self.height >> level) * -(-self.width >> level)
 
 
@@ -212,15 +212,6 @@ def _sums(calls: dict[str, Any], column: str) -> Counter[str]:
     return sums
 
 
-def parse_size(text: str, multiple: int) -> tuple[int, int]:
-    """Width and height in pixels of ``WxH``. Raises ``ValueError`` unless both are multiples of ``multiple``."""
-    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
-    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
-    if any(side % multiple or not 0 < side <= MAX_SIDE for side in (width, height)):
-        raise ValueError(f"size is {text!r}, expected WIDTHxHEIGHT in pixels, multiples of {multiple} up to {MAX_SIDE}")
-    return width, height
-
-
 def find_config(model: str) -> ModelConfig:
     """The config of that name or in that file. Raises ``ValueError``."""
     if model in MODELS:
@@ -232,17 +223,14 @@ def find_config(model: str) -> ModelConfig:
     return read_config(model)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, without the usage
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = _Parser(prog="python -m minisdxl.flops", description="What a U-Net call costs, dense and with pruning.")
+    parser = Parser(prog="python -m minisdxl.flops", description="What a U-Net call costs, dense and with pruning.")
     add = parser.add_argument
     add("--model", default=SDXL_BASE.name, help=f"{', '.join(MODELS)}, or a .safetensors file (default: %(default)s)")
-    add("--size", metavar="WxH", help="of the picture in pixels (default: what the model was made for)")
+    add(
+        "--size", type=parse_size, metavar="WxH", help="of the picture in pixels (default: what the model was made for)"
+    )
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add("--prune", nargs="?", const="at-edm", metavar="PRESET", help="prune tokens (default preset: %(const)s)")
     add("--json", action="store_true", help="print JSON")
@@ -250,17 +238,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = find_config(options.model)
         schedule = parse_preset(options.prune) if options.prune is not None else None
-        size = f"{config.size}x{config.size}" if options.size is None else options.size
-        width, height = (side // config.vae.downscale for side in parse_size(size, config.vae.downscale))
+        size = config.picture_size(options.size)
+        width, height = (side // config.vae.downscale for side in size)
         calls = summary(config, height, width, schedule, options.steps)
         dense = summary(config, height, width, None, options.steps)
     except ValueError as error:
         parser.error(str(error))
-    if options.json:
-        print(json.dumps(calls, indent=1))
-    else:
-        asked = f"{config.name}, {size} pixels, {options.steps} steps, {options.prune or 'dense'}"
-        print(f"FLOPs of one U-Net call: {asked}", "", report(calls, dense), sep="\n")
+    asked = f"{config.name}, {size[0]}x{size[1]} pixels, {options.steps} steps, {options.prune or 'dense'}"
+    text = f"FLOPs of one U-Net call: {asked}\n\n{report(calls, dense)}"
+    try:
+        print(json.dumps(calls, indent=1) if options.json else text, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python would complain of it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

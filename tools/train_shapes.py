@@ -217,7 +217,9 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
         with torch.no_grad():
             latents = vae.encode(images.to(options.device))
         timestep = ((torch.randperm(count) + torch.rand(count)) * config.noise.steps / count).long().to(options.device)
-        noise = torch.randn(latents.shape).to(options.device)
+        # Offset noise (as in SDXL's own training, stronger): without it even the noisiest latent shows its mean, the model
+        # reads the background off that, and at sampling, where the mean is always 0, captions cannot make it white.
+        noise = (torch.randn(latents.shape) + 0.3 * torch.randn(count, latents.shape[1], 1, 1)).to(options.device)
         signal = alphas_bar[timestep][:, None, None, None]
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         ids, ids_2 = (each.to(options.device) for each in tokenizer(captions))

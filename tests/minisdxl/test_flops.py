@@ -110,11 +110,8 @@ def test_dense_sdxl_to_the_flop(sdxl: UNet, height: int, width: int, text: int) 
     [
         ("at-edm", 49, 128, 128),
         ("at-edm", 0, 75, 101),
-        ("at-edm-dagger", 49, 128, 128),
-        ("at-edm-dagger", 0, 33, 21),
-        ("at-edm:rho=0.94", 49, 33, 21),
+        ("at-edm-dagger", 49, 33, 21),
         ("at-edm:rho=0.001", 49, 33, 21),  # removes tokens of some blocks only
-        ("at-edm:rho=0", 0, 33, 21),
     ],
 )
 def test_pruned_sdxl_to_the_flop(
@@ -332,16 +329,13 @@ def test_model_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 BAD = {
-    "--size 1023x1024": "size is '1023x1024', expected WIDTHxHEIGHT in pixels, multiples of 8 up to 16384",
-    "--size 1024": "size is '1024'",
-    "--size 0x8": "size is '0x8'",
-    "--size -8x8": "",
-    "--size=-8x8": "size is '-8x8'",
+    "--size 1023x1024": "picture width is 1023 pixels, expected a multiple of 8 from 32 to ",
+    "--size 1024x0": "picture height is 0 pixels",
+    "--size 1024x1048576": "picture height is 1048576 pixels",
+    "--size 1024": "argument --size: size is '1024', expected WIDTHxHEIGHT in pixels",
+    "--size=-64x64": "size is '-64x64'",
     "--size=": "size is ''",
-    "--size 1024x1024x8": "size is '1024x1024x8'",
-    "--size 1024x16392": "size is '1024x16392'",
-    "--size 8x99999999999999999999": "size is '8x99999999999999999999'",
-    "--model shapes --size 130x128": "multiples of 4",
+    "--size 64x99999999999999999999": "size is '64x99999999999999999999'",
     "--steps 0": "steps is 0, expected 1 to 1000",
     "--steps 1001": "steps is 1001, expected 1 to 1000",
     "--steps 5.5": "argument --steps: invalid int value: '5.5'",
@@ -369,10 +363,15 @@ def test_bad_input_is_one_line(arguments: str, capsys: pytest.CaptureFixture[str
 
 
 def test_as_a_module() -> None:
-    command = [sys.executable, "-m", "minisdxl.flops", "--model", "shapes", "--size", "7x8"]
-    bad = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    """Exit codes, nothing but one line of error, and a reader that leaves before the end."""
+    command = [sys.executable, "-m", "minisdxl.flops", "--model", "shapes"]
+    bad = subprocess.run([*command, "--size", "7x8"], capture_output=True, text=True, timeout=300, check=False)
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr.startswith("python -m minisdxl.flops: size is '7x8'")
-    good = subprocess.run([*command[:-1], "64x64"], capture_output=True, text=True, timeout=120, check=False)
-    assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout.startswith("FLOPs of one U-Net call: shapes, 64x64 pixels, 50 steps, dense\n")
+    assert bad.stderr.startswith("python -m minisdxl.flops: error: picture width is 7 pixels")
+    assert bad.stderr.count("\n") == 1
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        _, error = process.communicate(timeout=300)
+    assert (process.returncode, error) == (0, b"")
