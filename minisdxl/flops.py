@@ -132,7 +132,7 @@ class _Formula:
         full = site.depth if plan is None else plan.after_layer + 1
         held = [tokens] * full + [kept] * (site.depth - full)  # n of each layer
 
-        projections = _product(tokens, c, c) + _product(kept, c, c)  # in, and out: before the tokens are restored
+        projections = 2 * _product(tokens, c, c)  # in, and out
         # Self-attention projects to q, k, v and out, cross-attention to q and out; its k and v are of the text.
         projections += sum(_product(n, c, 6 * c) + _product(text, self.config.context_channels, 2 * c) for n in held)
         yield Work(site.name, Kind.PROJECTIONS, projections)
@@ -228,9 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m minisdxl.flops", description="What a U-Net call costs, dense and with pruning.")
     add = parser.add_argument
     add("--model", default=SDXL_BASE.name, help=f"{', '.join(MODELS)}, or a .safetensors file (default: %(default)s)")
-    add(
-        "--size", type=parse_size, metavar="WxH", help="of the picture in pixels (default: what the model was made for)"
-    )
+    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add("--prune", nargs="?", const="at-edm", metavar="PRESET", help="prune tokens (default preset: %(const)s)")
     add("--json", action="store_true", help="print JSON")
@@ -240,12 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         schedule = parse_preset(options.prune) if options.prune is not None else None
         size = config.picture_size(options.size)
         width, height = (side // config.vae.downscale for side in size)
-        calls = summary(config, height, width, schedule, options.steps)
-        dense = summary(config, height, width, None, options.steps)
+        calls, dense = (summary(config, height, width, asked, options.steps) for asked in (schedule, None))
     except ValueError as error:
         parser.error(str(error))
-    asked = f"{config.name}, {size[0]}x{size[1]} pixels, {options.steps} steps, {options.prune or 'dense'}"
-    text = f"FLOPs of one U-Net call: {asked}\n\n{report(calls, dense)}"
+    title = f"{config.name}, {size[0]}x{size[1]} pixels, {options.steps} steps, {options.prune or 'dense'}"
+    text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}"
     try:
         print(json.dumps(calls, indent=1) if options.json else text, flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python would complain of it at exit

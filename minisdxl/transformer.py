@@ -117,8 +117,6 @@ class AttentionBlock(nn.Module):
             if plan is not None and index == plan.after_layer:
                 tokens, restore = prune(tokens, self_attention.graph(), plan.ratio)
                 restores.append(restore)
-        # A per-token linear layer commutes with copying tokens, so it runs on the kept ones only.
-        tokens = tokens.with_values(self.proj_out(tokens.values))
         for restore in reversed(restores):
             tokens = restore(tokens)
-        return x + tokens.to_feature_map()
+        return x + tokens.with_values(self.proj_out(tokens.values)).to_feature_map()
