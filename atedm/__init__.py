@@ -3,10 +3,12 @@
 from atedm.graph import GRAPHS, AttentionGraph, AttentionInputs, LazyGraph
 from atedm.held import HeldGraph
 from atedm.merging import Merge, Merging, match_tokens
+from atedm.plan import DENSE, BlockPlan, LayerPlan, Site, TokenPlan
+from atedm.presets import PRESETS, parse_preset
 from atedm.pruning import Pruning, prune
 from atedm.ranking import RANKINGS, Ranking, gwpr, kept_count, rank, scores, top_k
 from atedm.recovery import RECOVERIES, Restore, recover, similarity_copy
-from atedm.schedule import DENSE, PRESETS, BlockPlan, Schedule, Site, TokenPlan, parse_preset
+from atedm.schedule import Schedule
 from atedm.sketched import SketchedGraph
 from atedm.streamed import StreamedGraph
 from atedm.tokens import TokenSet
@@ -21,6 +23,7 @@ __all__ = [
     "AttentionInputs",
     "BlockPlan",
     "HeldGraph",
+    "LayerPlan",
     "LazyGraph",
     "Merge",
     "Merging",

@@ -6,7 +6,6 @@ are the same tokens and M = N.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -76,8 +75,11 @@ class LazyGraph:
     def __init__(self, inputs: AttentionInputs, kind: str = "held") -> None:
         self.inputs = inputs
         self.kind = kind
+        self._built: AttentionGraph | None = None  # no cached_property: its lock stops torch.compile
 
-    @cached_property
+    @property
     def graph(self) -> AttentionGraph:
         """The graph of ``inputs``, see :meth:`AttentionInputs.graph`."""
-        return self.inputs.graph(self.kind)
+        if self._built is None:
+            self._built = self.inputs.graph(self.kind)
+        return self._built

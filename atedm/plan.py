@@ -53,14 +53,21 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one transformer layer does with its tokens: prune some for good, merge some around sub-layers, or neither."""
+    """What one transformer layer does with its tokens: prune some, merge some around sub-layers, or neither.
+
+    Raises ``ValueError`` for both: the attention of merged tokens ranks no others.
+    """
 
     pruning: Pruning | None = None
     before_feed_forward: bool = False  # prune there (the paper's supplement), not after the feed-forward
     merging: Merging | None = None
 
+    def __post_init__(self) -> None:
+        if self.pruning is not None and self.merging is not None:
+            raise ValueError(f"layer plan has {self.pruning} and {self.merging}, expected one of them")
+
     def merges(self, tokens: TokenSet) -> tuple[Merge, Merge, Merge]:
-        """How to merge around self-attention, cross-attention and feed-forward: one matching, on what enters the layer."""
+        """How to merge around self-attention, cross-attention and feed-forward: one matching, of what enters."""
         return (self.merging or Merging(0.0)).match(tokens)
 
     def prune(
@@ -92,7 +99,7 @@ UNTOUCHED = LayerPlan()
 class BlockPlan:
     """What the transformer layers of one attention block do, by their number from 0; layers not named do nothing.
 
-    Raises ``ValueError`` for a negative layer.
+    Raises ``ValueError`` for a layer that is negative or named twice.
     """
 
     layers: tuple[tuple[int, LayerPlan], ...]
@@ -101,10 +108,13 @@ class BlockPlan:
         for index, _ in self.layers:
             if index < 0:
                 raise ValueError(f"plan names the transformer layer {index}, expected 0 or more")
+        if len(dict(self.layers)) < len(self.layers):
+            named = ", ".join(str(index) for index, _ in self.layers)
+            raise ValueError(f"plan names the transformer layers {named}, expected each at most once")
 
     @classmethod
     def pruning(cls, how: Pruning, after: Iterable[int] = (0,), before_feed_forward: bool = False) -> BlockPlan:
-        """Prune in the layers ``after``: after their feed-forward, or before it. Section 4.1 prunes once, in the first."""
+        """Prune in the layers ``after``, after or before their feed-forward. Section 4.1 prunes once, in the first."""
         return cls(tuple((index, LayerPlan(how, before_feed_forward)) for index in after))
 
     @classmethod
@@ -117,13 +127,16 @@ class BlockPlan:
         return dict(self.layers).get(index, UNTOUCHED)
 
     def check(self, name: str, depth: int) -> None:
-        """Raise ``ValueError`` unless the block called ``name`` has these layers, and one after the last that prunes."""
+        """Raise ``ValueError`` unless the block called ``name`` has these layers, and one after each that prunes.
+
+        The last one before a ResBlock does not, neither after its feed-forward nor before it (section 3.1, step 5).
+        """
         for index, layer in self.layers:
             if index >= depth:
                 raise ValueError(f"plan names layer {index} of {name}, expected 0 to {depth - 1}")
-            if layer.pruning is not None and index >= depth - 1 and not layer.before_feed_forward:
+            if layer.pruning is not None and index == depth - 1:
                 raise ValueError(
-                    f"plan prunes {name} after layer {index} of its {depth} (0 to {depth - 1}), "
+                    f"plan prunes {name} in layer {index} of its {depth} (0 to {depth - 1}), "
                     "expected a layer before the last one"
                 )
 

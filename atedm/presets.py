@@ -26,7 +26,7 @@ def _preset(schedule: Schedule, about: str, **budgets: float) -> tuple[str, Pres
     return schedule.name, Preset(schedule, about, tuple(budgets.items()))
 
 
-# Budgets a to d: see table 1. The paper gives rho for c alone; the others are what its FLOPs need with one pruning layer.
+# Budgets a to d of table 1. The paper gives rho for c alone; the others are what its FLOPs need with one pruning layer.
 _AT_EDM = {"a": 0.94, "b": 0.75, "c": RHO, "d": 0.52}
 _TOME = {"a": 0.75, "b": 0.60, "c": R, "d": 0.40}
 
@@ -37,11 +37,17 @@ PRESETS: dict[str, Preset] = dict(
             Schedule("at-edm-dagger", Pruning(RHO), spare_largest=True),
             "at-edm, but no pruning where token sets are largest (section 4.3)",
         ),
-        _preset(Schedule("tome", Merging(R), tau=0), "token merging in all layers and sub-layers, at every step", **_TOME),
+        _preset(
+            Schedule("tome", Merging(R), tau=0), "token merging in all layers and sub-layers, at every step", **_TOME
+        ),
         _preset(Schedule("tome-dsap", Merging(R)), "token merging with the prune-less early steps of DSAP", **_TOME),
         _preset(Schedule("ca-wpr", Pruning(RHO, ranking="ca-wpr")), "at-edm ranked by cross-attention (figure 8)"),
-        _preset(Schedule("zeros", Pruning(RHO, recovery="zeros")), "at-edm, pruned tokens come back as zeros (figure 9)"),
-        _preset(Schedule("bicubic", Pruning(RHO, recovery="bicubic")), "at-edm, pruned tokens are interpolated (figure 9)"),
+        _preset(
+            Schedule("zeros", Pruning(RHO, recovery="zeros")), "at-edm, pruned tokens come back as zeros (figure 9)"
+        ),
+        _preset(
+            Schedule("bicubic", Pruning(RHO, recovery="bicubic")), "at-edm, pruned tokens are interpolated (figure 9)"
+        ),
         _preset(
             Schedule("direct", Pruning(RHO, recovery="direct")),
             "at-edm, pruned tokens come back as they were when pruned (figure 9)",
@@ -64,45 +70,40 @@ def parse_preset(text: str) -> Schedule:
     name, colon, settings = text.partition(":")
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    schedule, seen = preset.schedule, set[str]()
+    schedule, budgets = PRESETS[name].schedule, dict(PRESETS[name].budgets)
+    prunes = isinstance(schedule.method, Pruning)
+    ratio = "rho" if prunes else "r"  # as the papers call it
+    known = {ratio: _ratio, **SETTINGS, **(PRUNING_SETTINGS if prunes else {})}
+    seen = set[str]()
     for setting in settings.split(",") if colon else []:
-        budgets = dict(preset.budgets)
-        key, _, value = ("ratio", "=", str(budgets[setting])) if setting in budgets else setting.partition("=")
-        key = "ratio" if key in ("rho", "r") else key
-        if key not in SETTINGS:
-            known = ["rho" if isinstance(schedule.method, Pruning) else "r", *list(SETTINGS)[1:]]
+        key, _, value = (ratio, "=", str(budgets[setting])) if setting in budgets else setting.partition("=")
+        if key not in known:
             letters = f" or a budget, {', '.join(budgets)}" if budgets else ""
             raise ValueError(f"unknown setting {setting!r} of {name}, expected one of {', '.join(known)}{letters}")
         if key in seen:
             raise ValueError(f"setting {key} of {name} is given twice")
         seen.add(key)
         try:
-            schedule = SETTINGS[key](schedule, value)
-        except (ValueError, TypeError) as error:
+            schedule = known[key](schedule, value)
+        except ValueError as error:
             raise ValueError(f"setting {key} of {name} is {value!r}: {error}") from error
     return schedule
+
+
+Setting = Callable[[Schedule, str], Schedule]
 
 
 def _ratio(schedule: Schedule, value: str) -> Schedule:
     return replace(schedule, method=replace(schedule.method, ratio=_number(value)))
 
 
-def _method(field: str) -> Callable[[Schedule, str], Schedule]:
-    """A setting of pruning that is a word."""
+def _pruning(field: str, read: Callable[[str], str | int]) -> Setting:
+    """A setting of the pruning layer."""
 
     def change(schedule: Schedule, value: str) -> Schedule:
-        if not isinstance(schedule.method, Pruning):
-            raise ValueError("token merging has no such setting")
-        return replace(schedule, method=replace(schedule.method, **{field: value}))  # type: ignore[arg-type]
+        return replace(schedule, method=replace(schedule.method, **{field: read(value)}))  # type: ignore[arg-type]
 
     return change
-
-
-def _iterations(schedule: Schedule, value: str) -> Schedule:
-    if not isinstance(schedule.method, Pruning):
-        raise ValueError("token merging has no such setting")
-    return replace(schedule, method=replace(schedule.method, iterations=_whole(value)))
 
 
 def _layers(schedule: Schedule, value: str) -> Schedule:
@@ -117,8 +118,17 @@ def _place(schedule: Schedule, value: str) -> Schedule:
 
 
 def _ratios(schedule: Schedule, value: str) -> Schedule:
-    pairs = (pair.partition("@") for pair in value.split("+"))
+    pairs = [pair.partition("@") for pair in value.split("+")]
+    if not all(name for _, _, name in pairs):
+        raise ValueError("expected ratios at attention blocks, as 0.3@mid+0.8@up.2.0")
     return replace(schedule, ratios=tuple((name, _number(ratio)) for ratio, _, name in pairs))
+
+
+def _names(value: str) -> tuple[str, ...]:
+    names = tuple(value.split("+"))
+    if not all(names):
+        raise ValueError("expected names of attention blocks, as mid+up.2.0")
+    return names
 
 
 def _number(value: str) -> float:
@@ -135,17 +145,18 @@ def _whole(value: str) -> int:
         raise ValueError("expected a whole number") from None
 
 
-SETTINGS: dict[str, Callable[[Schedule, str], Schedule]] = {
-    "ratio": _ratio,  # written rho for pruning, r for merging
+SETTINGS: dict[str, Setting] = {  # besides the ratio, rho of pruning and r of merging
     "tau": lambda schedule, value: replace(schedule, tau=_whole(value)),
     "early": lambda schedule, value: replace(schedule, early=value),
-    "ends": lambda schedule, value: replace(schedule, ends=tuple(value.split("+"))),
-    "spare": lambda schedule, value: replace(schedule, spared=tuple(value.split("+"))),
+    "ends": lambda schedule, value: replace(schedule, ends=_names(value)),
+    "spare": lambda schedule, value: replace(schedule, spared=_names(value)),
     "ratios": _ratios,  # 0.3@mid+0.8@up.2.0
+}
+PRUNING_SETTINGS: dict[str, Setting] = {
     "layers": _layers,  # 0+1
     "place": _place,
-    "ranking": _method("ranking"),
-    "recovery": _method("recovery"),
-    "graph": _method("graph"),
-    "iterations": _iterations,
+    "ranking": _pruning("ranking", str),
+    "recovery": _pruning("recovery", str),
+    "graph": _pruning("graph", str),
+    "iterations": _pruning("iterations", _whole),
 }

@@ -20,11 +20,12 @@ class Schedule:
     """A method of token reduction over all steps of a sampling run.
 
     ``method`` is what every attention block does unless told otherwise: a :class:`Pruning` or a :class:`Merging`.
-    DSAP: of every 50 steps the first ``tau`` treat the ends of the U-Net in another way than the rest do. With ``early``
+    DSAP: the first ``tau`` of every 50 steps treat the ends of the U-Net in another way than the rest. With ``early``
     "less" the early steps leave them untouched, the paper's prune-less schedule; with "more" it is the later steps that
     do. ``ends`` are the blocks in question, ``None`` for the paper's: the first of each down-stage and the last of each
     up-stage. ``spared`` blocks are never touched; ``spare_largest`` spares those of the level with the most tokens.
-    ``ratios`` gives single blocks another ratio. Pruning happens in the layers ``layers``.
+    ``ratios`` gives single blocks another ratio. Pruning happens in the layers ``layers``, in each block in those that
+    have another layer after them; merging happens in all layers.
 
     Raises ``ValueError`` for values out of range.
     """
@@ -45,8 +46,12 @@ class Schedule:
             raise ValueError(f"tau is {self.tau}, expected 0 to 50: early steps of every 50")
         if self.early not in EARLY:
             raise ValueError(f"early is {self.early!r}, expected one of {', '.join(EARLY)}")
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers is {self.layers}, expected one or more different layers")
+        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+            raise ValueError(f"layers is {self.layers}, expected one or more different layers, counted from 0")
+        if isinstance(self.method, Merging) and (self.layers, self.before_feed_forward) != ((0,), False):
+            raise ValueError(f"{self.name} merges tokens in all layers: layers and before_feed_forward are for pruning")
+        if len(dict(self.ratios)) < len(self.ratios):
+            raise ValueError(f"ratios is {self.ratios}, expected each block at most once")
         for _, ratio in self.ratios:
             replace(self.method, ratio=ratio)  # checks it
 
@@ -57,47 +62,56 @@ class Schedule:
     def plan(self, step: int, steps: int, sites: Iterable[Site]) -> TokenPlan:
         """The token plan of denoising step ``step`` (from 0, the noisiest) of ``steps``.
 
-        Raises ``ValueError`` for a step that is none of the ``steps``, for names of blocks that are not there, and if
-        nothing would be reduced although a ratio is above 0.
+        Raises ``ValueError`` for a step that is none of the ``steps``, for names of blocks and numbers of layers that
+        are not there, for a block that is spared and given a ratio, and if nothing would be reduced although a ratio is
+        above 0.
         """
         if not 0 <= step < steps:
             raise ValueError(f"step is {step}, expected 0 to {steps - 1} for {steps} steps")
-        sites = list(sites)
-        ratios = dict(self.ratios)
-        named = {*(self.ends or ()), *self.spared, *ratios}
-        unknown = named - {site.name for site in sites}
-        if unknown:
-            raise ValueError(
-                f"{self.name} names {', '.join(sorted(unknown))}, expected attention blocks out of "
-                f"{', '.join(site.name for site in sites)}"
-            )
-        untouched = {*self.spared, *(_largest(sites) if self.spare_largest else ())}
+        sites, ratios = list(sites), dict(self.ratios)
+        spared = {*self.spared, *(_largest(sites) if self.spare_largest else ())}
+        self._check(sites, spared)
         is_early = step < self.early_steps(steps)
-        if self.tau > 0 and is_early == (self.early == "less"):
-            untouched |= _ends(sites) if self.ends is None else set(self.ends)
-        blocks = {}
+        skips_ends = self.tau > 0 and is_early == (self.early == "less")
+        ends = (_ends(sites) if self.ends is None else set(self.ends)) if skips_ends else set()
+        blocks, reduces = {}, False
         for site in sites:
             method = replace(self.method, ratio=ratios.get(site.name, self.method.ratio))
-            if site.name not in untouched and self._fits(site):
-                blocks[site.name] = self._block(method, site)
-        if not blocks and self.method.ratio > 0:
+            block = self._block(method, site)
+            if block.layers and site.name not in spared | ends:
+                blocks[site.name] = block
+                reduces |= method.ratio > 0
+        most = max([self.method.ratio, *ratios.values()])
+        if most > 0 and not reduces:
             raise ValueError(
-                f"{self.name} with ratio {self.method.ratio} would reduce no tokens at step {step}: the attention blocks "
-                f"{', '.join(site.name for site in sites)} are all left out or have too few layers"
+                f"{self.name} with ratio {most} would reduce no tokens at step {step}: the blocks "
+                f"{', '.join(site.name for site in sites)} are all left out, have ratio 0, or have too few layers"
             )
         return TokenPlan(blocks)
 
-    def _fits(self, site: Site) -> bool:
-        """Whether a block has the layers: nothing is pruned after the last one before a ResBlock (section 3.1, step 5)."""
-        if isinstance(self.method, Merging):
-            return True
-        return any(index < site.depth - (not self.before_feed_forward) for index in self.layers)
+    def _check(self, sites: list[Site], spared: set[str]) -> None:
+        """Raise ``ValueError`` unless what is named is there, and not spared where it is given a ratio."""
+        names = [site.name for site in sites]
+        unknown = {*(self.ends or ()), *self.spared, *dict(self.ratios)} - set(names)
+        if unknown:
+            raise ValueError(
+                f"{self.name} names {', '.join(sorted(unknown))}, expected attention blocks out of {', '.join(names)}"
+            )
+        both = spared & set(dict(self.ratios))
+        if both:
+            raise ValueError(f"{self.name} spares {', '.join(sorted(both))}, expected no other ratio there")
+        deepest = max((site.depth for site in sites), default=0)
+        if max(self.layers) > max(0, deepest - 2):
+            raise ValueError(
+                f"{self.name} prunes in layer {max(self.layers)}, expected 0 to {max(0, deepest - 2)}: "
+                f"the attention blocks have up to {deepest} layers and never prune in their last"
+            )
 
     def _block(self, method: Pruning | Merging, site: Site) -> BlockPlan:
+        """None prunes in its last layer, the one before a ResBlock (section 3.1, step 5)."""
         if isinstance(method, Merging):
             return BlockPlan.merging(method, site.depth)
-        last = site.depth - (not self.before_feed_forward)
-        return BlockPlan.pruning(method, (i for i in self.layers if i < last), self.before_feed_forward)
+        return BlockPlan.pruning(method, (i for i in self.layers if i < site.depth - 1), self.before_feed_forward)
 
 
 def _ends(sites: list[Site]) -> set[str]:

@@ -6,7 +6,6 @@ Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,17 +63,17 @@ class SketchedGraph:
 
     def gather(self, s_k: Tensor) -> Tensor:
         """A s, see :meth:`~atedm.graph.AttentionGraph.gather`."""
-        return self._exact.gather(s_k)
+        return self._exact().gather(s_k)
 
     def entropy(self) -> Tensor:
         """Entropy of each row in nats, see :meth:`~atedm.graph.AttentionGraph.entropy`."""
-        return self._exact.entropy()
+        return self._exact().entropy()
 
     def strongest_query(self, among: Tensor, targets: Tensor) -> Tensor:
         """Which query attends most to each target, see :meth:`~atedm.graph.AttentionGraph.strongest_query`."""
         rows = StreamedGraph.from_qk(take_rows(self.query, among), self.key, self.scale)  # of no others is L needed
         return rows.strongest_query(torch.arange(among.shape[1], device=among.device).expand_as(among), targets)
 
-    @cached_property
     def _exact(self) -> StreamedGraph:
+        # Anew each time: only cross-attention asks, whose keys are few, and self-attention must not pay for it.
         return StreamedGraph.from_qk(self.query, self.key, self.scale)

@@ -16,7 +16,7 @@ from atedm.held import at_least_float32
 
 # What a piece of the map and one temporary of its size may take together. SDXL's largest map (4096 tokens, 10 heads)
 # is 640 MiB in float32. Smaller pieces save little beside the queries and keys, and each costs a few kernel launches.
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 24 * 2**20
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import re
 from dataclasses import replace
 
-from atedm.presets import PRESETS
+from atedm.presets import PRESETS, parse_preset
 from atedm.pruning import Pruning
 from atedm.schedule import Schedule
 from minisdxl.config import ModelConfig
@@ -50,10 +52,44 @@ def with_budget(
             f"budget {budget} is out of reach of {schedule.name}: its {measure} U-Net call costs "
             f"{format_flops(cheapest)} to {format_flops(dearest)}"
         )
-    while high - low > 1e-5:  # the cost falls in steps of a token
+    while high - low > 1e-6:  # the cost falls in steps of a token
         middle = (low + high) / 2
         low, high = (low, middle) if cost(middle) <= target else (middle, high)
-    return at(round(high, 5) if cost(round(high, 5)) <= target else high)
+    return at(min(math.ceil(high * 1e5) / 1e5, 0.999 if isinstance(schedule.method, Pruning) else 0.75))
+
+
+def preset_within(
+    config: ModelConfig, size: tuple[int, int] | None, preset: str, steps: int, budget: str, measure: str = "average"
+) -> str:
+    """A preset's text with the ratio added that :func:`with_budget` finds for pictures of ``size``, as at-edm:rho=0.7.
+
+    Raises ``ValueError`` as that does, and for a preset whose text has a ratio or a budget of its own.
+    """
+    width, height = config.picture_size(size)
+    f = config.vae.downscale
+    method = with_budget(config, height // f, width // f, parse_preset(preset), steps, budget, measure).method
+    letter = "rho" if isinstance(method, Pruning) else "r"
+    text = f"{preset}{',' if ':' in preset else ':'}{letter}={method.ratio:.5f}"
+    parse_preset(text)
+    return text
+
+
+def settle_preset(config: ModelConfig, options: argparse.Namespace) -> str | None:
+    """The preset's text that the options of :func:`minisdxl.command.add_pruning` ask for, ``None`` for dense.
+
+    Prints the presets and ends the program where that is ``list``. Raises ``ValueError`` for options that contradict
+    each other, and as :func:`preset_within`.
+    """
+    if options.prune == "list":
+        print(list_presets(config, options.steps))
+        raise SystemExit(0)
+    if options.budget is None:
+        if options.prune is not None:
+            parse_preset(options.prune)
+        return None if options.prune is None else str(options.prune)
+    if options.prune is None:
+        raise ValueError(f"--budget is {options.budget} without --prune, expected both: it sets a preset's ratio")
+    return preset_within(config, options.size, options.prune, options.steps, options.budget, options.budget_for)
 
 
 def list_presets(config: ModelConfig, steps: int) -> str:

@@ -17,6 +17,29 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+def add_pruning(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a token-reduction preset and its budget."""
+    parser.add_argument(
+        "--prune",
+        nargs="?",
+        const="at-edm",
+        metavar="PRESET",
+        help="reduce tokens; the preset (default: %(const)s) may carry settings, as in at-edm:rho=0.5,tau=10; "
+        "'list' prints all presets",
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="FLOPS|SHARE",
+        help="find the preset's ratio by what a U-Net call may cost: 4.1T, or 61%% of dense",
+    )
+    parser.add_argument(
+        "--budget-for",
+        choices=("average", "steady"),
+        default="average",
+        help="what is to meet the budget: the average of all steps, or the last step (default: %(default)s)",
+    )
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """(width, height) of ``WxH``. Raises ``argparse.ArgumentTypeError`` for other texts."""
     match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)

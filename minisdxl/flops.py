@@ -8,21 +8,26 @@ Legend: N tokens of a feature map, n <= N tokens still held, T text tokens, C ch
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from atedm.ranking import MAX_ITERATIONS, kept_count
-from atedm.schedule import DENSE, Schedule, TokenPlan, parse_preset
+from atedm.merging import Merging
+from atedm.plan import DENSE, UNTOUCHED, TokenPlan
+from atedm.presets import parse_preset
+from atedm.pruning import Pruning
+from atedm.ranking import MAX_ITERATIONS
+from atedm.schedule import Schedule
+from atedm.sketched import SKETCH_STRIDE
+from minisdxl.command import Parser, add_pruning, parse_size
 from minisdxl.config import SDXL_BASE, SHAPES, AttentionSite, ModelConfig, UNetConfig
 
 MODELS = {config.name: config for config in (SDXL_BASE, SHAPES)}
-MAX_SIDE = 16384  # pixels; a larger picture is a typing error
 BAR = 40  # characters of the longest bar
 
 
@@ -35,6 +40,9 @@ class Kind(StrEnum):
     CROSS_ATTENTION = "cross-attention"  # likewise
     FEED_FORWARD = "feed-forward"
     RANKING = "ranking and recovery"
+
+
+ATTENTION_KINDS = tuple(kind for kind in Kind if kind != Kind.CONVOLUTION)
 
 
 class Work(NamedTuple):
@@ -128,27 +136,68 @@ class _Formula:
     def attention_block(self, site: AttentionSite) -> Iterator[Work]:
         c, text, tokens = site.channels, self.context_length, self.positions(site.level)
         plan = self.plan.get(site.name)
-        kept = tokens if plan is None else kept_count(tokens, plan.ratio)
-        full = site.depth if plan is None else plan.after_layer + 1
-        held = [tokens] * full + [kept] * (site.depth - full)  # n of each layer
+        cost = dict.fromkeys(ATTENTION_KINDS, 0)
+        cost[Kind.PROJECTIONS] = 2 * _product(tokens, c, c)  # in, and out
+        held = tokens
+        for index in range(site.depth):
+            layer = UNTOUCHED if plan is None else plan.layer(index)
+            seen = layer.counts(held)
+            # Self-attention projects to q, k, v and out, cross-attention to q and out; its k and v are of the text.
+            cost[Kind.PROJECTIONS] += _product(seen.self_attention, c, 4 * c) + _product(seen.cross_attention, c, 2 * c)
+            cost[Kind.PROJECTIONS] += _product(text, self.config.context_channels, 2 * c)
+            # Q K^T and A V, all heads together.
+            cost[Kind.SELF_ATTENTION] += 2 * _product(seen.self_attention, c, seen.self_attention)
+            cost[Kind.CROSS_ATTENTION] += 2 * _product(seen.cross_attention, c, text)
+            # GEGLU makes two vectors of 4 C channels; their product, one such vector, goes back to C.
+            cost[Kind.FEED_FORWARD] += _product(seen.feed_forward, c, 8 * c + 4 * c)
+            if layer.merging is not None and layer.merging.removed(held):
+                cost[Kind.RANKING] += self.matching(layer.merging, site.level, c)
+            if layer.pruning is not None and seen.out < held:
+                cost[Kind.RANKING] += self.ranking(layer.pruning, held, seen.out, c)
+            held = seen.out
+        yield from (Work(site.name, kind, flops) for kind, flops in cost.items() if flops)
 
-        projections = _product(tokens, c, c) + _product(kept, c, c)  # in, and out: before the tokens are restored
-        # Self-attention projects to q, k, v and out, cross-attention to q and out; its k and v are of the text.
-        projections += sum(_product(n, c, 6 * c) + _product(text, self.config.context_channels, 2 * c) for n in held)
-        yield Work(site.name, Kind.PROJECTIONS, projections)
-        # Q K^T and A V, all heads together.
-        yield Work(site.name, Kind.SELF_ATTENTION, sum(2 * _product(n, c, n) for n in held))
-        yield Work(site.name, Kind.CROSS_ATTENTION, sum(2 * _product(n, c, text) for n in held))
-        # GEGLU makes two vectors of 4 C channels; their product, one such vector, goes back to C.
-        yield Work(site.name, Kind.FEED_FORWARD, sum(_product(n, c, 8 * c + 4 * c) for n in held))
-        if plan is not None:
-            # Q K^T once more, since fused attention keeps its map to itself; then A^T s, per head and iteration.
-            votes = c // self.config.head_channels * MAX_ITERATIONS if kept < tokens else 0
-            yield Work(site.name, Kind.RANKING, _product(tokens, c + votes, tokens))
+    def matching(self, how: Merging, level: int, channels: int) -> int:
+        """ToMe's similarities, of every source to every destination."""
+        (rows, columns), (height, width) = how.stride, self.grid(level)
+        destinations = (height // rows) * (width // columns)
+        return _product(height * width - destinations, channels, destinations)
+
+    def ranking(self, how: Pruning, tokens: int, kept: int, channels: int) -> int:
+        """Ranking and recovery: maps, since fused attention keeps its own to itself; votes; the search for sources."""
+        ranks, cross, searches = how.ranking != "random", how.ranking == "ca-wpr", how.recovery == "similarity"
+        iterations = {"one-vote": 1, "random": 0}.get(how.ranking, how.iterations or MAX_ITERATIONS)
+        keys = self.context_length if cross else tokens
+        voters = -(-tokens // SKETCH_STRIDE) if how.graph == "sketched" else tokens
+
+        def logits(rows: int, columns: int) -> int:
+            return _product(rows, channels, columns)
+
+        def weighted(rows: int) -> int:  # A^T s or A s, head by head
+            return _product(channels // self.config.head_channels, 1, rows * keys)
+
+        # Of each graph that is read, the map of those that vote; streamed graphs sum it up and forget it.
+        read = [keys] * ranks + [tokens] * (searches and (cross or not ranks))
+        built = sum(logits(voters, columns) for columns in read)
+        match how.graph:
+            case "held":  # votes, and in equation (1) their way back to the queries
+                return built + iterations * (1 + cross) * weighted(tokens)
+            case "streamed":  # all logits again for each vote, way back and entropy
+                again = (iterations * (1 + cross) + cross) * logits(tokens, keys)
+                answers = again + cross * iterations * weighted(tokens)
+            case _:  # sketched: equation (1) asks an exact graph, which is streamed and anew each time
+                exact = cross * (2 * (iterations + 1) * logits(tokens, keys) + iterations * weighted(tokens))
+                answers = iterations * weighted(voters) + exact + searches * logits(kept, tokens)
+        return built + answers + searches * logits(kept, tokens - kept)
+
+    def grid(self, level: int) -> tuple[int, int]:
+        """(H, W) of a feature level: each halving rounds up, as -(-n >> 1) does."""
+        return -(-self.height >> level), -(-self.width >> level)
 
     def positions(self, level: int) -> int:
-        """H * W of a feature level: each halving rounds up."""
-        return -(-self.height >> level) * -(-self.width >> level)
+        """H * W of a feature level."""
+        height, width = self.grid(level)
+        return height * width
 
 
 def _product(rows: int, inner: int, columns: int) -> int:
@@ -212,15 +261,6 @@ def _sums(calls: dict[str, Any], column: str) -> Counter[str]:
     return sums
 
 
-def parse_size(text: str, multiple: int) -> tuple[int, int]:
-    """Width and height in pixels of ``WxH``. Raises ``ValueError`` unless both are multiples of ``multiple``."""
-    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
-    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
-    if any(side % multiple or not 0 < side <= MAX_SIDE for side in (width, height)):
-        raise ValueError(f"size is {text!r}, expected WIDTHxHEIGHT in pixels, multiples of {multiple} up to {MAX_SIDE}")
-    return width, height
-
-
 def find_config(model: str) -> ModelConfig:
     """The config of that name or in that file. Raises ``ValueError``."""
     if model in MODELS:
@@ -232,35 +272,33 @@ def find_config(model: str) -> ModelConfig:
     return read_config(model)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, without the usage
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = _Parser(prog="python -m minisdxl.flops", description="What a U-Net call costs, dense and with pruning.")
+    from minisdxl.budget import settle_preset  # budgets are solved with the formulas above
+
+    parser = Parser(prog="python -m minisdxl.flops", description="What a U-Net call costs, dense and with pruning.")
     add = parser.add_argument
     add("--model", default=SDXL_BASE.name, help=f"{', '.join(MODELS)}, or a .safetensors file (default: %(default)s)")
-    add("--size", metavar="WxH", help="of the picture in pixels (default: what the model was made for)")
+    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    add("--prune", nargs="?", const="at-edm", metavar="PRESET", help="prune tokens (default preset: %(const)s)")
+    add_pruning(parser)
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     try:
         config = find_config(options.model)
-        schedule = parse_preset(options.prune) if options.prune is not None else None
-        size = f"{config.size}x{config.size}" if options.size is None else options.size
-        width, height = (side // config.vae.downscale for side in parse_size(size, config.vae.downscale))
-        calls = summary(config, height, width, schedule, options.steps)
-        dense = summary(config, height, width, None, options.steps)
+        size = config.picture_size(options.size)
+        prune = settle_preset(config, options)
+        schedule = parse_preset(prune) if prune is not None else None
+        width, height = (side // config.vae.downscale for side in size)
+        calls, dense = (summary(config, height, width, asked, options.steps) for asked in (schedule, None))
     except ValueError as error:
         parser.error(str(error))
-    if options.json:
-        print(json.dumps(calls, indent=1))
-    else:
-        asked = f"{config.name}, {size} pixels, {options.steps} steps, {options.prune or 'dense'}"
-        print(f"FLOPs of one U-Net call: {asked}", "", report(calls, dense), sep="\n")
+    title = f"{config.name}, {size[0]}x{size[1]} pixels, {options.steps} steps, {prune or 'dense'}"
+    text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}"
+    try:
+        print(json.dumps(calls, indent=1) if options.json else text, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python would complain of it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from atedm.schedule import DENSE, Schedule, TokenPlan, parse_preset
+from atedm.plan import DENSE, TokenPlan
+from atedm.presets import parse_preset
+from atedm.schedule import Schedule
 from minisdxl import checkpoint
 from minisdxl.config import ModelConfig
 from minisdxl.sampler import Condition, guided_denoiser, image_generators, initial_noise, sample, sigmas

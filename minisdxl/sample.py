@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from atedm.schedule import parse_preset
-from minisdxl.command import Parser, parse_size, plain_warnings
+from minisdxl.budget import settle_preset
+from minisdxl.checkpoint import read_config
+from minisdxl.command import Parser, add_pruning, parse_size, plain_warnings
 from minisdxl.files import atomic_path
 from minisdxl.flops import count, format_flops
 from minisdxl.pipeline import SDXL, load, weights_path
@@ -33,8 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)  # prompts and options in any order
     plain_warnings()
     try:
-        if options.prune is not None:
-            parse_preset(options.prune)  # before gigabytes of weights are read
+        if options.compare and options.prune is None:
+            options.prune = "at-edm"
+        # Before gigabytes of weights are read; and the list of presets needs no prompt.
+        options.prune = settle_preset(read_config(weights_path(options.weights)), options)
+        if not options.prompts:
+            raise ValueError("there is no prompt, expected one or more")
         targets = [_target(options, index) for index in range(len(options.prompts))]
         _check_writable(targets)
         sdxl = load(
@@ -52,14 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> Parser:
     parser = Parser(prog="python -m minisdxl.sample", description="Makes pictures of prompts.")
     add = parser.add_argument
-    add("prompts", nargs="+", metavar="PROMPT", help="what to draw; each prompt makes one picture")
-    add(
-        "--prune",
-        nargs="?",
-        const="at-edm",
-        metavar="PRESET",
-        help="prune tokens; the preset (default: %(const)s) may carry settings, as in at-edm:rho=0.5,tau=10",
-    )
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; each prompt makes one picture")
+    add_pruning(parser)
     add("--compare", action="store_true", help="dense and pruned side by side in one picture, from the same noise")
     add(
         "--weights",
@@ -94,8 +93,6 @@ def _target(options: argparse.Namespace, index: int) -> Path:
     """Where picture ``index`` goes. Raises ``ValueError`` where options contradict each other."""
     if options.batch < 1:
         raise ValueError(f"--batch is {options.batch}, expected 1 or more")
-    if options.compare and options.prune is None:
-        options.prune = "at-edm"
     if options.out.suffix and options.out.suffix.lower() != ".png":
         raise ValueError(f"--out is {options.out}, expected a .png file or a folder")
     if options.out.suffix and len(options.prompts) > 1:

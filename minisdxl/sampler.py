@@ -18,7 +18,7 @@ from torch import Tensor
 from minisdxl.config import NoiseConfig
 
 if TYPE_CHECKING:
-    from atedm.schedule import TokenPlan
+    from atedm.plan import TokenPlan
 
 Denoiser = Callable[[Tensor, float, int], Tensor]  # (x, sigma, step) -> D(x; sigma)
 UNetCall = Callable[[Tensor, Tensor, Tensor, Tensor, "TokenPlan"], Tensor]  # (c_in x, c_noise, context, vector, plan)

@@ -78,7 +78,7 @@ class TransformerLayer(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, tokens: TokenSet, context: Tensor, plan: LayerPlan) -> tuple[TokenSet, list[Restore]]:
-        """Norm, attend, add, three times. Returns the tokens that ``plan`` leaves, and the way back to those it pruned."""
+        """Norm, attend, add, three times. Returns the tokens that ``plan`` leaves and the way back."""
         merge_1, merge_2, merge_3 = plan.merges(tokens)
         x = tokens.values
         normed = merge_1.merge(self.norm1(x))
@@ -119,12 +119,6 @@ class AttentionBlock(nn.Module):
         for index, layer in enumerate(self.transformer_blocks):
             tokens, pruned = layer(tokens, context, UNTOUCHED if plan is None else plan.layer(index))
             restores += pruned
-        # A per-token linear layer commutes with copying tokens: it then runs on the kept ones only.
-        project_kept = all(restore.copies for restore in restores)
-        if project_kept:
-            tokens = tokens.with_values(self.proj_out(tokens.values))
         for restore in reversed(restores):
             tokens = restore(tokens)
-        if not project_kept:
-            tokens = tokens.with_values(self.proj_out(tokens.values))
-        return x + tokens.to_feature_map()
+        return x + tokens.with_values(self.proj_out(tokens.values)).to_feature_map()

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import minisdxl
-from atedm.schedule import parse_preset
+from atedm.presets import parse_preset
 from minisdxl.command import Parser
 from minisdxl.flops import format_flops, summary
 from minisdxl.pipeline import SDXL

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from atedm.schedule import DENSE
+from atedm.plan import DENSE
 from minisdxl.checkpoint import Modules, save
 from minisdxl.config import SHAPES, ModelConfig
 from minisdxl.files import atomic_path
@@ -182,7 +182,7 @@ def latent_scale(vae: VAE, device: str) -> float:
 def train_unet(options: argparse.Namespace, vae: VAE) -> None:
     """Trains U-Net and text encoders on latents of fresh pictures, small pictures first, then full-size ones.
 
-    The loss is the mean squared error of the predicted noise (epsilon prediction), noise levels drawn uniformly but
+    The loss is the weighted squared error of the predicted noise (epsilon prediction), noise levels drawn uniformly but
     spread evenly over each batch. An exponential moving average of the weights is what is kept.
     """
     state_file = options.run / "unet.pt"
@@ -217,7 +217,9 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
         with torch.no_grad():
             latents = vae.encode(images.to(options.device))
         timestep = ((torch.randperm(count) + torch.rand(count)) * config.noise.steps / count).long().to(options.device)
-        noise = torch.randn(latents.shape).to(options.device)
+        # Offset noise (as in SDXL's own training, stronger): without it even the noisiest latent shows its mean, the
+        # model reads the background off that, and at sampling, where the mean is always 0, no caption makes it white.
+        noise = (torch.randn(latents.shape) + 0.3 * torch.randn(count, latents.shape[1], 1, 1)).to(options.device)
         signal = alphas_bar[timestep][:, None, None, None]
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         ids, ids_2 = (each.to(options.device) for each in tokenizer(captions))
@@ -226,7 +228,11 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
             optimizer.param_groups[0]["lr"] = rate * warm_then_decay(step, steps, warm=50, decay=0.3)
         with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
             predicted = model(noisy, timestep, (ids, ids_2), drop, side)
-        loss = F.mse_loss(predicted.float(), noise)
+        # What a noisy latent is to become is settled at high noise, where an error in the noise weighs little: by
+        # 1 + sigma^2 it weighs as an error of velocity does, up to where the caption leaves the picture open anyway.
+        errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        loss = (errors * (1 / signal.flatten()).clamp(max=10.0)).mean()
+        losses.append(errors.mean().item())
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -238,7 +244,6 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
         with torch.no_grad():
             for kept, fresh in zip(average.parameters(), model.parameters(), strict=True):
                 kept.lerp_(fresh, weight)
-        losses.append(loss.item())
         if step % 20 == 0:
             mean = sum(losses) / len(losses)
             seconds = (time.time() - began) / (step - first)

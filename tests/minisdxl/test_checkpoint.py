@@ -403,6 +403,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.official_size
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_loading_the_whole_size_takes_little_more_than_its_weights(full_size: Path, dtype: str) -> None:
