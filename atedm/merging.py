@@ -113,15 +113,14 @@ def match_tokens(tokens: TokenSet, how: Merging) -> Merge:
     """Bipartite soft matching: tokens of a grid become part of those most similar to them.
 
     The first token of each whole cell of the grid is a destination, all others are sources. Those sources that have the
-    largest cosine similarity to any destination, as many as ``how`` removes, become part of it. ``tokens`` is dense;
-    its values are what similarity is measured on, in float32 at least. Raises ``ValueError`` for sparse tokens and for
-    a grid smaller than a cell.
+    largest cosine similarity to any destination, as many as ``how`` removes, become part of it. Similarity is of the
+    values of ``tokens``, in float32 at least. Raises ``ValueError`` for sparse tokens or a grid smaller than a cell.
 
     As tomesd's ``bipartite_soft_matching_random2d`` without randomness, bit for bit, up to the order of destinations
     and the choice among equal similarities: tomesd leaves both to an unstable sort, here the first token comes first.
     """
     removed = how.removed(tokens.count)
-    if removed == 0:
+    if not removed:
         return NoMerge()
     if not tokens.is_dense:
         raise ValueError(f"cannot match {tokens.count} of {tokens.size} tokens of grid {tokens.grid}, expected all")

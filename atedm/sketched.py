@@ -75,5 +75,5 @@ class SketchedGraph:
         return rows.strongest_query(torch.arange(among.shape[1], device=among.device).expand_as(among), targets)
 
     def _exact(self) -> StreamedGraph:
-        # Anew each time: only cross-attention asks, whose keys are few, and self-attention must not pay for it.
+        # Anew each time: cross-attention asks, whose keys are few; self-attention, which does not, would pay for it.
         return StreamedGraph.from_qk(self.query, self.key, self.scale)

@@ -45,8 +45,8 @@ class StreamedGraph:
         query, key = (at_least_float32(q) * scale).contiguous(), at_least_float32(k).contiguous()
         graph = cls(query, key, query.new_zeros(query.shape[:3]), piece_bytes)
         if log_sum_exp is None:
-            pieces = [graph._log_weights(rows).logsumexp(dim=-1) for rows in graph._pieces(along=2, across=3)]
-            log_sum_exp = torch.cat(pieces, dim=-1)
+            pieces = graph._pieces(along=2, across=3)
+            log_sum_exp = torch.cat([graph._logits(rows).logsumexp(dim=-1) for rows in pieces], dim=-1)
         if log_sum_exp.shape != query.shape[:3]:
             raise ValueError(f"log_sum_exp is {tuple(log_sum_exp.shape)}, expected {tuple(query.shape[:3])}: one a row")
         return replace(graph, log_sum_exp=log_sum_exp.to(query.dtype))
@@ -73,17 +73,14 @@ class StreamedGraph:
 
     def gather(self, s_k: Tensor) -> Tensor:
         """A s, see :meth:`~atedm.graph.AttentionGraph.gather`."""
-        column = s_k.unsqueeze(-1)
-        pieces = [self._log_weights(rows).exp_() @ column for rows in self._pieces(along=2, across=3)]
-        return torch.cat(pieces, dim=2).squeeze(-1)
+        column, pieces = s_k.unsqueeze(-1), self._pieces(along=2, across=3)
+        return torch.cat([self._logits(rows).softmax(dim=-1) @ column for rows in pieces], dim=2).squeeze(-1)
 
     def entropy(self) -> Tensor:
         """Entropy of each row in nats, see :meth:`~atedm.graph.AttentionGraph.entropy`."""
-        pieces = []
-        for rows in self._pieces(along=2, across=3):
-            log_weights = self._log_weights(rows)
-            pieces.append(-log_weights.exp().mul_(log_weights).sum(dim=-1))
-        return torch.cat(pieces, dim=-1)
+        pieces = self._pieces(along=2, across=3)
+        weights = (self._logits(rows).softmax(dim=-1) for rows in pieces)  # exp(logit - L) is off near one-hot rows
+        return torch.cat([torch.special.entr(piece).sum(dim=-1) for piece in weights], dim=-1)
 
     def strongest_query(self, among: Tensor, targets: Tensor) -> Tensor:
         """Which query attends most to each target, see :meth:`~atedm.graph.AttentionGraph.strongest_query`.
@@ -104,9 +101,8 @@ class StreamedGraph:
             strongest.append(weights.mean(dim=1).argmax(dim=1))  # torch documents: the first of equal maxima
         return torch.cat(strongest, dim=-1)
 
-    def _log_weights(self, rows: slice) -> Tensor:
-        """ln A of some rows."""
-        return (self.query[:, :, rows] @ self.key.mT).sub_(self.log_sum_exp[:, :, rows].unsqueeze(-1))
+    def _logits(self, rows: slice) -> Tensor:
+        return self.query[:, :, rows] @ self.key.mT
 
     def _pieces(self, along: int, across: int) -> Iterator[slice]:
         """Cut axis ``along`` of the map so that two pieces fit into ``piece_bytes``; they are whole ``across``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 from atedm.presets import PRESETS, parse_preset
@@ -22,7 +23,8 @@ def parse_budget(text: str, dense: float) -> float:
     match = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([TGM%])", text)
     if match is None:
         raise ValueError(f"budget is {text!r}, expected FLOPs of one U-Net call, as 4.1T, or a share of dense, as 61%")
-    return float(match[1]) * (dense / 100 if match[2] == "%" else UNITS[match[2]])
+    number = float(match[1])
+    return number * dense / 100 if match[2] == "%" else number * UNITS[match[2]]  # 100% is dense to the FLOP
 
 
 def with_budget(
@@ -50,12 +52,19 @@ def with_budget(
     if not cheapest <= target <= dearest:
         raise ValueError(
             f"budget {budget} is out of reach of {schedule.name}: its {measure} U-Net call costs "
-            f"{format_flops(cheapest)} to {format_flops(dearest)}"
+            f"{format_flops(_three_digits(cheapest, math.ceil))} to {format_flops(_three_digits(dearest, math.floor))}"
         )
+    high = low if target == dearest else high
     while high - low > 1e-6:  # the cost falls in steps of a token
         middle = (low + high) / 2
         low, high = (low, middle) if cost(middle) <= target else (middle, high)
     return at(min(math.ceil(high * 1e5) / 1e5, 0.999 if isinstance(schedule.method, Pruning) else 0.75))
+
+
+def _three_digits(n: float, rounded: Callable[[float], int]) -> float:
+    """``n`` rounded up or down to three digits: the ends of a range, as people will type them."""
+    digit = 10.0 ** (math.floor(math.log10(n)) - 2)
+    return rounded(n / digit) * digit
 
 
 def preset_within(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from atedm import AttentionGraph, AttentionInputs, HeldGraph
+from atedm import GRAPHS, AttentionGraph, AttentionInputs, HeldGraph, LazyGraph, SketchedGraph, StreamedGraph
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 5, 7
 
@@ -85,7 +85,7 @@ def test_map_times_values_is_fused_attention(spread: float) -> None:
     shape = (BATCH, HEADS, 9, 4)
     q, k, v = (spread * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
     scale = 0.5
-    graph = AttentionInputs(q, k, scale).graph()
+    graph = HeldGraph.from_qk(q, k, scale)
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
     error = (graph.map @ v - fused).abs().max().item()
     print(f"map @ v against fused attention, spread {spread}: max error {error:.1e}")
@@ -138,3 +138,22 @@ def test_bad_maps_are_refused() -> None:
     with pytest.raises(ValueError, match=r"not row-stochastic.*off one by 0\.002"):
         HeldGraph.from_map(random_map() * 1.002)
     HeldGraph.from_map(random_map() * 1.0005)
+
+
+def test_graphs_by_name() -> None:
+    q, k = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 7, 4)
+    inputs = AttentionInputs(q, k, 0.5)
+    graphs = [inputs.graph(kind) for kind in GRAPHS]
+    assert [type(graph) for graph in graphs] == [HeldGraph, StreamedGraph, SketchedGraph]
+    assert all(graph.shape == (2, 3, 9, 7) for graph in graphs)
+    assert isinstance(inputs.graph(), HeldGraph)
+    with pytest.raises(ValueError, match="attention graph is 'hold', expected one of held, streamed, sketched"):
+        inputs.graph("hold")
+
+
+def test_lazy_graph_is_built_once_and_only_if_read() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    lazy = LazyGraph(AttentionInputs(q, q, 0.5), "streamed")
+    assert isinstance(lazy.graph, StreamedGraph)
+    assert lazy.graph is lazy.graph
+    LazyGraph(AttentionInputs(q, q, 0.5), "no such kind")  # nothing is built, so that nothing can go wrong

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from atedm import AttentionInputs, HeldGraph, TokenSet, prune
+from atedm import GRAPHS, RANKINGS, RECOVERIES, AttentionInputs, Pruning, TokenSet, prune
+
+Layer = tuple[TokenSet, AttentionInputs, AttentionInputs]
+CHOICES = list(itertools.product(RANKINGS, GRAPHS, RECOVERIES))
 
 
-def random_layer(batch: int, height: int, width: int, seed: int = 0) -> tuple[TokenSet, AttentionInputs]:
+def random_layer(batch: int, height: int, width: int, seed: int = 0) -> Layer:
+    """Tokens, their self-attention, and their cross-attention to 6 others."""
     generator = torch.Generator().manual_seed(seed)
     count = height * width
+
+    def heads(tokens: int) -> torch.Tensor:
+        return torch.randn(batch, 2, tokens, 4, generator=generator, dtype=torch.float64)
+
     x = torch.randn(batch, 8, height, width, generator=generator, dtype=torch.float64)
-    q, k = (torch.randn(batch, 2, count, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    return TokenSet.from_feature_map(x), AttentionInputs(q, k, scale=0.5)
+    q = heads(count)
+    return TokenSet.from_feature_map(x), AttentionInputs(q, heads(count), 0.5), AttentionInputs(q, heads(6), 0.5)
+
+
+def stack(one: Layer, other: Layer) -> Layer:
+    """One batch of two layers' tokens."""
+    self_attention, cross_attention = (
+        AttentionInputs(torch.cat([x.query, y.query]), torch.cat([x.key, y.key]), x.scale)
+        for x, y in ((one[1], other[1]), (one[2], other[2]))
+    )
+    return TokenSet(torch.cat([one[0].values, other[0].values]), one[0].grid), self_attention, cross_attention
 
 
 def scores_by_loops(heads: list[list[list[float]]], iterations: int) -> list[float]:
@@ -31,14 +50,14 @@ def scores_by_loops(heads: list[list[list[float]]], iterations: int) -> list[flo
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.63, 0.9])
-def test_by_loops(ratio: float) -> None:
-    tokens, inputs = random_layer(2, 4, 5)
-    graph = inputs.graph()
-    kept, restore = prune(tokens, graph, ratio)
+@pytest.mark.parametrize("iterations", [None, 3])
+def test_by_loops(ratio: float, iterations: int | None) -> None:
+    tokens, self_attention, cross_attention = random_layer(2, 4, 5)
+    kept, restore = prune(tokens, self_attention, cross_attention, Pruning(ratio, iterations=iterations))
     restored = restore(kept).to_feature_map()
     for row in range(2):
-        a = graph.map[row]
-        scores = scores_by_loops(a.tolist(), iterations=100)
+        a = (0.5 * self_attention.query[row] @ self_attention.key[row].mT).softmax(-1)
+        scores = scores_by_loops(a.tolist(), iterations=iterations or 100)
         best = sorted(range(20), key=lambda position: (-scores[position], position))
         expected = sorted(best[: round(20 * (1 - ratio))])
         assert kept.positions is not None
@@ -49,73 +68,141 @@ def test_by_loops(ratio: float) -> None:
             assert torch.equal(restored[row, :, b // 5, b % 5], tokens.values[row, source])
 
 
-def test_ratio_zero_touches_nothing() -> None:
-    tokens, inputs = random_layer(2, 4, 5)
-    kept, restore = prune(tokens, inputs.graph(), 0.0)
-    assert kept is tokens
-    assert torch.equal(restore(kept).to_feature_map(), tokens.to_feature_map())
-    assert restore(kept).is_dense
-
-
-def test_pruning_again_and_back() -> None:
-    tokens, inputs = random_layer(2, 4, 5)
-    once, outer = prune(tokens, inputs.graph(), 0.5)
-    _, fewer = random_layer(2, 2, 5, seed=1)
-    twice, inner = prune(once, fewer.graph(), 0.5)
+@pytest.mark.parametrize(("ranking", "graph", "recovery"), CHOICES)
+def test_every_choice(ranking: str, graph: str, recovery: str) -> None:
+    """Kept tokens come back as they are, also when pruned twice. Tensors without contents do as well."""
+    how = Pruning(0.5, ranking, graph, recovery, iterations=3, seed=7)
+    tokens, *attention = random_layer(2, 4, 5)
+    once, outer = prune(tokens, attention[0], attention[1], how)
+    _, fewer_self, fewer_cross = random_layer(2, 2, 5, seed=1)
+    twice, inner = prune(once, fewer_self, fewer_cross, how)
     assert (once.count, twice.count) == (10, 5)
+    restored = outer(inner(twice))
+    assert restored.is_dense
+    assert restored.positions is None
     assert once.positions is not None
     assert twice.positions is not None
     for row in range(2):
-        assert set(twice.positions[row].tolist()) < set(once.positions[row].tolist())
-    restored = outer(inner(twice))
-    assert restored.is_dense
-    for row in range(2):
         held = twice.positions[row]
+        assert set(held.tolist()) < set(once.positions[row].tolist())
         assert torch.equal(restored.values[row, held], tokens.values[row, held])
 
+    on_meta = [AttentionInputs(x.query.to("meta"), x.key.to("meta"), x.scale) for x in attention]
+    kept, restore = prune(tokens.with_values(tokens.values.to("meta")), on_meta[0], on_meta[1], how)
+    assert kept.count == 10
+    assert restore(kept).values.shape == (2, 20, 8)
 
-def test_permuting_tokens_permutes_what_is_kept() -> None:
-    tokens, inputs = random_layer(1, 4, 5)
-    graph = inputs.graph()
+
+def test_held_and_streamed_graphs_keep_the_same() -> None:
+    layer = random_layer(2, 8, 8)
+    for ranking, recovery in itertools.product(RANKINGS, RECOVERIES):
+        held, streamed = (prune(*layer, Pruning(0.63, ranking, graph, recovery)) for graph in ("held", "streamed"))
+        assert torch.equal(held[1](held[0]).values, streamed[1](streamed[0]).values)
+
+
+def test_ratio_zero_touches_nothing() -> None:
+    layer = random_layer(2, 4, 5)
+    for recovery in RECOVERIES:
+        kept, restore = prune(*layer, Pruning(0.0, recovery=recovery))
+        assert kept is layer[0]
+        assert torch.equal(restore(kept).to_feature_map(), layer[0].to_feature_map())
+        assert restore(kept).is_dense
+
+
+@pytest.mark.parametrize("ranking", [ranking for ranking in RANKINGS if ranking != "random"])
+@pytest.mark.parametrize("recovery", [recovery for recovery in RECOVERIES if recovery != "bicubic"])
+def test_permuting_tokens_permutes_what_is_kept(ranking: str, recovery: str) -> None:
+    """All but random positions and interpolation on the grid, which know where a token is."""
+    tokens, self_attention, cross_attention = random_layer(1, 4, 5)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(2))
-    permuted_graph = HeldGraph(graph.map[:, :, order][..., order])
-    kept, restore = prune(tokens, graph, 0.6)
-    permuted, permuted_restore = prune(tokens.with_values(tokens.values[:, order]), permuted_graph, 0.6)
+    q, k, scale = self_attention
+    how = Pruning(0.6, ranking, recovery=recovery)
+    kept, restore = prune(tokens, self_attention, cross_attention, how)
+    permuted, permuted_restore = prune(
+        tokens.with_values(tokens.values[:, order]),
+        AttentionInputs(q[:, :, order], k[:, :, order], scale),
+        AttentionInputs(q[:, :, order], cross_attention.key, scale),
+        how,
+    )
     assert kept.positions is not None
     assert permuted.positions is not None
     assert sorted(order[permuted.positions[0]].tolist()) == kept.positions[0].tolist()
     assert torch.equal(permuted_restore(permuted).values, restore(kept).values[:, order])
 
 
-def test_batch_rows_do_not_see_their_neighbours() -> None:
-    ours, our_inputs = random_layer(1, 4, 5)
-    others = [random_layer(1, 4, 5, seed=seed) for seed in (3, 4)]
+@pytest.mark.parametrize(("ranking", "graph", "recovery"), CHOICES)
+def test_batch_rows_do_not_see_their_neighbours(ranking: str, graph: str, recovery: str) -> None:
+    ours, how = random_layer(1, 4, 5), Pruning(0.63, ranking, graph, recovery)
     results = []
-    for theirs, their_inputs in others:
-        tokens = TokenSet(torch.cat([theirs.values, ours.values]), ours.grid)
-        graph = HeldGraph(torch.cat([their_inputs.graph().map, our_inputs.graph().map]))
-        kept, restore = prune(tokens, graph, 0.63)
+    for seed in (3, 4):
+        kept, restore = prune(*stack(random_layer(1, 4, 5, seed), ours), how)
         assert kept.positions is not None
-        results.append((kept.positions[1], restore.source[1], restore(kept).values[1]))
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second)
-    alone, _ = prune(ours, our_inputs.graph(), 0.63)
+        results.append((kept.positions[1], restore(kept).values[1]))
+    alone, _ = prune(*ours, how)
     assert alone.positions is not None
-    assert torch.equal(alone.positions[0], results[0][0])
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][0], alone.positions[0])
 
 
-def test_half_precision_tokens() -> None:
-    tokens, inputs = random_layer(2, 4, 5)
-    half = tokens.with_values(tokens.values.half())
-    kept, restore = prune(half, AttentionInputs(inputs.query.half(), inputs.key.half(), 0.5).graph(), 0.5)
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_half_precision_tokens(recovery: str) -> None:
+    tokens, self_attention, cross_attention = random_layer(2, 4, 5)
+    half = [AttentionInputs(x.query.half(), x.key.half(), x.scale) for x in (self_attention, cross_attention)]
+    how = Pruning(0.5, recovery=recovery)
+    kept, restore = prune(tokens.with_values(tokens.values.half()), half[0], half[1], how)
     assert restore(kept).values.dtype == torch.float16
 
 
-def test_bad_input_is_refused() -> None:
-    tokens, inputs = random_layer(2, 4, 5)
-    with pytest.raises(ValueError, match=r"\(2, 2, 12, 12\).*expected M = N = 20 tokens in a batch of 2"):
-        prune(tokens, random_layer(2, 3, 4)[1].graph(), 0.5)
-    with pytest.raises(ValueError, match="batch of 2"):
-        prune(tokens, random_layer(1, 4, 5)[1].graph(), 0.5)
-    with pytest.raises(ValueError, match=r"rho is 1\.0, expected 0 <= rho < 1"):
-        prune(tokens, inputs.graph(), 1.0)
+def test_seed_chooses_the_random_positions() -> None:
+    layer = random_layer(2, 8, 8)
+    first, again, other = (prune(*layer, Pruning(0.5, "random", seed=seed))[0].positions for seed in (1, 1, 2))
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio": 1.0}, r"rho is 1\.0, expected 0 <= rho < 1"),
+        ({"ranking": "wpr"}, "ranking is 'wpr', expected one of gwpr, ca-wpr, one-vote, random"),
+        ({"graph": "stream"}, "graph is 'stream', expected one of held, streamed, sketched"),
+        ({"recovery": "copy"}, "recovery is 'copy', expected one of similarity, zeros, bicubic, direct"),
+        ({"iterations": 0}, "iterations is 0, expected 1 or more, or None"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Pruning(**{"ratio": 0.5, **changes})
+
+
+def test_attention_of_other_tokens_is_refused() -> None:
+    tokens, self_attention, cross_attention = random_layer(2, 4, 5)
+    _, fewer_self, fewer_cross = random_layer(2, 3, 4)
+    _, other_batch, _ = random_layer(1, 4, 5)
+    how = Pruning(0.5)
+    with pytest.raises(ValueError, match=r"self-attention .*\(2, 2, 12, 4\).*expected 20 queries and as many keys"):
+        prune(tokens, fewer_self, cross_attention, how)
+    with pytest.raises(ValueError, match=r"self-attention .*expected 20 queries and as many keys in a batch of 2"):
+        prune(tokens, other_batch, cross_attention, how)
+    with pytest.raises(ValueError, match=r"self-attention .*keys \(2, 2, 6, 4\)"):
+        prune(tokens, cross_attention, cross_attention, how)
+    with pytest.raises(ValueError, match=r"cross-attention .*\(2, 2, 12, 4\).*expected 20 queries in a batch of 2"):
+        prune(tokens, self_attention, fewer_cross, how)
+
+
+def test_compiles_without_a_break() -> None:
+    """With a fixed number of iterations, all but the random ranking, whose generator torch.compile does not take."""
+    tokens, self_attention, cross_attention = random_layer(2, 4, 5)
+    how = Pruning(0.5, graph="streamed", iterations=3)
+
+    def layer(values: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        kept, restore = prune(tokens.with_values(values), AttentionInputs(q, k, 0.5), cross_attention, how)
+        return restore(kept).values
+
+    arguments = (tokens.values, self_attention.query, self_attention.key)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*arguments), layer(*arguments))

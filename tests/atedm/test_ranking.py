@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from atedm import HeldGraph, gwpr, kept_count, rank, top_k
+from atedm import (
+    GRAPHS,
+    RANKINGS,
+    AttentionInputs,
+    HeldGraph,
+    LazyGraph,
+    gwpr,
+    kept_count,
+    rank,
+    scores,
+    top_k,
+)
 
 
 def random_map(batch: int, heads: int, queries: int, keys: int, sharpness: float = 1.5, seed: int = 0) -> Tensor:
@@ -135,6 +146,19 @@ def test_what_stopped_it_is_reported() -> None:
     assert exact.iterations.tolist() == [[1]]
 
 
+def test_without_a_threshold_nothing_waits_for_the_device() -> None:
+    """All iterations are done, and the answer is that of a threshold that is never met."""
+    a = random_map(2, 3, 12, 12)
+    fixed, threshold = rank(a, eps=0.0, max_iterations=4), rank(a, eps=1e-300, max_iterations=4)
+    assert torch.equal(fixed.heads, threshold.heads)
+    assert (fixed.iterations == 4).all()
+    meta = HeldGraph(torch.empty(2, 3, 12, 12, device="meta"))
+    for cross in (False, True):
+        assert rank(meta, cross=cross, eps=0.0, max_iterations=4).scores.shape == (2, 12)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # here it would have to wait for what does not exist
+        rank(meta, max_iterations=4)
+
+
 def test_one_hot_rows_in_cross_attention() -> None:
     a = random_map(1, 2, 8, 5)
     a[0, :, 3] = torch.nn.functional.one_hot(torch.tensor(1), 5)
@@ -195,3 +219,87 @@ def test_kept_count(n: int, ratio: float, kept: int) -> None:
 def test_ratio_out_of_range(ratio: float) -> None:
     with pytest.raises(ValueError, match=f"rho is {ratio}, expected 0 <= rho < 1"):
         kept_count(10, ratio)
+
+
+def random_inputs(queries: int, keys: int, seed: int, device: str = "cpu") -> AttentionInputs:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64).to(device) for n in (queries, keys))
+    return AttentionInputs(q, k, 0.8)
+
+
+def lazy_pair(device: str = "cpu") -> tuple[LazyGraph, LazyGraph]:
+    return LazyGraph(random_inputs(12, 12, 0, device)), LazyGraph(random_inputs(12, 5, 1, device))
+
+
+@pytest.mark.parametrize("iterations", [None, 1, 3])
+@pytest.mark.parametrize(("name", "cross"), [("gwpr", False), ("ca-wpr", True), ("one-vote", False)])
+def test_rankings_by_loops(name: str, cross: bool, iterations: int | None) -> None:
+    pair = lazy_pair()
+    given = scores(name, *pair, iterations=iterations)
+    inputs = pair[cross].inputs
+    a = (0.8 * inputs.query @ inputs.key.mT).softmax(-1)
+    eps, limit = (1e-5, 50) if iterations is None else (-1.0, iterations)
+    if name == "one-vote":
+        limit = 1
+    worst = 0.0
+    for b in range(2):
+        heads = [algorithm_1(a[b, h].tolist(), cross, eps, limit)[0] for h in range(3)]
+        for token in range(12):
+            expected = math.sqrt(sum(head[token] ** 2 for head in heads) / 3)
+            worst = max(worst, abs(given[b, token].item() - expected))
+    print(f"{name}, {iterations} iterations: max error {worst:.1e}")
+    assert worst < 1e-15
+
+
+def test_one_vote_is_the_attention_received() -> None:
+    pair = lazy_pair()
+    graph = pair[0].graph
+    assert isinstance(graph, HeldGraph)
+    received = graph.map.mean(dim=2)  # over queries
+    assert torch.allclose(scores("one-vote", *pair), received.square().mean(1).sqrt(), rtol=0, atol=1e-16)
+
+
+def test_random_scores() -> None:
+    drawn = scores("random", *lazy_pair(), seed=3)
+    assert drawn.shape == (2, 12)
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(scores("random", *lazy_pair(), seed=3), drawn)
+    assert not torch.equal(scores("random", *lazy_pair(), seed=4), drawn)
+    state = torch.get_rng_state()
+    scores("random", *lazy_pair(), seed=5)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers change
+
+
+def test_random_scores_choose_each_position_as_often() -> None:
+    pair = lazy_pair()
+    kept = torch.cat([top_k(scores("random", *pair, seed=seed)[:1], 4).flatten() for seed in range(600)])
+    often = kept.bincount(minlength=12) / 600
+    print(f"random keep of 4 of 12: each position in {often.min():.3f} to {often.max():.3f} of draws, expected 0.333")
+    assert (often - 1 / 3).abs().max() < 0.07  # 3.6 standard deviations
+
+
+@pytest.mark.parametrize(("name", "read"), [("gwpr", [0]), ("ca-wpr", [1]), ("one-vote", [0]), ("random", [])])
+def test_only_the_graph_that_is_read_is_built(name: str, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = lazy_pair()
+    built = []
+    build = AttentionInputs.graph
+
+    def spy(inputs: AttentionInputs, kind: str = "held") -> object:
+        built.append([inputs is lazy.inputs for lazy in pair].index(True))
+        return build(inputs, kind)
+
+    monkeypatch.setattr(AttentionInputs, "graph", spy)
+    scores(name, *pair)
+    assert built == read
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_rankings_without_contents(name: str, kind: str) -> None:
+    pair = [LazyGraph(lazy.inputs, kind) for lazy in lazy_pair("meta")]
+    assert scores(name, pair[0], pair[1], iterations=3).shape == (2, 12)
+
+
+def test_unknown_ranking() -> None:
+    with pytest.raises(ValueError, match="ranking is 'pagerank', expected one of gwpr, ca-wpr, one-vote, random"):
+        scores("pagerank", *lazy_pair())

@@ -1,42 +1,20 @@
-"""Schedules and plans on SDXL's eleven attention blocks, written out by hand, and the FLOPs that the plans leave."""
+"""Schedules on SDXL's eleven attention blocks, and the FLOPs that their plans leave, counted by hand."""
 
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
 
 import pytest
 
-from atedm import DENSE, PRESETS, BlockPlan, Schedule, TokenPlan, parse_preset
+from atedm import DENSE, PRESETS, BlockPlan, Merging, Pruning, Schedule, TokenPlan
+from tests.atedm.sites import DEPTHS, NAMES, PRUNE_LESS, SDXL, Block
 
-
-@dataclass(frozen=True)
-class Block:
-    name: str
-    stage: str
-    level: int
-    index: int
-    depth: int
-
-
-SDXL = [
-    Block("down.1.0", "down", 1, 0, 2),
-    Block("down.1.1", "down", 1, 1, 2),
-    Block("down.2.0", "down", 2, 0, 10),
-    Block("down.2.1", "down", 2, 1, 10),
-    Block("mid", "mid", 2, 0, 10),
-    Block("up.2.0", "up", 2, 0, 10),
-    Block("up.2.1", "up", 2, 1, 10),
-    Block("up.2.2", "up", 2, 2, 10),
-    Block("up.1.0", "up", 1, 0, 2),
-    Block("up.1.1", "up", 1, 1, 2),
-    Block("up.1.2", "up", 1, 2, 2),
-]
-PRUNE_LESS = ["down.1.1", "down.2.1", "mid", "up.2.0", "up.2.1", "up.1.0", "up.1.1"]
+AT_EDM, DAGGER, TOME = (PRESETS[name].schedule for name in ("at-edm", "at-edm-dagger", "tome"))
+ENDS = ["down.1.0", "down.2.0", "up.2.2", "up.1.2"]
 
 
 def saved_flops(plan: TokenPlan) -> float:
-    """FLOPs (2 x multiply-accumulates) that the plan saves of one 1024 px call, by counting one layer's products."""
+    """FLOPs (2 x multiply-accumulates) that pruning once saves of one 1024 px call, by counting a layer's products."""
     saved = 0.0
     for block in SDXL:
         if block.name not in plan:
@@ -49,41 +27,54 @@ def saved_flops(plan: TokenPlan) -> float:
             feed_forward = n * c * 8 * c + n * 4 * c * c
             return 2 * (self_attention + cross_attention + feed_forward)
 
-        kept = round(tokens * (1 - plan[block.name].ratio))
-        following = block.depth - 1 - plan[block.name].after_layer
-        saved += following * (layer(tokens) - layer(kept))
+        ((index, layer_plan),) = plan[block.name].layers
+        assert layer_plan.pruning is not None
+        kept = round(tokens * (1 - layer_plan.pruning.ratio))
+        saved += (block.depth - 1 - index) * (layer(tokens) - layer(kept))
     return saved
 
 
 def test_normal_plan_prunes_every_block_after_its_first_layer() -> None:
-    plan = PRESETS["at-edm"].plan(15, 50, SDXL)
-    assert list(plan) == [block.name for block in SDXL]
-    assert set(plan.values()) == {BlockPlan(ratio=0.63, after_layer=0)}
+    plan = AT_EDM.plan(15, 50, SDXL)
+    assert list(plan) == NAMES
+    assert set(plan.values()) == {BlockPlan.pruning(Pruning(0.63), after=(0,))}
 
 
 def test_prune_less_plan_spares_first_of_down_and_last_of_up() -> None:
-    plan = PRESETS["at-edm"].plan(14, 50, SDXL)
+    plan = AT_EDM.plan(14, 50, SDXL)
     assert list(plan) == PRUNE_LESS
-    assert list(PRESETS["at-edm"].plan(14, 50, reversed(SDXL))) == PRUNE_LESS[::-1]
+    assert list(AT_EDM.plan(14, 50, reversed(SDXL))) == PRUNE_LESS[::-1]
 
 
 def test_dagger_leaves_the_second_feature_level_alone() -> None:
-    dagger = PRESETS["at-edm-dagger"]
-    assert list(dagger.plan(49, 50, SDXL)) == [block.name for block in SDXL if block.level == 2]
-    assert list(dagger.plan(0, 50, SDXL)) == ["down.2.1", "mid", "up.2.0", "up.2.1"]
+    assert list(DAGGER.plan(49, 50, SDXL)) == [block.name for block in SDXL if block.level == 2]
+    assert list(DAGGER.plan(0, 50, SDXL)) == ["down.2.1", "mid", "up.2.0", "up.2.1"]
+
+
+def test_merging_is_in_all_layers_of_all_blocks() -> None:
+    for step in (0, 49):
+        plan = TOME.plan(step, 50, SDXL)
+        assert dict(plan) == {name: BlockPlan.merging(Merging(0.5), DEPTHS[name]) for name in NAMES}
+    shallow = [Block("mid", "mid", 0, 0, 1)]
+    assert dict(TOME.plan(0, 50, shallow)) == {"mid": BlockPlan.merging(Merging(0.5), 1)}
+
+
+def test_merging_under_dsap() -> None:
+    schedule = PRESETS["tome-dsap"].schedule
+    assert list(schedule.plan(14, 50, SDXL)) == PRUNE_LESS
+    assert schedule.plan(15, 50, SDXL) == TOME.plan(15, 50, SDXL)
 
 
 def test_flops_of_the_plans() -> None:
     dense = 6.76e12
-    at_edm, dagger = PRESETS["at-edm"], PRESETS["at-edm-dagger"]
-    calls = [dense - saved_flops(at_edm.plan(step, 50, SDXL)) for step in range(50)]
+    calls = [dense - saved_flops(AT_EDM.plan(step, 50, SDXL)) for step in range(50)]
     found = {
         "steady": calls[-1],
         "prune-less": calls[0],
         "average": sum(calls) / 50,
-        "dagger": dense - saved_flops(dagger.plan(49, 50, SDXL)),
-        "rho 0.75": dense - saved_flops(Schedule("b", ratio=0.75).plan(49, 50, SDXL)),
-        "rho 0.94": dense - saved_flops(Schedule("a", ratio=0.94).plan(49, 50, SDXL)),
+        "dagger": dense - saved_flops(DAGGER.plan(49, 50, SDXL)),
+        "rho 0.75": dense - saved_flops(Schedule("b", Pruning(0.75)).plan(49, 50, SDXL)),
+        "rho 0.94": dense - saved_flops(Schedule("a", Pruning(0.94)).plan(49, 50, SDXL)),
     }
     counted = {"steady": 4.06, "prune-less": 4.99, "average": 4.34, "dagger": 4.44, "rho 0.75": 3.59, "rho 0.94": 2.88}
     for name, flops in found.items():
@@ -95,115 +86,181 @@ def test_flops_of_the_plans() -> None:
     ("tau", "steps", "expected"),
     [(15, 50, 15), (15, 25, 8), (15, 20, 6), (15, 10, 3), (15, 1, 0), (0, 50, 0), (50, 7, 7), (10, 1000, 200)],
 )
-def test_prune_less_steps(tau: int, steps: int, expected: int) -> None:
-    schedule = Schedule("test", tau=tau)
-    assert schedule.prune_less_steps(steps) == expected
+@pytest.mark.parametrize("method", [Pruning(0.5), Merging(0.5)], ids=["pruning", "merging"])
+def test_early_steps(method: Pruning | Merging, tau: int, steps: int, expected: int) -> None:
+    schedule = Schedule("test", method, tau=tau)
+    assert schedule.early_steps(steps) == expected
     lengths = [len(schedule.plan(step, steps, SDXL)) for step in range(steps)]
     assert lengths == [7] * expected + [11] * (steps - expected)
 
 
-def test_blocks_without_a_following_layer_are_not_pruned() -> None:
+def test_prune_more_leaves_the_later_steps_less_pruned() -> None:
+    less, more = Schedule("less", Pruning(0.5)), Schedule("more", Pruning(0.5), early="more")
+    for early, late in ((0, 15), (14, 49)):
+        assert list(more.plan(early, 50, SDXL)) == NAMES
+        assert list(more.plan(late, 50, SDXL)) == PRUNE_LESS
+        assert more.plan(early, 50, SDXL) == less.plan(late, 50, SDXL)
+        assert more.plan(late, 50, SDXL) == less.plan(early, 50, SDXL)
+    without = Schedule("without", Pruning(0.5), tau=0, early="more")  # no early steps to tell from later ones
+    assert {len(without.plan(step, 50, SDXL)) for step in range(50)} == {11}
+
+
+def test_other_ends() -> None:
+    schedule = Schedule("test", Pruning(0.5), ends=("mid", "up.1.1"))
+    assert list(schedule.plan(0, 50, SDXL)) == [name for name in NAMES if name not in ("mid", "up.1.1")]
+    assert list(schedule.plan(15, 50, SDXL)) == NAMES
+    none = Schedule("test", Pruning(0.5), ends=())
+    assert list(none.plan(0, 50, SDXL)) == NAMES
+    assert Schedule("test", Pruning(0.5), ends=tuple(ENDS)).plan(0, 50, SDXL) == AT_EDM_HALF.plan(0, 50, SDXL)
+
+
+AT_EDM_HALF = Schedule("at-edm", Pruning(0.5))
+
+
+@pytest.mark.parametrize("step", [0, 49])
+def test_spared_blocks_are_never_touched(step: int) -> None:
+    schedule = Schedule("test", Pruning(0.5), spared=("mid", "up.1.2"))
+    left = AT_EDM_HALF.plan(step, 50, SDXL)
+    assert list(schedule.plan(step, 50, SDXL)) == [name for name in left if name not in ("mid", "up.1.2")]
+    both = Schedule("test", Pruning(0.5), spared=("mid",), spare_largest=True)
+    assert list(both.plan(49, 50, SDXL)) == [block.name for block in SDXL if block.level == 2 and block.name != "mid"]
+
+
+def test_ratios_of_single_blocks() -> None:
+    schedule = Schedule("test", Pruning(0.5, ranking="one-vote"), ratios=(("mid", 0.9), ("up.2.2", 0.1)))
+    plan = schedule.plan(49, 50, SDXL)
+    for name in NAMES:
+        ratio = {"mid": 0.9, "up.2.2": 0.1}.get(name, 0.5)
+        assert plan[name] == BlockPlan.pruning(Pruning(ratio, ranking="one-vote"))
+    assert list(schedule.plan(0, 50, SDXL)) == PRUNE_LESS
+    merging = Schedule("test", Merging(0.5), ratios=(("mid", 0.7),)).plan(49, 50, SDXL)
+    assert merging["mid"] == BlockPlan.merging(Merging(0.7), 10)
+    assert merging["up.2.0"] == BlockPlan.merging(Merging(0.5), 10)
+
+
+def test_repeated_pruning_goes_as_far_as_each_block_has_layers() -> None:
+    plan = Schedule("test", Pruning(0.3), layers=(0, 1, 8)).plan(49, 50, SDXL)
+    for name in NAMES:
+        assert plan[name] == BlockPlan.pruning(Pruning(0.3), (0,) if DEPTHS[name] == 2 else (0, 1, 8))
+    later = Schedule("test", Pruning(0.3), layers=(1,)).plan(49, 50, SDXL)
+    assert list(later) == [name for name in NAMES if DEPTHS[name] == 10]
+    plan.check(SDXL)
+    later.check(SDXL)
+
+
+def test_before_the_feed_forward() -> None:
+    plan = Schedule("test", Pruning(0.3), layers=(0, 1), before_feed_forward=True).plan(49, 50, SDXL)
+    for name in NAMES:
+        layers = (0,) if DEPTHS[name] == 2 else (0, 1)
+        assert plan[name] == BlockPlan.pruning(Pruning(0.3), layers, before_feed_forward=True)
+    plan.check(SDXL)
+
+
+@pytest.mark.parametrize("before_feed_forward", [False, True])
+def test_blocks_without_a_following_layer_are_not_pruned(before_feed_forward: bool) -> None:
     shallow = [Block("down.1.0", "down", 1, 0, 1), Block("mid", "mid", 1, 0, 2), Block("up.1.0", "up", 1, 0, 1)]
-    assert list(PRESETS["at-edm"].plan(49, 50, shallow)) == ["mid"]
+    schedule = Schedule("test", Pruning(0.5), before_feed_forward=before_feed_forward)
+    assert list(schedule.plan(49, 50, shallow)) == ["mid"]
 
 
-def test_a_plan_that_prunes_nothing_is_refused() -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_plans_of_all_presets_fit_and_are_two_at_most(preset: str) -> None:
+    """Compiled graphs see one for each kind of step."""
+    schedule = PRESETS[preset].schedule
+    plans = {schedule.plan(step, 50, SDXL) for step in range(50)}
+    assert len(plans) == (1 if schedule.tau == 0 else 2)
+    for plan in plans:
+        plan.check(SDXL)
+
+
+def test_a_plan_that_reduces_nothing_is_refused() -> None:
     one_level = [block for block in SDXL if block.level == 1]
-    with pytest.raises(ValueError, match=r"at-edm-dagger with rho 0\.63 would prune nothing at step 49"):
-        PRESETS["at-edm-dagger"].plan(49, 50, one_level)
-    with pytest.raises(ValueError, match=r"would prune nothing at step 0"):
-        PRESETS["at-edm"].plan(0, 50, [SDXL[0]])
-    with pytest.raises(ValueError, match="would prune nothing"):
-        PRESETS["at-edm"].plan(49, 50, [])
-    assert Schedule("off", ratio=0.0, spare_largest=True).plan(49, 50, one_level) == DENSE
+    with pytest.raises(
+        ValueError, match=r"at-edm-dagger with ratio 0\.63 would reduce no tokens at step 49: .*up\.1\.2"
+    ):
+        DAGGER.plan(49, 50, one_level)
+    with pytest.raises(ValueError, match=r"would reduce no tokens at step 0"):
+        AT_EDM.plan(0, 50, [SDXL[0]])
+    with pytest.raises(ValueError, match="would reduce no tokens"):
+        AT_EDM.plan(49, 50, [])
+    with pytest.raises(ValueError, match="would reduce no tokens"):
+        AT_EDM.plan(49, 50, [Block("mid", "mid", 0, 0, 1)])
+    with pytest.raises(ValueError, match="would reduce no tokens"):
+        Schedule("test", Merging(0.5), spared=tuple(NAMES)).plan(49, 50, SDXL)
+    zeros = tuple((name, 0.0) for name in NAMES)
+    with pytest.raises(ValueError, match=r"test with ratio 0\.5 would reduce no tokens at step 49"):
+        Schedule("test", Pruning(0.5), ratios=zeros).plan(49, 50, SDXL)
+    only_an_end = Schedule("test", Pruning(0.0), ratios=(("down.1.0", 0.4),))
+    assert only_an_end.plan(49, 50, SDXL)["down.1.0"] == BlockPlan.pruning(Pruning(0.4))
+    with pytest.raises(ValueError, match=r"test with ratio 0\.4 would reduce no tokens at step 0"):
+        only_an_end.plan(0, 50, SDXL)
+    assert Schedule("off", Pruning(0.0), spare_largest=True).plan(49, 50, one_level) == DENSE
+
+
+def test_names_of_no_block_are_refused() -> None:
+    for schedule in (
+        Schedule("test", Pruning(0.5), ends=("up.7.0", "mid")),
+        Schedule("test", Pruning(0.5), spared=("up.7.0",)),
+        Schedule("test", Merging(0.5), ratios=(("up.7.0", 0.5),)),
+        Schedule("test", Pruning(0.5), tau=0, ends=("up.7.0",)),  # even where they play no part
+    ):
+        with pytest.raises(ValueError, match=r"test names up\.7\.0, expected attention blocks out of down\.1\.0, .*up"):
+            schedule.plan(49, 50, SDXL)
+    with pytest.raises(ValueError, match=r"test names a, b, expected"):
+        Schedule("test", Pruning(0.5), ends=("b",), spared=("a",)).plan(49, 50, SDXL)
+
+
+def test_layers_of_no_block_are_refused() -> None:
+    for layers in ((9,), (0, 9), (50,)):
+        schedule = Schedule("test", Pruning(0.5), layers=layers)
+        with pytest.raises(
+            ValueError, match=rf"test prunes in layer {layers[-1]}, expected 0 to 8: .* up to 10 layers"
+        ):
+            schedule.plan(49, 50, SDXL)
+
+
+def test_a_spared_block_has_no_ratio() -> None:
+    with pytest.raises(ValueError, match=r"test spares mid, expected no other ratio there"):
+        Schedule("test", Pruning(0.5), spared=("mid",), ratios=(("mid", 0.5),)).plan(49, 50, SDXL)
+    with pytest.raises(ValueError, match=r"test spares up\.1\.0, expected no other ratio there"):
+        Schedule("test", Pruning(0.5), spare_largest=True, ratios=(("up.1.0", 0.5),)).plan(49, 50, SDXL)
 
 
 @pytest.mark.parametrize("step", [-1, 50])
 def test_step_out_of_range(step: int) -> None:
     with pytest.raises(ValueError, match=f"step is {step}, expected 0 to 49"):
-        PRESETS["at-edm"].plan(step, 50, SDXL)
+        AT_EDM.plan(step, 50, SDXL)
 
 
-def test_plans_are_values() -> None:
-    plan = TokenPlan({"mid": BlockPlan(0.5), "up.1.0": BlockPlan(0.3, after_layer=1)})
-    same = TokenPlan({"up.1.0": BlockPlan(0.3, after_layer=1), "mid": BlockPlan(0.5)})
-    assert plan == same
-    assert hash(plan) == hash(same)
-    assert plan != TokenPlan({"mid": BlockPlan(0.5)})
-    assert {plan: "compiled"}[same] == "compiled"
-    assert pickle.loads(pickle.dumps(plan)) == plan
-    assert plan.get("down.1.0") is None
-    assert not DENSE
-    assert len({PRESETS["at-edm"].plan(step, 50, SDXL) for step in range(50)}) == 2
-
-
-def test_plans_do_not_change_with_their_source() -> None:
-    blocks = {"mid": BlockPlan(0.5)}
-    plan = TokenPlan(blocks)
-    blocks["up.1.0"] = BlockPlan(0.5)
-    assert list(plan) == ["mid"]
-
-
-def test_describe() -> None:
-    plan = TokenPlan({"mid": BlockPlan(0.63), "up.1.0": BlockPlan(0.5, after_layer=1)})
-    assert plan.describe().splitlines() == [
-        "mid: removes 63 % of its tokens after layer 0",
-        "up.1.0: removes 50 % of its tokens after layer 1",
-    ]
-    assert DENSE.describe() == "every block runs dense"
-
-
-def test_check_against_a_model() -> None:
-    DENSE.check(SDXL)
-    PRESETS["at-edm"].plan(49, 50, SDXL).check(SDXL)
-    TokenPlan({"mid": BlockPlan(0.5, after_layer=8)}).check(SDXL)
-    with pytest.raises(ValueError, match=r"'up\.3\.0', expected one of down\.1\.0, .*up\.1\.2"):
-        TokenPlan({"up.3.0": BlockPlan(0.5)}).check(SDXL)
-    with pytest.raises(ValueError, match=r"mid after layer 9 of its 10 \(0 to 9\), expected a layer before the last"):
-        TokenPlan({"mid": BlockPlan(0.5, after_layer=9)}).check(SDXL)
+def test_schedules_are_values() -> None:
+    schedule = Schedule("test", Pruning(0.5), ratios=(("mid", 0.4),))
+    assert schedule == Schedule("test", Pruning(0.5), ratios=(("mid", 0.4),))
+    assert hash(schedule) == hash(Schedule("test", Pruning(0.5), ratios=(("mid", 0.4),)))
+    assert schedule != Schedule("test", Pruning(0.5), ratios=(("mid", 0.3),))
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
 
 
 def test_numbers_out_of_range() -> None:
-    for ratio in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"rho is {ratio}"):
-            Schedule("test", ratio=ratio)
-        with pytest.raises(ValueError, match=f"rho is {ratio}"):
-            BlockPlan(ratio)
     for tau in (-1, 51):
         with pytest.raises(ValueError, match=f"tau is {tau}, expected 0 to 50"):
-            Schedule("test", tau=tau)
-    with pytest.raises(ValueError, match="after_layer is -1"):
-        BlockPlan(0.5, after_layer=-1)
+            Schedule("test", Pruning(0.5), tau=tau)
+    with pytest.raises(ValueError, match="early is 'fewer', expected one of less, more"):
+        Schedule("test", Pruning(0.5), early="fewer")
+    for layers in ((), (0, 0), (0, -1)):
+        with pytest.raises(
+            ValueError, match=r"layers is \(.*\), expected one or more different layers, counted from 0"
+        ):
+            Schedule("test", Pruning(0.5), layers=layers)
+    with pytest.raises(ValueError, match=r"rho is 1\.5, expected 0 <= rho < 1"):
+        Schedule("test", Pruning(0.5), ratios=(("mid", 1.5),))
+    with pytest.raises(ValueError, match=r"r is 0\.9, expected 0 to 0\.75"):
+        Schedule("test", Merging(0.5), ratios=(("mid", 0.9),))
+    with pytest.raises(ValueError, match="expected each block at most once"):
+        Schedule("test", Pruning(0.5), ratios=(("mid", 0.5), ("mid", 0.6)))
 
 
-def test_presets_of_the_paper() -> None:
-    assert PRESETS["at-edm"] == Schedule("at-edm", ratio=0.63, tau=15)
-    assert PRESETS["at-edm-dagger"] == Schedule("at-edm-dagger", ratio=0.63, tau=15, spare_largest=True)
-
-
-def test_parse_preset() -> None:
-    assert parse_preset("at-edm") == PRESETS["at-edm"]
-    assert parse_preset("at-edm:rho=0.5,tau=10") == Schedule("at-edm", ratio=0.5, tau=10)
-    assert parse_preset("at-edm-dagger:tau=0") == Schedule("at-edm-dagger", tau=0, spare_largest=True)
-    assert parse_preset("at-edm:rho=0").ratio == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("tome-plus", r"unknown preset 'tome-plus', expected one of at-edm, at-edm-dagger"),
-        ("", r"unknown preset ''"),
-        ("at-edm:", r"unknown setting '' of at-edm, expected one of rho, tau"),
-        ("at-edm:ratio=0.5", r"unknown setting 'ratio=0.5' of at-edm, expected one of rho, tau"),
-        ("at-edm:rho", r"setting rho of at-edm is '', expected a number"),
-        ("at-edm:rho=much", r"setting rho of at-edm is 'much', expected a number"),
-        ("at-edm:tau=2.5", r"setting tau of at-edm is '2.5', expected a whole number"),
-        ("at-edm:rho=0.5,rho=0.6", r"setting rho of at-edm is given twice"),
-        ("at-edm:rho=1", r"rho is 1.0, expected 0 <= rho < 1"),
-        ("at-edm:rho=nan", r"rho is nan"),
-        ("at-edm:tau=51", r"tau is 51, expected 0 to 50"),
-    ],
-)
-def test_unusable_presets(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_preset(text)
+def test_merging_has_no_place_to_choose() -> None:
+    with pytest.raises(ValueError, match="test merges tokens in all layers"):
+        Schedule("test", Merging(0.5), layers=(1,))
+    with pytest.raises(ValueError, match="test merges tokens in all layers"):
+        Schedule("test", Merging(0.5), before_feed_forward=True)

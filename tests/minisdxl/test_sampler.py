@@ -14,7 +14,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
-from atedm.schedule import BlockPlan, TokenPlan
+from atedm import BlockPlan, Pruning, TokenPlan
 from minisdxl.config import SDXL_BASE, NoiseConfig
 from minisdxl.sampler import (
     Condition,
@@ -331,7 +331,7 @@ class RecordingUNet:
 
 def step_plan(step: int) -> TokenPlan:
     """Another plan for each step: the sampler only hands plans on."""
-    return TokenPlan({"mid": BlockPlan(ratio=step / 20)})
+    return TokenPlan({"mid": BlockPlan.pruning(Pruning(ratio=step / 20))})
 
 
 def condition(value: float, dtype: torch.dtype = torch.float32) -> Condition:

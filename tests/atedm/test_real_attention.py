@@ -1,0 +1,88 @@
+"""The graphs on what a trained model attends to: the bundled one, while it draws a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import minisdxl
+from atedm import AttentionInputs, SketchedGraph, gwpr, kept_count, rank, top_k
+from atedm.sketched import SKETCH_STRIDE
+
+RHO = 0.63
+
+
+@pytest.fixture(scope="module")
+def attention() -> dict[str, AttentionInputs]:
+    """Self-attention of the first layer of each attention block, at the first and the last of three steps."""
+    sdxl = minisdxl.load("shapes")
+    seen: dict[str, list[AttentionInputs]] = {}
+    for name, module in sdxl.unet.named_modules():
+        if name.endswith("transformer_blocks.0.attn1"):
+
+            def keep(_module: Any, _inputs: Any, output: tuple[Tensor, AttentionInputs], name: str = name) -> None:
+                seen.setdefault(name, []).append(output[1])
+
+            module.register_forward_hook(keep)
+    sdxl.generate(["a small red circle above a big blue square on a white background"], steps=3, cfg=7.0, seed=0)
+    return {f"{name}, step {step}": calls[step] for name, calls in seen.items() for step in (0, 2)}
+
+
+def kept_by(scores: Tensor) -> Tensor:
+    return top_k(scores, kept_count(scores.shape[1], RHO))
+
+
+def overlap(ours: Tensor, theirs: Tensor) -> float:
+    """Share of kept tokens that are the same."""
+    same = sum(len(set(x) & set(y)) for x, y in zip(ours.tolist(), theirs.tolist(), strict=True))
+    return same / ours.numel()
+
+
+def without(kept: Tensor, count: int) -> Tensor:
+    return torch.tensor([[i for i in range(count) if i not in set(row)] for row in kept.tolist()])
+
+
+def test_streamed_graph_keeps_and_recovers_the_same(attention: dict[str, AttentionInputs]) -> None:
+    """In float32. Scores of the two differ by rounding; that could decide between tokens nearer than 1e-6, not here."""
+    worst = 0.0
+    for inputs in attention.values():
+        held, streamed = inputs.graph("held"), inputs.graph("streamed")
+        scores = gwpr(held)
+        kept = kept_by(scores)
+        worst = max(worst, ((gwpr(streamed) - scores).abs() / scores).max().item())
+        assert torch.equal(kept_by(gwpr(streamed)), kept)
+        pruned = without(kept, scores.shape[1])
+        assert torch.equal(streamed.strongest_query(kept, pruned), held.strongest_query(kept, pruned))
+    print(f"float32 scores, streamed against held: largest relative difference {worst:.1e}")
+    assert len(attention) == 14
+    assert worst < 1e-5
+
+
+def test_float32_keeps_what_float64_keeps(attention: dict[str, AttentionInputs]) -> None:
+    for inputs in attention.values():
+        exact = AttentionInputs(inputs.query.double(), inputs.key.double(), inputs.scale).graph()
+        assert torch.equal(kept_by(gwpr(inputs.graph())), kept_by(gwpr(exact)))
+
+
+def test_cheaper_rankings_and_what_they_agree_on(attention: dict[str, AttentionInputs]) -> None:
+    """Printed for whoever chooses: share of the tokens that exact G-WPR keeps at rho 0.63, and its iterations."""
+    strides = (2, 3, 4, SKETCH_STRIDE, 8, 9, 16)
+    print("\nkept tokens shared with G-WPR; sketches by stride" + "".join(f"{stride:>7}" for stride in strides), end="")
+    print("  1 vote 3 votes  iterations")
+    sketches, three_votes = [], []
+    for name, inputs in attention.items():
+        graph = inputs.graph()
+        ranking = rank(graph)
+        exact = kept_by(ranking.scores)
+        shares = [overlap(kept_by(gwpr(SketchedGraph.from_qk(*inputs, stride))), exact) for stride in strides] + [
+            overlap(kept_by(gwpr(graph, eps=0.0, max_iterations=votes)), exact) for votes in (1, 3)
+        ]
+        print(f"{name:>49}" + "".join(f"{share:7.3f}" for share in shares) + f"{ranking.iterations.max():>11}")
+        sketches.append(shares[strides.index(SKETCH_STRIDE)])
+        three_votes.append(shares[-1])
+    assert min(sketches) > 0.85
+    assert sum(sketches) / len(sketches) > 0.95
+    assert min(three_votes) > 0.99

@@ -1,0 +1,89 @@
+"""The sketched graph: what it estimates, in which sense, and that everything else is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from atedm import HeldGraph, SketchedGraph, rank
+
+
+def random_qk(queries: int, keys: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64) for n in (queries, keys))
+    return q, k
+
+
+def random_scores(count: int) -> Tensor:
+    return torch.rand(2, 3, count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 5, 30])
+def test_votes_by_loops(stride: int) -> None:
+    q, k = random_qk(23, 11)
+    a = HeldGraph.from_qk(q, k, 0.5).map
+    s = random_scores(23)
+    votes = SketchedGraph.from_qk(q, k, 0.5, stride).votes(s)
+    worst = 0.0
+    for b in range(2):
+        for h in range(3):
+            for j in range(11):
+                expected = stride * sum(a[b, h, i, j].item() * s[b, h, i].item() for i in range(0, 23, stride))
+                worst = max(worst, abs(votes[b, h, j].item() - expected))
+    print(f"sketched votes, stride {stride}: max error {worst:.1e}")
+    assert worst < 1e-13
+
+
+@pytest.mark.parametrize(("queries", "stride"), [(24, 4), (23, 5), (7, 9)])
+def test_the_mean_over_all_starts_is_exact(queries: int, stride: int) -> None:
+    """Also where the stride does not divide the number of queries. Dropping queries moves the start."""
+    q, k = random_qk(queries, 11)
+    s = random_scores(queries)
+    exact = HeldGraph.from_qk(q, k, 0.5).votes(s)
+    mean = torch.zeros_like(exact)
+    for start in range(min(stride, queries)):
+        mean += SketchedGraph.from_qk(q[:, :, start:], k, 0.5, stride).votes(s[:, :, start:]) / stride
+    error = (mean - exact).abs().max().item()
+    print(f"mean of sketches, {queries} queries, stride {stride}: max error {error:.1e}")
+    assert error < 1e-13
+
+
+def test_iteration_is_that_of_the_voters_among_each_other() -> None:
+    """Loops over the voters' part of the map, then one vote of theirs for all."""
+    q, k = random_qk(20, 20)
+    a = HeldGraph.from_qk(q, k, 0.5).map[1, 2].tolist()
+    ranking = rank(SketchedGraph.from_qk(q, k, 0.5, 3), eps=1e-15, max_iterations=200)
+    voters = range(0, 20, 3)
+    s = dict.fromkeys(voters, 1.0)
+    for _ in range(200):
+        new = {j: sum(a[i][j] * s[i] for i in voters) for j in voters}
+        s = {j: vote / sum(new.values()) for j, vote in new.items()}
+    votes = [sum(a[i][j] * s[i] for i in voters) for j in range(20)]
+    error = max(abs(ranking.heads[1, 2, j].item() - vote / sum(votes)) for j, vote in enumerate(votes))
+    print(f"power iteration of the voters: max error {error:.1e}")
+    assert error < 1e-14
+
+
+@pytest.mark.parametrize("keys", [40, 9])
+def test_everything_but_votes_is_exact(keys: int) -> None:
+    q, k = random_qk(40, keys)
+    held, sketched = HeldGraph.from_qk(q, k, 0.5), SketchedGraph.from_qk(q, k, 0.5, 4)
+    s_k = random_scores(keys)
+    assert sketched.shape == held.shape
+    assert torch.equal(sketched.uniform(), held.uniform())
+    assert (sketched.gather(s_k) - held.gather(s_k)).abs().max() < 1e-14
+    assert (sketched.entropy() - held.entropy()).abs().max() < 1e-13
+    among = torch.tensor([[0, 3, 4, 30], [1, 2, 17, 39]])
+    targets = torch.arange(1, keys, 2).expand(2, -1)
+    assert torch.equal(sketched.strongest_query(among, targets), held.strongest_query(among, targets))
+
+
+def test_holds_a_part_of_the_map() -> None:
+    q, k = random_qk(40, 30)
+    assert SketchedGraph.from_qk(q, k, 0.5, 8).voters.map.shape == (2, 3, 5, 30)
+
+
+def test_stride_below_one() -> None:
+    with pytest.raises(ValueError, match="sketch stride is 0, expected 1 or more"):
+        SketchedGraph.from_qk(*random_qk(4, 4), 0.5, stride=0)
