@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from atedm.schedule import DENSE
-from minisdxl.checkpoint import Modules, save
+from minisdxl.checkpoint import Modules, load, save
 from minisdxl.config import SHAPES, ModelConfig
 from minisdxl.files import atomic_path
 from minisdxl.sampler import (
@@ -214,6 +214,10 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
     torch.manual_seed(options.seed)
     model = Model().to(options.device)
     convert_conv2d_weight_memory_format(model.unet, torch.channels_last)
+    if options.init is not None:
+        start = load(options.init)[1]
+        model.unet.load_state_dict(start.unet.state_dict())
+        model.text.load_state_dict(start.text.state_dict())
     average = copy.deepcopy(model).requires_grad_(False)
     optimizers = optimizers_of(model)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -334,6 +338,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="checkpoint to write at the end, such as weights/shapes/shapes.safetensors"
     )
+    parser.add_argument("--init", type=Path, help="checkpoint to go on from, where the run has no state: keeps its VAE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast (U-Net)")
@@ -349,7 +354,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the sample grids")
     parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids")
     options = parser.parse_args()
-    train_unet(options, train_vae(options))
+    train_unet(options, train_vae(options) if options.init is None else load(options.init)[1].vae)
 
 
 if __name__ == "__main__":
