@@ -2,8 +2,9 @@
 
     python -m tools.train_shapes                 # everything, resuming whatever a killed run left in runs/shapes
 
-Pictures are drawn as they are needed, so there is no data set and no epoch. The U-Net sees 32x32 latents first (128 px)
-and 64x64 (256 px) after that, told apart by SDXL's own size conditioning: a picture costs five times as much there.
+Pictures are drawn as they are needed, so there is no data set and no epoch. The U-Net sees 16x16 latents first (64 px),
+then 32x32 (128 px) and 64x64 (256 px), told apart by SDXL's own size conditioning: words are learned where steps cost
+little, a picture at 64x64 costs five times one at 32x32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import math
 import os
 import random
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from atedm.plan import DENSE
-from minisdxl.checkpoint import Modules, save
+from minisdxl.checkpoint import Modules, load, save
 from minisdxl.config import SHAPES, ModelConfig
 from minisdxl.files import atomic_path
 from minisdxl.sampler import (
@@ -87,7 +87,9 @@ def log(path: Path, **values: float) -> None:
 def train_vae(options: argparse.Namespace) -> VAE:
     """Trains the autoencoder, or returns the one that a finished run left.
 
-    The loss is L1 + L2 with a small Kullback-Leibler term, so that latents are smooth and the decoder forgives noise.
+    The loss is L1 + L2, with a little noise on the latent so that the decoder forgives some. Three latent channels are
+    held to the picture at its size: a free latent of so small a VAE puts all colors on one curve, where what
+    blurs between two colors is a third. The Kullback-Leibler term only keeps variances in bounds.
     """
     state_file = options.run / "vae.pt"
     vae = VAE(SHAPES.vae).to(options.device)
@@ -111,11 +113,13 @@ def train_vae(options: argparse.Namespace) -> VAE:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * warm_then_decay(step, options.vae_steps, warm=50, decay=0.5)
         mean, log_variance = vae.moments(images)
-        noisy = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
+        noisy = mean + 0.05 * torch.randn_like(mean)
         output = vae.decode(noisy * vae.config.scale_factor)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        small = F.avg_pool2d(images, SHAPES.vae.downscale)
+        held = F.mse_loss(mean[:, :3], 1.5 * small)
         error = F.mse_loss(output, images)
-        loss = F.l1_loss(output, images) + error + 1e-3 * divergence
+        loss = F.l1_loss(output, images) + error + held + 1e-5 * divergence
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -123,11 +127,39 @@ def train_vae(options: argparse.Namespace) -> VAE:
         step += 1
         if step % 25 == 0 or step == options.vae_steps:
             psnr = 10 * math.log10(4 / error.item())
-            log(options.run / "vae.csv", step=step, loss=loss.item(), psnr=psnr, seconds=time.time() - began)
+            log(
+                options.run / "vae.csv",
+                step=step,
+                loss=loss.item(),
+                psnr=psnr,
+                held=held.item(),
+                seconds=time.time() - began,
+            )
         if step % 100 == 0 or step == options.vae_steps:
             save_state(state_file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
     vae.requires_grad_(False).eval()
+    balance_latents(vae, options.device)
     return vae
+
+
+@torch.no_grad()
+def balance_latents(vae: VAE, device: str) -> None:
+    """Gives every latent channel mean 0 and variance 1, exactly, by the 1x1 convolutions on either side of the latent.
+
+    Diffusion adds the same noise to all channels: one of small variance would be settled late and count for little.
+    """
+    images, _ = batch_of_pictures(random.Random("latent scale"), 64, SHAPES.size)
+    latents = vae.moments(images.to(device))[0]
+    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    both = torch.cat([1 / deviation, torch.ones_like(deviation)])
+    vae.quant_conv.weight.mul_(both[:, None, None, None])
+    bias = vae.quant_conv.bias
+    into = vae.post_quant_conv.bias
+    assert bias is not None
+    assert into is not None
+    bias.copy_(torch.cat([(bias[: len(mean)] - mean) / deviation, bias[len(mean) :] - 2 * deviation.log()]))
+    into.add_(vae.post_quant_conv.weight.flatten(1) @ mean)
+    vae.post_quant_conv.weight.mul_(deviation[None, :, None, None])
 
 
 def zero(module: nn.Module) -> None:
@@ -172,13 +204,6 @@ def optimizers_of(model: Model) -> list[torch.optim.Optimizer]:
     return [muon, torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
-@torch.no_grad()
-def latent_scale(vae: VAE, device: str) -> float:
-    """One over the standard deviation of unscaled latents, so that scaled ones have unit variance."""
-    images, _ = batch_of_pictures(random.Random("latent scale"), 64, SHAPES.size)
-    return 1.0 / vae.moments(images.to(device))[0].std().item()
-
-
 def train_unet(options: argparse.Namespace, vae: VAE) -> None:
     """Trains U-Net and text encoders on latents of fresh pictures, small pictures first, then full-size ones.
 
@@ -189,6 +214,10 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
     torch.manual_seed(options.seed)
     model = Model().to(options.device)
     convert_conv2d_weight_memory_format(model.unet, torch.channels_last)
+    if options.init is not None:
+        start = load(options.init)[1]
+        model.unet.load_state_dict(start.unet.state_dict())
+        model.text.load_state_dict(start.text.state_dict())
     average = copy.deepcopy(model).requires_grad_(False)
     optimizers = optimizers_of(model)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -200,19 +229,17 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step = state["step"]
-        config = replace(SHAPES, vae=replace(SHAPES.vae, scale_factor=state["scale_factor"]))
-    else:
-        config = replace(SHAPES, vae=replace(SHAPES.vae, scale_factor=latent_scale(vae, options.device)))
-    vae.config = config.vae
+    config = SHAPES  # its scale factor is 1: the latents are balanced already
     tokenizer = Tokenizer.from_directory(TOKENIZER, config.text)
     alphas_bar = 1 / (1 + discrete_sigmas(config.noise).float().square()).to(options.device)
-    steps = options.small_steps + options.large_steps
+    sides = [side for side, count in options.stages for _ in range(count)]
+    steps = len(sides)
     began, first, losses = time.time(), step, []
     while step < steps:
         rng = random.Random(f"unet {options.seed} {step}")
         torch.manual_seed(step)
-        small = step < options.small_steps
-        side, count = (SHAPES.size // 2, options.batch) if small else (SHAPES.size, options.batch // 2)
+        side = sides[step]
+        count = options.batch if side < SHAPES.size else options.batch // 2
         images, captions = batch_of_pictures(rng, count, side)
         with torch.no_grad():
             latents = vae.encode(images.to(options.device))
@@ -251,7 +278,7 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
             losses = []
         if step % 100 == 0 or step == steps:
             state = {"model": model.state_dict(), "average": average.state_dict(), "step": step}
-            state |= {"optimizers": [o.state_dict() for o in optimizers], "scale_factor": config.vae.scale_factor}
+            state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             save_state(state_file, state)
             save(options.run / "shapes.safetensors", config, Modules(average.unet, vae, average.text))
         if step % options.grid_every == 0 or step == steps:
@@ -292,6 +319,16 @@ def sample_grid(options: argparse.Namespace, step: int, config: ModelConfig, mod
     return sum(verdict.obeyed for verdict in verdicts) / len(verdicts)
 
 
+def parse_stages(text: str) -> list[tuple[int, int]]:
+    """(side, steps) of each stage. Raises ``ValueError``."""
+    stages = [(int(side), int(steps)) for side, _, steps in (stage.partition(":") for stage in text.split(","))]
+    for side, steps in stages:
+        SHAPES.picture_size((side, side))
+        if steps < 0:
+            raise ValueError(f"stage of {side} px has {steps} steps, expected 0 or more")
+    return stages
+
+
 def main() -> None:
     """Parses the command line and trains."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -301,17 +338,23 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="checkpoint to write at the end, such as weights/shapes/shapes.safetensors"
     )
+    parser.add_argument("--init", type=Path, help="checkpoint to go on from, where the run has no state: keeps its VAE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast (U-Net)")
     parser.add_argument("--vae-steps", type=int, default=1600)
-    parser.add_argument("--small-steps", type=int, default=1400, help="U-Net steps on 32x32 latents")
-    parser.add_argument("--large-steps", type=int, default=700, help="U-Net steps on 64x64 latents")
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step; half of it at 64x64")
+    parser.add_argument(
+        "--stages",
+        type=parse_stages,
+        default="64:1500,128:600,256:600",
+        metavar="SIDE:STEPS,...",
+        help="U-Net steps at each picture side in pixels (default: %(default)s)",
+    )
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step; half of it at full size")
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the sample grids")
     parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids")
     options = parser.parse_args()
-    train_unet(options, train_vae(options))
+    train_unet(options, train_vae(options) if options.init is None else load(options.init)[1].vae)
 
 
 if __name__ == "__main__":

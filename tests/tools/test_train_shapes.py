@@ -1,0 +1,80 @@
+"""The training tool: its schedules, the balanced latents, and that a run goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minisdxl.checkpoint import load
+from minisdxl.config import SHAPES
+from minisdxl.vae import VAE
+from tools.shapes import held_out, parse_caption
+from tools.train_shapes import balance_latents, batch_of_pictures, main, parse_stages, warm_then_decay
+
+
+def test_pictures_are_of_training_captions_and_repeatable() -> None:
+    images, captions = batch_of_pictures(random.Random(3), 40, 64)
+    again, _ = batch_of_pictures(random.Random(3), 40, 64)
+    assert images.shape == (40, 3, 64, 64)
+    assert (images.min(), images.max()) == (-1, 1)
+    assert torch.equal(images, again)
+    assert not any(held_out(parse_caption(caption)) for caption in captions)
+
+
+@torch.no_grad()
+def test_balanced_latents_decode_to_the_same_pictures() -> None:
+    torch.manual_seed(0)
+    vae = VAE(SHAPES.vae).double()
+    vae.quant_conv.weight.mul_(torch.tensor([0.1, 3, 1, 7, 1, 1, 1, 1])[:, None, None, None])
+    images, _ = batch_of_pictures(random.Random("latent scale"), 64, SHAPES.size)
+    images = images[:8].double()
+    before = vae.decode(vae.encode(images))
+    log_variance = vae.moments(images)[1]
+    deviation = vae.moments(images)[0].std(dim=(0, 2, 3))
+    balance_latents(vae, "cpu")
+    error = (vae.decode(vae.encode(images)) - before).abs().max()
+    mean, balanced_log_variance = vae.moments(images)
+    print(f"decoded: max error {error:.2e}; deviations {mean.std(dim=(0, 2, 3)).tolist()}")
+    assert error <= 1e-12
+    assert mean.std(dim=(0, 2, 3)).sub(1).abs().max() < 0.2  # of 8 pictures; it is 1 on the 64 that it was set on
+    shift = (balanced_log_variance - log_variance).mean(dim=(0, 2, 3))
+    assert torch.allclose(shift, -2 * deviation.log(), atol=0.3)
+
+
+def test_learning_rate_warms_up_stays_and_decays() -> None:
+    factors = [warm_then_decay(step, 100, warm=10, decay=0.3) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10:70] == [1.0] * 60
+    assert factors[99] == pytest.approx(1 / 30)
+    assert factors == sorted(factors[:50]) + sorted(factors[50:], reverse=True)
+
+
+def test_stages_are_read_and_refused() -> None:
+    assert parse_stages("64:10,256:5") == [(64, 10), (256, 5)]
+    for text in ("64", "64:ten", "65:10", "64:-1"):
+        with pytest.raises(ValueError, match=r"."):
+            parse_stages(text)
+
+
+def test_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(steps: int, *more: str) -> None:
+        options = ["--vae-steps", "1", "--batch", "2", "--grid-every", "100", "--seed", "1", *more]
+        monkeypatch.setattr(sys, "argv", ["train_shapes", "--run", str(tmp_path), "--stages", f"64:{steps}", *options])
+        main()
+
+    train(1)
+    first = load(tmp_path / "shapes.safetensors")[1]
+    train(3, "--out", str(tmp_path / "final.safetensors"))
+    with (tmp_path / "grid.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "3"]
+    assert torch.load(tmp_path / "unet.pt", weights_only=True)["step"] == 3
+    assert len(list(tmp_path.glob("vae.csv"))) == 1
+    final = load(tmp_path / "final.safetensors")[1]
+    assert torch.equal(first.vae.quant_conv.weight, final.vae.quant_conv.weight)
+    assert not torch.equal(first.unet.out[2].weight, final.unet.out[2].weight)
+    assert not list(tmp_path.glob("*.part"))
