@@ -29,8 +29,6 @@ class Fill:
     positions: Tensor | None
     background: Callable[[Tensor], Tensor]
 
-    copies = False
-
     def __call__(self, tokens: TokenSet) -> TokenSet:
         """The background with the kept tokens over it, see :class:`~atedm.recovery.Restore`."""
         check_kept(tokens, (self.kept.shape[0], self.kept.shape[1]), self.grid)

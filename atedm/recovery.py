@@ -24,10 +24,6 @@ class Restore(Protocol):
     Restores nest: last pruned, first restored.
     """
 
-    @property
-    def copies(self) -> bool:
-        """Whether it only copies what it is given, so that a per-token layer gives the same before it as after."""
-
     def __call__(self, tokens: TokenSet) -> TokenSet:
         """The set before. Raises ``ValueError`` for tokens that are not the ones that this pruning kept."""
 
@@ -36,6 +32,7 @@ class Restore(Protocol):
 class Copy:
     """The restore that copies kept tokens.
 
+    It gathers, so a per-token layer gives the same before it, on the kept tokens alone, as after it.
     ``source`` (B, n) int64 names for each of the n tokens before pruning the kept token whose value it takes, counted
     among the ``kept_count`` kept ones. ``positions`` and ``grid`` are those of the set before.
     """
@@ -44,8 +41,6 @@ class Copy:
     kept_count: int
     grid: tuple[int, int]
     positions: Tensor | None
-
-    copies = True
 
     def __call__(self, tokens: TokenSet) -> TokenSet:
         """One gather, see :class:`Restore`."""

@@ -138,18 +138,19 @@ def train_vae(options: argparse.Namespace) -> VAE:
         if step % 100 == 0 or step == options.vae_steps:
             save_state(state_file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
     vae.requires_grad_(False).eval()
-    balance_latents(vae, options.device)
+    images, _ = batch_of_pictures(random.Random("latent scale"), 64, SHAPES.size)
+    balance_latents(vae, images.to(options.device))
     return vae
 
 
 @torch.no_grad()
-def balance_latents(vae: VAE, device: str) -> None:
-    """Gives every latent channel mean 0 and variance 1, exactly, by the 1x1 convolutions on either side of the latent.
+def balance_latents(vae: VAE, images: Tensor) -> None:
+    """Gives every latent channel of ``images`` mean 0 and variance 1, by the 1x1 convolutions on either side of it.
 
-    Diffusion adds the same noise to all channels: one of small variance would be settled late and count for little.
+    What the VAE makes of a picture stays the same. Diffusion adds the same noise to all channels: one of small variance
+    would be settled late and count for little.
     """
-    images, _ = batch_of_pictures(random.Random("latent scale"), 64, SHAPES.size)
-    latents = vae.moments(images.to(device))[0]
+    latents = vae.moments(images)[0]
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     both = torch.cat([1 / deviation, torch.ones_like(deviation)])
     vae.quant_conv.weight.mul_(both[:, None, None, None])
