@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from atedm import PRESETS
 from minisdxl.sample import main
 
 PROMPT = "a small red circle above a big blue square on a white background"
@@ -69,6 +70,31 @@ def test_compare_puts_dense_and_pruned_side_by_side(tmp_path: Path) -> None:
         assert half.tobytes() == Image.open(tmp_path / f"{name}.png").tobytes()
 
 
+def test_list_names_every_preset_and_its_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--prune", "list"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(PRESETS)
+    assert all(line.count("%") == 2 for line in lines[1:])
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_makes_a_picture(preset: str, tmp_path: Path) -> None:
+    main([PROMPT, *QUICK, "--prune", preset, "--out", str(tmp_path / "x.png")])
+    assert json.loads(Image.open(tmp_path / "x.png").text["minisdxl"])["prune"] == preset  # type: ignore[attr-defined]
+
+
+def test_budget_sets_the_ratio_and_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budget = ["--prune", "at-edm:tau=10", "--budget", "90%", "--size", "256x256", "--steps", "1"]
+    main([PROMPT, *budget, "--out", str(tmp_path / "x.png")])
+    record = json.loads(Image.open(tmp_path / "x.png").text["minisdxl"])  # type: ignore[attr-defined]
+    assert record["prune"].startswith("at-edm:tau=10,rho=0.")
+    share = float(capsys.readouterr().out.rsplit("  ", 1)[1].split("%")[0])
+    assert 89 <= share <= 90
+
+
 def test_long_prompt_warns_and_shows_what_was_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([" ".join(["circle"] * 75) + " triangle", *QUICK, "--out", str(tmp_path / "long.png")])
     assert "cut off 'triangle'" in capsys.readouterr().err
@@ -93,6 +119,10 @@ def test_long_prompt_warns_and_shows_what_was_lost(tmp_path: Path, capsys: pytes
         (["--batch", "0"], "0"),
         (["--cfg", "nan"], "nan"),
         (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--budget", "90%"], "--prune"),
+        (["--prune", "--budget", "10%"], "out of reach"),
+        (["--prune", "--budget", "cheap"], "cheap"),
+        (["--prune", "at-edm:rho=0.5", "--budget", "90%"], "twice"),
         (["--out", "picture.jpeg"], "picture.jpeg"),
         (["--tokenizer", "nowhere"], "nowhere"),
         (["another prompt", "--out", "one.png"], "one.png"),
