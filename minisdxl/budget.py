@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -86,8 +87,8 @@ def preset_within(
 def settle_preset(config: ModelConfig, options: argparse.Namespace) -> str | None:
     """The preset's text that the options of :func:`minisdxl.command.add_pruning` ask for, ``None`` for dense.
 
-    Prints the presets and ends the program where that is ``list``. Raises ``ValueError`` for options that contradict
-    each other, and as :func:`preset_within`.
+    Says what a budget came to, on stderr; prints the presets and ends the program where that is ``list``. Raises
+    ``ValueError`` for options that contradict each other, and as :func:`preset_within`.
     """
     if options.prune == "list":
         print(list_presets(config, options.steps))
@@ -98,7 +99,10 @@ def settle_preset(config: ModelConfig, options: argparse.Namespace) -> str | Non
         return None if options.prune is None else str(options.prune)
     if options.prune is None:
         raise ValueError(f"--budget is {options.budget} without --prune, expected both: it sets a preset's ratio")
-    return preset_within(config, options.size, options.prune, options.steps, options.budget, options.budget_for)
+    found = preset_within(config, options.size, options.prune, options.steps, options.budget, options.budget_for)
+    measure = {"average": f"average of {options.steps} steps", "steady": "steady step"}[options.budget_for]
+    print(f"{found}: its {measure} is within {options.budget}", file=sys.stderr)
+    return found
 
 
 def list_presets(config: ModelConfig, steps: int) -> str:
