@@ -75,8 +75,10 @@ class Schedule:
         skips_ends = self.tau > 0 and is_early == (self.early == "less")
         ends = (_ends(sites) if self.ends is None else set(self.ends)) if skips_ends else set()
         blocks, reduces = {}, False
-        for site in sites:
+        for number, site in enumerate(sites):
             method = replace(self.method, ratio=ratios.get(site.name, self.method.ratio))
+            if isinstance(method, Pruning) and method.ranking == "random":  # other tokens in every block and step
+                method = replace(method, seed=method.seed + step * len(sites) + number)
             block = self._block(method, site)
             if block.layers and site.name not in spared | ends:
                 blocks[site.name] = block
