@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from atedm.held import HeldGraph
@@ -53,6 +54,11 @@ class AttentionInputs(NamedTuple):
     query: Tensor
     key: Tensor
     scale: float
+
+    def split(self, rows: int) -> list[AttentionInputs]:
+        """The inputs in parts of ``rows`` batch rows each, the last one of those that are left."""
+        pairs = zip(torch.split(self.query, rows), torch.split(self.key, rows), strict=True)
+        return [AttentionInputs(query, key, self.scale) for query, key in pairs]
 
     def graph(self, kind: str = "held") -> AttentionGraph:
         """Build the attention graph of the ``kind``, one of ``GRAPHS``. Raises ``ValueError`` for any other.

@@ -78,8 +78,8 @@ class HeldGraph:
 
     def strongest_query(self, among: Tensor, targets: Tensor) -> Tensor:
         """Which query attends most to each target, see :meth:`~atedm.graph.AttentionGraph.strongest_query`."""
-        rows = torch.take_along_dim(self.map.mean(dim=1), among.unsqueeze(2), dim=1)
-        weights = torch.take_along_dim(rows, targets.unsqueeze(1), dim=2)  # (B, m, p)
+        rows = self.map.mean(dim=1).gather(1, among.unsqueeze(2).expand(-1, -1, self.map.shape[-1]))
+        weights = rows.gather(2, targets.unsqueeze(1).expand(-1, among.shape[1], -1))  # (B, m, p)
         return weights.argmax(dim=1)  # torch documents: the first of equal maxima
 
 

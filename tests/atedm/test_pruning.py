@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from atedm import GRAPHS, RANKINGS, RECOVERIES, AttentionInputs, Pruning, TokenSet, prune
+from atedm.pruning import RowByRow
 
 Layer = tuple[TokenSet, AttentionInputs, AttentionInputs]
 CHOICES = list(itertools.product(RANKINGS, GRAPHS, RECOVERIES))
@@ -206,3 +207,33 @@ def test_compiles_without_a_break() -> None:
     arguments = (tokens.values, self_attention.query, self_attention.key)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*arguments), layer(*arguments))
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+@pytest.mark.parametrize("batch", [3, 4])
+def test_a_few_rows_at_a_time_change_nothing(batch: int, recovery: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, self_attention, cross_attention = random_layer(batch, 4, 5)
+    how = Pruning(0.5, recovery=recovery)
+    kept, restore = prune(tokens, self_attention, cross_attention, how)
+    assert not isinstance(restore, RowByRow)
+    monkeypatch.setattr("atedm.pruning.CACHED", 2 * 2 * 20 * 20)  # maps of two rows
+    kept_2, restore_2 = prune(tokens, self_attention, cross_attention, how)
+    assert isinstance(restore_2, RowByRow)
+    torch.testing.assert_close(kept_2.positions, kept.positions)
+    twice = kept.with_values(3 * kept.values)
+    error = (restore_2(twice).values - restore(twice).values).abs().max().item()
+    print(f"largest difference between all rows and two at a time: {error}")
+    assert error == 0
+    again, undo = prune(kept_2, take(self_attention, kept_2), take(cross_attention, kept_2), how)  # of a sparse set
+    torch.testing.assert_close(undo(again).positions, kept.positions)
+
+
+def take(attention: AttentionInputs, kept: TokenSet) -> AttentionInputs:
+    """The attention of the kept tokens, among each other where it was among all."""
+
+    def of(heads: torch.Tensor) -> torch.Tensor:
+        assert kept.positions is not None
+        return heads.gather(2, kept.positions[:, None, :, None].expand(-1, heads.shape[1], -1, heads.shape[3]))
+
+    own = attention.key.shape[2] == kept.size
+    return AttentionInputs(of(attention.query), of(attention.key) if own else attention.key, attention.scale)
