@@ -56,8 +56,11 @@ class Schedule:
             replace(self.method, ratio=ratio)  # checks it
 
     def early_steps(self, steps: int) -> int:
-        """How many of ``steps`` denoising steps are early: the first round(tau * steps / 50)."""
-        return round(self.tau * steps / 50)
+        """How many of ``steps`` denoising steps are early: tau of every 50, to the nearest step, half a step up.
+
+        The paper's 15 of 50 is 8 of 25, 6 of 20, 3 of 10, 2 of 8, 1 of 4, 1 of 2 and 0 of 1.
+        """
+        return (2 * self.tau * steps + 50) // 100  # whole numbers: 7.5 and 4.5 are rounded alike
 
     def plan(self, step: int, steps: int, sites: Iterable[Site]) -> TokenPlan:
         """The token plan of denoising step ``step`` (from 0, the noisiest) of ``steps``.

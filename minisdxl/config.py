@@ -7,6 +7,7 @@ Stability AI's generative-models) where it has another name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -176,8 +177,14 @@ class ModelConfig:
         256  # sinusoidal embedding of each of six size numbers; official: ConcatTimestepEmbedderND.outdim
     )
     noise: NoiseConfig = NoiseConfig()
+    buckets: tuple[tuple[int, int], ...] = ()  # (width, height) of all pictures it was trained on; () if not recorded
 
     def __post_init__(self) -> None:
+        for bucket in self.buckets:
+            _require(
+                len(bucket) == 2 and all(isinstance(side, int) and side >= 8 for side in bucket),
+                f"training bucket is {bucket}, expected a width and a height in pixels",
+            )
         pooled = self.text[1].projection
         _require(pooled is not None, "the second text encoder needs a projection: its pooled output feeds the U-Net")
         assert pooled is not None
@@ -211,6 +218,14 @@ class ModelConfig:
                 )
         return width, height
 
+    def nearest_bucket(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """The training bucket nearest in shape, width by height, to ``size``; ``None`` where there are no buckets."""
+
+        def distance(bucket: tuple[int, int]) -> float:
+            return abs(math.log(bucket[0] / bucket[1]) - math.log(size[0] / size[1]))
+
+        return min(self.buckets, key=distance, default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings, for JSON."""
         return asdict(self)
@@ -227,6 +242,7 @@ class ModelConfig:
                 "vae": VAEConfig(**vae),
                 "text": (clip, openclip),
                 "noise": NoiseConfig(**data["noise"]),
+                "buckets": tuple(tuple(bucket) for bucket in data.get("buckets", ())),  # absent in older files
             }
             return cls(**{**data, **parts})
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -237,6 +253,36 @@ def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
+
+# The 40 sizes of multi-aspect training: SDXL paper (arXiv:2307.01952), appendix I, as widths by height. The list is not
+# symmetric: 1344 x 704 is in it, 704 x 1344 is not.
+_WIDTHS = {
+    512: (2048, 1984, 1920, 1856),
+    576: (1792, 1728, 1664),
+    640: (1600, 1536),
+    704: (1472, 1408, 1344),
+    768: (1344, 1280),
+    832: (1216, 1152),
+    896: (1152, 1088),
+    960: (1088, 1024),
+    1024: (1024, 960),
+    1088: (960, 896),
+    1152: (896, 832),
+    1216: (832,),
+    1280: (768,),
+    1344: (768,),
+    1408: (704,),
+    1472: (704,),
+    1536: (640,),
+    1600: (640,),
+    1664: (576,),
+    1728: (576,),
+    1792: (576,),
+    1856: (512,),
+    1920: (512,),
+    1984: (512,),
+    2048: (512,),
+}
 
 SDXL_BASE = ModelConfig(
     name="sdxl-base",
@@ -256,6 +302,7 @@ SDXL_BASE = ModelConfig(
         TextConfig(1280, 32, 20, "gelu", 49408, start_token=49406, end_token=49407, pad_token=0, projection=1280),
     ),
     size=1024,
+    buckets=tuple((width, height) for height, widths in _WIDTHS.items() for width in widths),
 )
 
 SHAPES = ModelConfig(

@@ -1,15 +1,15 @@
-"""From noise to latent, as functions in the symbols of the EDM paper (Karras et al. 2022, arXiv:2206.00364).
+"""Noise levels, preconditioning and guidance, in the symbols of the EDM paper (Karras et al. 2022, arXiv:2206.00364).
 
 ``x`` is a latent (B, C, H, W) with noise of standard deviation ``sigma`` on it, always fp32; ``D(x; sigma)`` is the
 denoised latent. Every image of a batch is at the same sigma. Sigmas are computed in float64 and act as Python floats.
+The way from noise to latent, step by step, is in ``solvers``; ``samplings`` names what goes together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Denoiser = Callable[[Tensor, float, int], Tensor]  # (x, sigma, step) -> D(x; sigma)
 UNetCall = Callable[[Tensor, Tensor, Tensor, Tensor, "TokenPlan"], Tensor]  # (c_in x, c_noise, context, vector, plan)
+Spacing = Callable[[int, NoiseConfig], Tensor]  # n steps to n indices into the levels of training, descending, int64
+
+LCM_STEPS = 50  # steps of the teacher that LCM was distilled with; diffusers: LCMScheduler.original_inference_steps
 
 
 def discrete_sigmas(noise: NoiseConfig) -> Tensor:
@@ -32,21 +35,58 @@ def discrete_sigmas(noise: NoiseConfig) -> Tensor:
 
 
 def timesteps(n: int, noise: NoiseConfig) -> Tensor:
-    """Indices into :func:`discrete_sigmas` at which ``n`` steps sample, descending from the last: (n,) int64.
+    """Official spacing: linspace(steps - 1, 0, n, endpoint=False), truncated, as in ``LegacyDDPMDiscretization``.
 
-    The official linspace(steps - 1, 0, n, endpoint=False), truncated. NOTE: "trailing" in diffusers rounds: the same
-    where n divides 1000, off by one in places for nearly all other n. Raises ``ValueError`` for n outside 1..steps.
+    Raises ``ValueError`` for n outside 1..steps.
     """
-    if not 1 <= n <= noise.steps:
-        raise ValueError(f"number of sampling steps is {n}, expected 1 to {noise.steps}")
+    _check_steps(n, noise.steps)
     last = noise.steps - 1
     # float64, not integers: of n = 99, number 77 is 221.99..., not 222, and the official code truncates that to 221.
     return (torch.arange(n, dtype=torch.float64) * (-last / n) + last).long()
 
 
-def sigmas(n: int, noise: NoiseConfig) -> Tensor:
-    """Noise levels of ``n`` steps, descending, and a final 0: (n + 1,) float64. Raises as :func:`timesteps`."""
-    return torch.cat([discrete_sigmas(noise)[timesteps(n, noise)], torch.zeros(1, dtype=torch.float64)])
+def trailing_timesteps(n: int, noise: NoiseConfig) -> Tensor:
+    """diffusers' "trailing" spacing, which few-step models name: :func:`timesteps`, rounded and not truncated.
+
+    Both are the same where n divides the steps of training; of 1 to 8 steps only 3 and 6 differ, by one.
+    Raises ``ValueError`` for n outside 1..steps.
+    """
+    _check_steps(n, noise.steps)
+    return (torch.arange(n, dtype=torch.float64) * (-noise.steps / n) + noise.steps).round().long() - 1
+
+
+def lcm_timesteps(n: int, noise: NoiseConfig) -> Tensor:
+    """LCM's spacing (arXiv:2310.04378): n of the ``LCM_STEPS`` timesteps it was distilled at, as in ``LCMScheduler``.
+
+    Raises ``ValueError`` for n outside 1..LCM_STEPS, and for training steps that do not divide into ``LCM_STEPS``.
+    """
+    _check_steps(n, LCM_STEPS)
+    if noise.steps % LCM_STEPS:
+        raise ValueError(f"model was trained with {noise.steps} noise levels, LCM needs a multiple of {LCM_STEPS}")
+    return noise.steps - 1 - torch.arange(n) * LCM_STEPS // n * (noise.steps // LCM_STEPS)
+
+
+def _check_steps(n: int, most: int) -> None:
+    if not 1 <= n <= most:
+        raise ValueError(f"number of sampling steps is {n}, expected 1 to {most}")
+
+
+def sigmas(n: int, noise: NoiseConfig, spacing: Spacing = timesteps) -> Tensor:
+    """Noise levels of ``n`` steps, descending, and a final 0: (n + 1,) float64. Raises as ``spacing`` does."""
+    return torch.cat([discrete_sigmas(noise)[spacing(n, noise)], torch.zeros(1, dtype=torch.float64)])
+
+
+def first_step(n: int, strength: float) -> int:
+    """The first step of a run that starts from a picture: of steps 0 to n - 1 the last int(n * strength) are run.
+
+    As diffusers' image-to-image pipelines do. Raises ``ValueError`` unless 0 < strength <= 1 and a step is left.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}, expected more than 0 and at most 1")
+    run = int(n * strength)
+    if run == 0:
+        raise ValueError(f"strength {strength} leaves none of {n} steps to run, expected more of either")
+    return n - run
 
 
 def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -96,8 +136,8 @@ def guided_denoiser(
 ) -> Denoiser:
     """D(x; sigma) under classifier-free guidance, u + scale (c - u); ``plans(step)`` is the plan of step 0, 1, ...
 
-    Calls the U-Net once a step with a batch of 2B, the unconditional half first; at ``scale`` 1 with the conditional B
-    alone. The U-Net computes in the dtype of the context, everything around it in fp32.
+    Calls the U-Net with a batch of 2B, the unconditional half first; at ``scale`` 1 with the conditional B alone. The
+    U-Net computes in the dtype of the context, everything around it in fp32.
     """
     parts = [conditional] if scale == 1 else [unconditional, conditional]
     context = torch.cat([part.context for part in parts])
@@ -115,36 +155,3 @@ def guided_denoiser(
         return u + scale * (c - u)
 
     return denoiser
-
-
-@torch.no_grad()
-def sample(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    generators: Sequence[torch.Generator] = (),
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-) -> Iterator[Tensor]:
-    """Euler's method on the probability-flow ODE: EDM algorithm 2 without its second-order correction.
-
-    ``x`` (B, C, H, W) is at noise level ``sigmas[0]``, ``sigmas`` (n + 1,) descend. Yields n latents like x, in fp32:
-    x after each step, number i at noise level ``sigmas[i + 1]``, the last one finished; the x passed in is not yielded.
-    ``s_churn`` above 0 adds fresh noise where s_tmin <= sigma <= s_tmax, to image i from ``generators[i]``.
-    Raises ``ValueError``, once the first latent is asked for, if churn is negative or lacks a generator for each image.
-    """
-    if not s_churn >= 0:
-        raise ValueError(f"s_churn is {s_churn}, expected 0 or more")
-    if s_churn > 0 and len(generators) != len(x):
-        raise ValueError(f"churn has {len(generators)} generators for {len(x)} images, expected one for each image")
-    x = x.float()
-    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
-        sigma_hat = sigma * (1 + gamma)
-        if gamma > 0:
-            x = x + math.sqrt(sigma_hat**2 - sigma**2) * s_noise * draw_noise(generators, x.shape[1:]).to(x.device)
-        d = (x - denoiser(x, sigma_hat, step)) / sigma_hat  # dx/dsigma
-        x = x + (sigma_next - sigma_hat) * d
-        yield x

@@ -2,9 +2,9 @@
 
     python -m tools.train_shapes                 # everything, resuming whatever a killed run left in runs/shapes
 
-Pictures are drawn as they are needed, so there is no data set and no epoch. The U-Net sees 16x16 latents first (64 px),
-then 32x32 (128 px) and 64x64 (256 px), told apart by SDXL's own size conditioning: words are learned where steps cost
-little, a picture at 64x64 costs five times one at 32x32.
+Pictures are drawn as they are needed, so there is no data set and no epoch. The U-Net sees 32x32 latents first (128
+px), then 64x64 (256 px), told apart by SDXL's own size conditioning: words are learned where steps cost little, a
+picture at 64x64 costs four times one at 32x32.
 """
 
 from __future__ import annotations
@@ -226,11 +226,21 @@ def optimizers_of(model: Model) -> list[torch.optim.Optimizer]:
     return [muon, torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
+def shifted(share: Tensor, side: int) -> Tensor:
+    """Shares of the noise levels in [0, 1) moved up for larger pictures, whose layout is plain to see in more noise.
+
+    The resolution-dependent shift of Stable Diffusion 3 (Esser et al. 2024, section 5.3.2), 1 at 128 px.
+    """
+    shift = side / 128
+    return shift * share / (1 + (shift - 1) * share)
+
+
 def train_unet(options: argparse.Namespace, vae: VAE) -> None:
     """Trains U-Net and text encoders on latents of fresh pictures, small pictures first, then full-size ones.
 
-    The loss is the weighted squared error of the predicted noise (epsilon prediction), noise levels drawn uniformly but
-    spread evenly over each batch. An exponential moving average of the weights is what is kept.
+    The loss is the weighted squared error of the predicted noise (epsilon prediction), noise levels drawn as
+    :func:`shifted` says and spread evenly over each batch. An exponential moving average of the weights is kept,
+    a short one, because weights from before a change of picture size do harm.
     """
     state_file = options.run / "unet.pt"
     torch.manual_seed(options.seed)
@@ -265,7 +275,8 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
         images, captions = batch_of_pictures(rng, count, side)
         with torch.no_grad():
             latents = vae.encode(images.to(options.device))
-        timestep = ((torch.randperm(count) + torch.rand(count)) * config.noise.steps / count).long().to(options.device)
+        share = (torch.randperm(count) + torch.rand(count)) / count
+        timestep = (shifted(share, side) * config.noise.steps).long().to(options.device)
         # Offset noise (as in SDXL's own training, stronger): without it even the noisiest latent shows its mean, the
         # model reads the background off that, and at sampling, where the mean is always 0, no caption makes it white.
         noise = (torch.randn(latents.shape) + 0.3 * torch.randn(count, latents.shape[1], 1, 1)).to(options.device)
@@ -289,7 +300,7 @@ def train_unet(options: argparse.Namespace, vae: VAE) -> None:
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        weight = 1 - min(0.997, (1 + step) / (10 + step))
+        weight = 1 - min(0.99, (1 + step) / (10 + step))
         with torch.no_grad():
             for kept, fresh in zip(average.parameters(), model.parameters(), strict=True):
                 kept.lerp_(fresh, weight)
@@ -368,7 +379,7 @@ def main() -> None:
     parser.add_argument(
         "--stages",
         type=parse_stages,
-        default="64:1500,128:600,256:600",
+        default="128:1800,256:1000",
         metavar="SIDE:STEPS,...",
         help="U-Net steps at each picture side in pixels (default: %(default)s)",
     )

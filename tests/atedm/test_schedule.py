@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 
@@ -84,7 +86,11 @@ def test_flops_of_the_plans() -> None:
 
 @pytest.mark.parametrize(
     ("tau", "steps", "expected"),
-    [(15, 50, 15), (15, 25, 8), (15, 20, 6), (15, 10, 3), (15, 1, 0), (0, 50, 0), (50, 7, 7), (10, 1000, 200)],
+    [
+        *((15, steps, early) for steps, early in {1: 0, 2: 1, 4: 1, 8: 2, 10: 3, 20: 6, 25: 8, 50: 15}.items()),
+        *((15, steps, early) for steps, early in {3: 1, 5: 2, 6: 2, 15: 5, 35: 11}.items()),  # 5, 15, 35: halves
+        *((0, 50, 0), (50, 7, 7), (10, 1000, 200)),
+    ],
 )
 @pytest.mark.parametrize("method", [Pruning(0.5), Merging(0.5)], ids=["pruning", "merging"])
 def test_early_steps(method: Pruning | Merging, tau: int, steps: int, expected: int) -> None:
@@ -92,6 +98,13 @@ def test_early_steps(method: Pruning | Merging, tau: int, steps: int, expected: 
     assert schedule.early_steps(steps) == expected
     lengths = [len(schedule.plan(step, steps, SDXL)) for step in range(steps)]
     assert lengths == [7] * expected + [11] * (steps - expected)
+
+
+def test_early_steps_are_the_nearest_share_and_never_fewer_for_more_steps() -> None:
+    counts = [AT_EDM.early_steps(steps) for steps in range(1, 1001)]
+    for steps, early in enumerate(counts, start=1):
+        assert -Fraction(1, 2) < early - Fraction(15 * steps, 50) <= Fraction(1, 2)
+    assert all(0 <= later - sooner <= 1 for sooner, later in pairwise(counts))
 
 
 def test_prune_more_leaves_the_later_steps_less_pruned() -> None:

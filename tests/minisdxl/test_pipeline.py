@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from PIL import Image
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import minisdxl
+from atedm import TokenPlan
 from minisdxl.checkpoint import Modules, official_state_dict
-from minisdxl.config import TextConfig
-from minisdxl.pipeline import BUNDLED, SDXL, finite
-from minisdxl.sampler import image_generators, initial_noise, sigmas
+from minisdxl.config import SDXL_BASE, TextConfig
+from minisdxl.pipeline import BUNDLED, SDXL, finite, size_numbers, to_image, to_pixels
+from minisdxl.sampler import image_generators, initial_noise
+from minisdxl.samplings import SAMPLINGS
+from minisdxl.text import TextEncoders
 from tests.minisdxl.peers import diffusers_unet, diffusers_vae
+from tests.minisdxl.test_samplings import own_scale, scheduler
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 
 PROMPT = "a small red circle above a big blue square on a white background"
 
@@ -48,6 +61,7 @@ def diffusers_text_config(config: TextConfig) -> CLIPTextConfig:
 
 def diffusers_pipeline(sdxl: SDXL) -> StableDiffusionXLPipeline:
     """diffusers' pipeline with our weights, taken from their official names by diffusers' own conversions."""
+    assert isinstance(sdxl.text, TextEncoders)
     official = official_state_dict(Modules(sdxl.unet, sdxl.vae, sdxl.text))
     clip = CLIPTextModel(diffusers_text_config(sdxl.config.text[0])).eval()
     prefix = "conditioner.embedders.0.transformer."
@@ -65,34 +79,167 @@ def diffusers_pipeline(sdxl: SDXL) -> StableDiffusionXLPipeline:
         tokenizer = CLIPTokenizer.from_pretrained(vocabulary, model_max_length=config.context_length)
         tokenizer.pad_token_id = config.pad_token
         tokenizers.append(tokenizer)
-    noise = sdxl.config.noise
-    scheduler = EulerDiscreteScheduler(
-        beta_start=noise.beta_start, beta_end=noise.beta_end, beta_schedule="scaled_linear", timestep_spacing="trailing"
-    )
     unet = diffusers_unet(sdxl.unet, size_channels=sdxl.config.size_channels)
     vae = diffusers_vae(sdxl.vae)
-    return StableDiffusionXLPipeline(vae, clip, openclip, *tokenizers, unet, scheduler)
-
-
-def test_picture_equals_diffusers(sdxl: SDXL) -> None:
-    steps, side = 10, 128
-    ours = sdxl.generate([PROMPT], steps=steps, cfg=5.0, seed=3, size=(side, side))[0]
-    pipeline = diffusers_pipeline(sdxl)
+    pipeline = StableDiffusionXLPipeline(vae, clip, openclip, *tokenizers, unet, scheduler("euler", 1))
     pipeline.set_progress_bar_config(disable=True)
-    levels = sigmas(steps, sdxl.config.noise)
-    latents = initial_noise(image_generators([3]), (4, side // 4, side // 4), float(levels[0]))
-    pipeline.scheduler.set_timesteps(steps)
-    theirs = pipeline(
-        PROMPT,
-        num_inference_steps=steps,
-        guidance_scale=5.0,
-        latents=latents / pipeline.scheduler.init_noise_sigma,  # diffusers scales by another constant
-        height=side,
-        width=side,
-    ).images[0]
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def peer(sdxl: SDXL) -> StableDiffusionXLPipeline:
+    return diffusers_pipeline(sdxl)
+
+
+def diffusers_picture(sdxl: SDXL, peer: Any, name: str, steps: int, side: int, seed: int, **settings: Any) -> Any:
+    """diffusers' picture under the sampling ``name``, from our first noise."""
+    generators = image_generators([seed])
+    sigma = float(SAMPLINGS[name].sigmas(steps, sdxl.config.noise)[0])
+    x = initial_noise(generators, (4, side // 4, side // 4), sigma)
+    peer.scheduler = scheduler(name, steps)
+    latents = x * own_scale(peer.scheduler, sigma) / peer.scheduler.init_noise_sigma  # which diffusers scales by
+    run = {"num_inference_steps": steps, "generator": generators, "height": side, "width": side, "latents": latents}
+    return peer(PROMPT, **run, **settings).images[0]
+
+
+def test_picture_equals_diffusers(sdxl: SDXL, peer: StableDiffusionXLPipeline) -> None:
+    ours = sdxl.generate([PROMPT], steps=10, cfg=5.0, seed=3, size=(128, 128))[0]
+    theirs = diffusers_picture(sdxl, peer, "euler", steps=10, side=128, seed=3, guidance_scale=5.0)
     error = np.abs(pixels(ours) - pixels(theirs))
     print(f"picture, in [0, 1]: max error {error.max():.2e}, mean {error.mean():.2e}")
     assert error.max() <= 1.01 / 255  # rounding to 8 bits may fall either way
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_picture_of_each_sampling_equals_diffusers(sdxl: SDXL, peer: StableDiffusionXLPipeline, name: str) -> None:
+    cfg = SAMPLINGS[name].cfg
+    ours = sdxl.generate([PROMPT], sampling=name, steps=4, seed=3, size=(64, 64))[0]
+    theirs = diffusers_picture(sdxl, peer, name, steps=4, side=64, seed=3, guidance_scale=cfg)
+    error = np.abs(pixels(ours) - pixels(theirs))
+    print(f"{name}, 4 steps, cfg {cfg:g}, in [0, 1]: max error {error.max():.2e}, mean {error.mean():.2e}")
+    assert error.max() <= 1.01 / 255
+
+
+def test_micro_conditioning_equals_diffusers(sdxl: SDXL, peer: StableDiffusionXLPipeline) -> None:
+    settings: dict[str, Any] = {"steps": 4, "cfg": 5.0, "seed": 3, "size": (64, 64)}
+    sizes: dict[str, Any] = {"original_size": (300, 200), "crop": (16, 40), "target_size": (96, 128)}
+    ours = sdxl.generate([PROMPT], **settings, **sizes)[0]
+    as_there: dict[str, Any] = {  # height, width; top, left
+        "original_size": (200, 300),
+        "crops_coords_top_left": (40, 16),
+        "target_size": (128, 96),
+        # what is left out is zero or the picture's there, for the unconditional half
+        "negative_original_size": (200, 300),
+        "negative_crops_coords_top_left": (40, 16),
+        "negative_target_size": (128, 96),
+    }
+    theirs = diffusers_picture(sdxl, peer, "euler", steps=4, side=64, seed=3, guidance_scale=5.0, **as_there)
+    error = np.abs(pixels(ours) - pixels(theirs))
+    print(f"with sizes told, in [0, 1]: max error {error.max():.2e}, mean {error.mean():.2e}")
+    assert error.max() <= 1.01 / 255
+    default = pixels(sdxl.generate([PROMPT], **settings)[0])
+    told: dict[str, Any] = {"original_size": (64, 64), "crop": (0, 0), "target_size": (64, 64)}
+    assert np.array_equal(default, pixels(sdxl.generate([PROMPT], **settings, **told)[0]))
+    for name, value in sizes.items():
+        assert np.abs(default - pixels(sdxl.generate([PROMPT], **settings, **{name: value})[0])).max() > 1 / 255
+
+
+def test_size_numbers_are_in_the_official_order() -> None:
+    # Official: height, width; crop top, left; height, width.
+    assert size_numbers((1, 2), (3, 4), (5, 6), (7, 8)) == [4, 3, 6, 5, 8, 7]
+    assert size_numbers((1216, 832), None, (0, 0), None) == [832, 1216, 0, 0, 832, 1216]
+
+
+def drawing() -> Image.Image:
+    """A picture that is neither square nor of a size that is asked for."""
+    noise = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((150, 90), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(("name", "steps", "strength"), [("euler", 10, 0.6), ("heun", 5, 0.8), ("lcm", 4, 0.5)])
+def test_picture_from_a_picture_equals_diffusers(
+    sdxl: SDXL, peer: StableDiffusionXLPipeline, name: str, steps: int, strength: float
+) -> None:
+    parts = {key: part for key, part in peer.components.items() if key != "scheduler"}
+    pipeline: Any = StableDiffusionXLImg2ImgPipeline(**parts, scheduler=scheduler(name, steps))
+    pipeline.set_progress_bar_config(disable=True)
+    resized = VaeImageProcessor(vae_scale_factor=4).preprocess(drawing(), height=96, width=64)
+    # Encoded here, because the pipeline would take a random latent out of the encoder's distribution and not the mean.
+    latent = pipeline.vae.encode(resized).latent_dist.mode() * pipeline.vae.config.scaling_factor
+    ours, theirs = dict[int, Tensor](), list[Tensor]()
+
+    def collect(_pipeline: Any, _step: int, _t: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        theirs.append(kept["latents"].clone())
+        return kept
+
+    first = steps - int(steps * strength)
+    there = pipeline(
+        PROMPT,
+        image=latent,
+        strength=strength,
+        num_inference_steps=steps,
+        guidance_scale=5.0,
+        generator=image_generators([3]),
+        callback_on_step_end=collect,
+    ).images[0]
+    here = sdxl.generate(
+        [PROMPT],
+        sampling=name,
+        steps=steps,
+        cfg=5.0,
+        seed=3,
+        size=(64, 96),
+        image=drawing(),
+        strength=strength,
+        on_step=lambda step, x: ours.update({step: x}),
+    )[0]
+    assert list(ours) == list(range(first, steps))
+    if name == "heun":  # two calls a step, but one in the last
+        theirs = [*theirs[1::2], theirs[-1]]
+    sigmas = SAMPLINGS[name].sigmas(steps, sdxl.config.noise)[first + 1 :].tolist()
+    scales = [own_scale(pipeline.scheduler, sigma) for sigma in sigmas]
+    errors = [(x * a - y).abs().max() / y.abs().max() for x, a, y in zip(ours.values(), scales, theirs, strict=True)]
+    error = np.abs(pixels(here) - pixels(there))
+    print(
+        f"{name}, {len(ours)} of {steps} steps: latents, max error / max {max(errors):.1e}; picture {error.max():.1e}"
+    )
+    assert max(errors) < 2e-5
+    assert error.max() <= 1.01 / 255
+
+
+def test_less_strength_stays_nearer_to_the_picture(sdxl: SDXL) -> None:
+    image = sdxl.generate([PROMPT], steps=4, size=(64, 64))[0]
+    settings: dict[str, Any] = {"steps": 20, "cfg": 1.0, "size": (64, 64), "image": image}
+    away = [
+        np.abs(pixels(sdxl.generate([PROMPT], **settings, strength=strength)[0]) - pixels(image)).mean()
+        for strength in (0.05, 0.5, 1.0)
+    ]
+    print(f"mean change by strength 0.05, 0.5 and 1: {', '.join(f'{change:.3f}' for change in away)}")
+    assert away[0] < away[1] < away[2]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
+def test_any_image_mode_becomes_pixels(mode: str) -> None:
+    values = to_pixels(drawing().convert(mode), (64, 32))
+    assert values.shape == (1, 3, 32, 64)
+    assert -1 <= values.min() < values.max() <= 1
+
+
+def test_pixels_come_back() -> None:
+    image = drawing()
+    assert np.array_equal(pixels(to_image(to_pixels(image, image.size)[0])), pixels(image))
+
+
+def test_several_pictures_of_a_prompt(sdxl: SDXL) -> None:
+    prompts = [PROMPT, "a big green triangle on a black background"]
+    settings: dict[str, Any] = {"sampling": "euler-ancestral", "steps": 3, "size": (64, 64)}
+    together = sdxl.generate(prompts, images_per_prompt=2, seed=7, **settings)
+    assert len(together) == 4
+    for index, picture in enumerate(together):
+        alone = sdxl.generate([prompts[index // 2]], seed=7 + index, **settings)[0]
+        error = np.abs(pixels(alone) - pixels(picture)).max()
+        print(f"picture {index}: max error {error:.1e}")
+        assert error <= 1.01 / 255
 
 
 def test_pruning_nothing_gives_the_dense_picture(sdxl: SDXL) -> None:
@@ -139,6 +286,164 @@ def test_every_latent_is_shown(sdxl: SDXL) -> None:
     assert seen == [(step, (1, 4, 16, 16)) for step in range(3)]
 
 
+def test_a_step_can_stop_the_run(sdxl: SDXL) -> None:
+    latents: list[Tensor] = []
+    calls: list[TokenPlan] = []
+
+    def on_step(step: int, x: Tensor) -> bool:
+        latents.append(x)
+        return step == 1
+
+    with sdxl.unet.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[4])):
+        stopped = sdxl.generate([PROMPT], steps=5, size=(64, 64), on_step=on_step)[0]
+    whole: list[Tensor] = []
+    sdxl.generate([PROMPT], steps=5, size=(64, 64), on_step=lambda _, x: whole.append(x))
+    assert len(latents) == len(calls) == 2
+    assert torch.equal(latents[1], whole[1])
+    assert np.array_equal(pixels(stopped), pixels(to_image(sdxl.vae.decode(latents[1]).detach()[0])))
+
+
+@pytest.mark.parametrize(("name", "steps"), [("turbo", 1), ("turbo", 4), ("lightning", 2), ("lcm", 8), ("heun", 10)])
+def test_pruning_goes_with_every_sampling(sdxl: SDXL, name: str, steps: int) -> None:
+    # DSAP's share of the steps, 15 of 50, is prune-less: 3 of the 7 attention blocks; both calls of a step are alike.
+    prune_less = {1: 0, 2: 1, 4: 1, 8: 2, 10: 3}[steps]
+    settings: dict[str, Any] = {"sampling": name, "steps": steps, "size": (128, 128), "seed": 2}
+    calls: list[int] = []
+    with sdxl.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[4]))):
+        pruned = sdxl.generate([PROMPT], prune="at-edm", **settings)[0]
+    counts = SAMPLINGS[name].calls(steps)
+    assert calls == [n for step, n in enumerate(counts) for n in [3 if step < prune_less else 7] * n]
+    dense, nothing = (sdxl.generate([PROMPT], prune=prune, **settings)[0] for prune in (None, "at-edm:rho=0"))
+    assert np.array_equal(pixels(dense), pixels(nothing))
+    change = np.abs(pixels(dense) - pixels(pruned))
+    print(f"{name}, {steps} steps, at-edm: change of the picture max {change.max():.2f}, mean {change.mean():.3f}")
+    assert change.max() > 1 / 255
+
+
+def test_plans_follow_the_noise_level_when_a_run_begins_in_the_middle(sdxl: SDXL) -> None:
+    calls: list[int] = []
+    settings: dict[str, Any] = {"steps": 10, "size": (64, 64), "image": drawing(), "strength": 0.8, "prune": "at-edm"}
+    with sdxl.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[4]))):
+        sdxl.generate([PROMPT], **settings)
+    assert calls == [3] + [7] * 7  # steps 2 to 9: of the 3 prune-less ones the last
+
+
+def test_a_picture_decoded_in_strips_is_the_same(sdxl: SDXL) -> None:
+    prompts = [PROMPT, "a big green triangle on a black background"]
+    settings: dict[str, Any] = {"steps": 4, "size": (136, 104)}
+    whole, strips = sdxl.generate(prompts, **settings), sdxl.generate(prompts, **settings, tile=4)
+    error = max(np.abs(pixels(a) - pixels(b)).max() for a, b in zip(whole, strips, strict=True))
+    print(f"in strips of 4 of 26 rows: max error {error:.1e}")
+    assert error <= 1.01 / 255  # rounding to 8 bits may fall either way
+
+
+def test_prompts_encoded_ahead_give_the_same_pictures(sdxl: SDXL) -> None:
+    prompts = [PROMPT, "a big green triangle on a black background"]
+    settings: dict[str, Any] = {"negative": "blue", "steps": 4, "size": (64, 64)}
+    ahead = sdxl.encode_ahead([*prompts, "a cat"], ["blue", ""])
+    with_encoders, without = sdxl.generate(prompts, **settings), ahead.generate(prompts, **settings)
+    error = max(np.abs(pixels(a) - pixels(b)).max() for a, b in zip(with_encoders, without, strict=True))
+    print(f"max error {error:.1e}")
+    assert error <= 1.01 / 255
+    alone = sdxl.generate(prompts[1:], steps=2, size=(64, 64))[0]
+    assert np.array_equal(pixels(alone), pixels(ahead.generate(prompts[1:], steps=2, size=(64, 64))[0]))
+    fewer = ahead.encode_ahead(prompts[:1])
+    with pytest.raises(ValueError, match=r"prompt 'a big green triangle .*' was not encoded ahead"):
+        fewer.generate(prompts, steps=1, size=(64, 64))
+    with pytest.raises(ValueError, match="negative prompt 'blue' was not encoded ahead"):
+        fewer.generate(prompts[:1], negative="blue", steps=1, size=(64, 64))
+
+
+@pytest.mark.parametrize("prompts", [[], "one string"])
+def test_there_must_be_prompts_to_encode_ahead(sdxl: SDXL, prompts: Any) -> None:
+    with pytest.raises(ValueError, match=r"there are no prompts in it; expected a list"):
+        sdxl.encode_ahead(prompts)
+    with pytest.raises(ValueError, match=r"there are no prompts in it; expected a list"):
+        sdxl.encode_ahead([PROMPT], prompts)
+
+
+def living_bytes() -> int:
+    """Bytes of all tensors that there are, counting what is shared once; nothing is collected first."""
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def test_text_encoders_leave_memory() -> None:
+    model = minisdxl.load("shapes")
+    assert isinstance(model.text, TextEncoders)
+    model.generate([PROMPT], steps=1, size=(64, 64))
+    gc.collect()
+    gc.disable()  # what leaves must need no collecting: the next thing to come may be large
+    try:
+        before, encoders = living_bytes(), sum(weight.nbytes for weight in model.text.parameters())
+        model = model.encode_ahead([PROMPT])
+        after = living_bytes()
+    finally:
+        gc.enable()
+    encoded = 2 * (77 * 192 + 128) * 4  # context and pooled text of two prompts, one of them empty, fp32
+    print(f"tensors: {before:,} bytes before, of which text encoders {encoders:,}; {after:,} after")
+    assert before - after >= encoders - encoded
+
+
+def test_defaults_are_those_of_the_sampling(sdxl: SDXL) -> None:
+    batches: list[int] = []
+    with sdxl.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]))):
+        sdxl.generate([PROMPT], sampling="lcm", size=(64, 64))
+        sdxl.generate([PROMPT], sampling=replace(SAMPLINGS["euler"], steps=2), size=(64, 64))
+    assert batches == [1] * 4 + [2] * 2  # no guidance; guidance
+
+
+def test_the_40_sizes_of_training() -> None:
+    sizes = SDXL_BASE.buckets
+    assert len(set(sizes)) == len(sizes) == 40
+    for width, height in sizes:
+        assert SDXL_BASE.picture_size((width, height)) == (width, height)
+        assert width % 64 == height % 64 == 0
+        assert 0.88 < width * height / 1024**2 <= 1.04  # "as close to 1024^2 as possible"
+        assert SDXL_BASE.nearest_bucket((width, height)) == (width, height)
+    # Portrait and landscape mirror each other, but for one.
+    assert {size for size in sizes if size[::-1] not in sizes} == {(1344, 704)}
+    assert type(SDXL_BASE).from_dict(SDXL_BASE.to_dict()) == SDXL_BASE
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [((512, 512), (1024, 1024)), ((1920, 1080), (1344, 768)), ((704, 1344), (704, 1408)), ((64, 4096), (512, 2048))],
+)
+def test_nearest_bucket(size: tuple[int, int], nearest: tuple[int, int]) -> None:
+    ratios = {bucket: bucket[0] / bucket[1] / (size[0] / size[1]) for bucket in SDXL_BASE.buckets}
+    assert min(ratios, key=lambda bucket: max(ratios[bucket], 1 / ratios[bucket])) == nearest
+    assert SDXL_BASE.nearest_bucket(size) == nearest
+
+
+def test_sizes_outside_the_buckets_are_warned_of(sdxl: SDXL) -> None:
+    buckets = ((128, 64), (64, 128), (72, 72))
+    model = replace(sdxl, config=replace(sdxl.config, size=72, buckets=buckets))
+    with pytest.warns(UserWarning, match=r"not trained on pictures of 96x64; the nearest .* is 128x64") as caught:
+        model.generate([PROMPT], steps=1, size=(96, 64))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    turbo = replace(SAMPLINGS["turbo"], size=96)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate([PROMPT], steps=1, size=(64, 128))
+        model.generate([PROMPT], steps=1)
+        model.generate([PROMPT], sampling=turbo)
+        model.generate([PROMPT], sampling=turbo, size=(96, 96))
+        sdxl.generate([PROMPT], steps=1, size=(96, 64))  # nothing is known of sizes
+
+
+@pytest.mark.parametrize("buckets", [((64,),), ((64, 64.0),), ((64, 0),), (("64", "64"),)])
+def test_buckets_that_are_no_sizes_are_refused(buckets: Any) -> None:
+    with pytest.raises(ValueError, match=r"training bucket is .*, expected a width and a height"):
+        replace(SDXL_BASE, buckets=buckets)
+
+
+def test_a_negative_prompt_without_guidance_is_warned_of(sdxl: SDXL) -> None:
+    with pytest.warns(UserWarning, match="negative prompt 'blue' has no effect without guidance, at cfg 1"):
+        sdxl.generate([PROMPT], negative="blue", sampling="turbo", size=(64, 64))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -151,6 +456,19 @@ def test_every_latent_is_shown(sdxl: SDXL) -> None:
         ({"prune": "at-edm:rho=1"}, "rho is 1.0"),
         ({"seed": -1}, "seed is -1"),
         ({"prompts": []}, "no prompts"),
+        ({"cfg": math.nan}, "cfg is nan"),
+        ({"sampling": "nonesuch"}, "unknown sampling 'nonesuch'"),
+        ({"sampling": "lcm", "steps": 51}, "steps is 51, expected 1 to 50"),
+        ({"images_per_prompt": 0}, "images_per_prompt is 0"),
+        ({"original_size": (0, 64)}, "original_size is 0 x 64"),
+        ({"target_size": (64, -1)}, "target_size is 64 x -1"),
+        ({"crop": (-1, 0)}, "crop is -1 x 0"),
+        ({"tile": 0}, "tile is 0, expected 1 or more rows"),
+        ({"image": drawing()}, "strength is None with an image"),
+        ({"strength": 0.5}, r"strength is 0\.5 without an image"),
+        ({"image": drawing(), "strength": 0.0}, r"strength is 0\.0, expected more than 0"),
+        ({"image": drawing(), "strength": 1.5}, r"strength is 1\.5, .* at most 1"),
+        ({"image": drawing(), "strength": 0.5}, r"strength 0\.5 leaves none of 1 steps"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -1,36 +1,37 @@
-"""The sampler against diffusers' scheduler, numpy, a float64 EDM loop, and the exact solution for Gaussian data."""
+"""Noise levels, preconditioning and guidance against diffusers' scheduler, numpy, and the exact denoiser."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
 from atedm import BlockPlan, Pruning, TokenPlan
-from minisdxl.config import SDXL_BASE, NoiseConfig
+from minisdxl.config import NoiseConfig
 from minisdxl.sampler import (
     Condition,
-    Denoiser,
+    Spacing,
     denoise,
     discrete_sigmas,
+    first_step,
     guided_denoiser,
     image_generators,
-    initial_noise,
-    sample,
+    lcm_timesteps,
     sigmas,
     timesteps,
+    trailing_timesteps,
 )
+from minisdxl.solvers import Solver, euler, heun
+from tests.minisdxl.denoisers import NOISE, SHAPE, gaussian_denoiser, relative_error, start
 
-NOISE = SDXL_BASE.noise
-SHAPE = (4, 8, 8)
 STEPS = (10, 20, 25, 50)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
@@ -42,41 +43,6 @@ def scheduler(n: int, spacing: str = "trailing") -> Any:  # diffusers carries no
     peer = kind(timestep_spacing=spacing, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     peer.set_timesteps(n)
     return peer
-
-
-def epsilon_network(scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """A small fixed nonlinear network: (scaled x, timestep) -> noise."""
-    generator = torch.Generator().manual_seed(7)
-    first = torch.randn(16, 4, 3, 3, generator=generator) * 0.2
-    last = torch.randn(4, 16, 3, 3, generator=generator) * 0.1 * scale
-
-    def network(x: Tensor, t: Tensor) -> Tensor:
-        time = torch.sin(t.float() / 100)[:, None, None, None]
-        hidden = torch.nn.functional.conv2d(x, first, padding=1) + time
-        return 0.9 * x + torch.nn.functional.conv2d(torch.tanh(hidden), last, padding=1)
-
-    return network
-
-
-def network_denoiser(network: Callable[[Tensor, Tensor], Tensor]) -> Denoiser:
-    """``denoise`` without guidance and without a plan."""
-    levels = discrete_sigmas(NOISE)
-    return lambda x, sigma, step: denoise(network, x, sigma, levels)
-
-
-def gaussian_denoiser(mean: float, deviation: float) -> Denoiser:
-    """The exact D(x; sigma) for data from N(mean, deviation^2)."""
-    return lambda x, sigma, step: (deviation**2 * x + sigma**2 * mean) / (deviation**2 + sigma**2)
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference as a share of the largest value."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
-def start(seeds: list[int], n: int) -> Tensor:
-    """The first latent for n steps."""
-    return initial_noise(image_generators(seeds), SHAPE, float(sigmas(n, NOISE)[0]))
 
 
 def test_discrete_sigmas_equal_a_product_written_out() -> None:
@@ -121,10 +87,60 @@ def test_timesteps_follow_the_number_of_training_steps() -> None:
     assert timesteps(2, noise).tolist() == [7, 3]
 
 
+def test_trailing_timesteps_equal_diffusers() -> None:
+    for n in (*range(1, 41), 50, 100, 125, 200, 250, 500, 1000):  # of n = 48, half a step is rounded otherwise
+        assert trailing_timesteps(n, NOISE).tolist() == scheduler(n).timesteps.tolist()
+    few = [n for n in range(1, 9) if not torch.equal(trailing_timesteps(n, NOISE), timesteps(n, NOISE))]
+    print(f"trailing timesteps equal diffusers'; of 1 to 8 steps those of {few} differ from the official ones")
+    assert few == [3, 6]
+    assert all((trailing_timesteps(n, NOISE) - timesteps(n, NOISE)).abs().max() == 1 for n in few)
+
+
+def test_lcm_timesteps_equal_diffusers_at_every_n() -> None:
+    kind: Any = LCMScheduler
+    peer = kind()
+    for n in range(1, 51):
+        peer.set_timesteps(n)
+        assert lcm_timesteps(n, NOISE).tolist() == peer.timesteps.tolist()
+    assert lcm_timesteps(4, NOISE).tolist() == [999, 759, 499, 259]
+
+
 @pytest.mark.parametrize("n", [0, -1, 1001])
-def test_steps_outside_the_range_are_refused(n: int) -> None:
+@pytest.mark.parametrize("spacing", [timesteps, trailing_timesteps])
+def test_steps_outside_the_range_are_refused(n: int, spacing: Spacing) -> None:
     with pytest.raises(ValueError, match=rf"{n}.*1 to 1000"):
-        sigmas(n, NOISE)
+        sigmas(n, NOISE, spacing)
+
+
+def test_lcm_has_at_most_the_steps_it_was_distilled_at() -> None:
+    for n in (0, 51):
+        with pytest.raises(ValueError, match=rf"steps is {n}, expected 1 to 50"):
+            lcm_timesteps(n, NOISE)
+    with pytest.raises(ValueError, match="8 noise levels, LCM needs a multiple of 50"):
+        lcm_timesteps(4, NoiseConfig(steps=8))
+
+
+@pytest.mark.parametrize(
+    ("n", "strength"), [(50, 0.6), (50, 1.0), (10, 0.7), (100, 0.29), (4, 0.5), (3, 0.34), (1, 1.0)]
+)
+def test_first_step_equals_diffusers(n: int, strength: float) -> None:
+    kind: Any = StableDiffusionXLImg2ImgPipeline
+    pipeline = SimpleNamespace(scheduler=scheduler(n))
+    left, count = kind.get_timesteps(pipeline, n, strength, "cpu")
+    first = first_step(n, strength)
+    assert (n - first, trailing_timesteps(n, NOISE)[first:].tolist()) == (count, left.tolist())
+    assert pipeline.scheduler.begin_index == first
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.1, 1.1, math.inf, math.nan])
+def test_strength_outside_its_range_is_refused(strength: float) -> None:
+    with pytest.raises(ValueError, match=rf"strength is {strength}, expected more than 0 and at most 1"):
+        first_step(50, strength)
+
+
+def test_strength_that_leaves_no_step_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"strength 0\.2 leaves none of 4 steps"):
+        first_step(4, 0.2)
 
 
 def test_initial_scale_equals_diffusers_with_leading_spacing() -> None:
@@ -137,107 +153,6 @@ def test_initial_scale_equals_diffusers_with_leading_spacing() -> None:
     print(f"initial noise: max error / max {error:.1e}; diffusers' trailing scale is smaller by a factor {ratio:.5f}")
     assert error < 2e-6
     assert ratio == pytest.approx(math.sqrt(1 + 1 / 14.6146**2), abs=1e-6)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-2])
-@pytest.mark.parametrize("n", STEPS)
-def test_trajectory_equals_diffusers(n: int, scale: float) -> None:
-    network = epsilon_network(scale)
-    peer = scheduler(n)
-    # From diffusers' own start: unit noise times its init_noise_sigma.
-    x = initial_noise(image_generators([5, 6]), SHAPE, math.sqrt(float(peer.init_noise_sigma) ** 2 - 1))
-    ours = list(sample(network_denoiser(network), x, sigmas(n, NOISE)))
-    exact = list(sample(network_denoiser(network), x, peer.sigmas))  # same sigmas to the bit: what the steps alone add
-    theirs = []
-    for t in peer.timesteps:
-        noise = network(peer.scale_model_input(x, t), t.expand(2))
-        x = peer.step(noise, t, x).prev_sample
-        theirs.append(x)
-    assert len(ours) == len(theirs) == n
-    error = max(relative_error(a, b) for a, b in zip(ours, theirs, strict=True))
-    steps = max(relative_error(a, b) for a, b in zip(exact, theirs, strict=True))
-    print(
-        f"n = {n}, network x {scale:g}: worst latent, max error / max {error:.1e}, with diffusers' sigmas {steps:.1e}"
-    )
-    assert error < 5e-6
-    assert steps < 2e-6
-
-
-def test_churned_steps_equal_diffusers() -> None:
-    # diffusers evaluates the network before it adds the fresh noise, EDM and the official code after: so the test makes
-    # the noisy input itself, and compares noise, schedule and step.
-    n, s_churn, s_tmin, s_tmax, s_noise = 20, 6.0, 0.1, 10.0, 1.007
-    network = epsilon_network()
-    levels = discrete_sigmas(NOISE)
-    seeds = [5, 6]
-    generators = image_generators(seeds)
-    x = initial_noise(generators, SHAPE, 14.6)
-    ours = list(sample(network_denoiser(network), x, sigmas(n, NOISE), generators, s_churn, s_tmin, s_tmax, s_noise))
-
-    peer = scheduler(n)
-    theirs = image_generators(seeds)
-    initial_noise(theirs, SHAPE, 14.6)
-    churned, error = 0, 0.0
-    for i, (t, latent) in enumerate(zip(peer.timesteps, ours, strict=True)):
-        sigma = sigma_hat = float(peer.sigmas[i])
-        noisy = x
-        if s_tmin <= sigma <= s_tmax:
-            churned += 1
-            sigma_hat = sigma * (1 + s_churn / n)
-            copies = [torch.Generator().set_state(generator.get_state()) for generator in theirs]
-            fresh = torch.stack([torch.randn(SHAPE, generator=copy) for copy in copies])
-            noisy = x + fresh * s_noise * math.sqrt(sigma_hat**2 - sigma**2)
-        index = min(range(1000), key=lambda i: abs(float(levels[i]) - sigma_hat))
-        peer.scale_model_input(x, t)
-        noise = network(noisy / math.sqrt(sigma_hat**2 + 1), torch.full((2,), index))
-        x = peer.step(noise, t, x, s_churn, s_tmin, s_tmax, s_noise, generator=theirs).prev_sample
-        error = max(error, relative_error(latent, x))
-    print(f"churn: {churned} of {n} steps with fresh noise, max error / max {error:.1e}")
-    assert 0 < churned < n
-    assert error < 5e-6
-
-
-def test_churn_equals_edm_algorithm_2_in_float64() -> None:
-    n, s_churn = 12, 100.0  # so much that gamma is at its bound
-    levels = sigmas(n, NOISE)
-    generators = image_generators([9])
-    x = initial_noise(generators, SHAPE, float(levels[0]))
-    ours = list(sample(gaussian_denoiser(0.3, 0.5), x, levels, generators, s_churn))
-
-    generator = torch.Generator().manual_seed(9)
-    torch.randn(SHAPE, generator=generator)
-    y = x[0].double().numpy()
-    error = 0.0
-    for i in range(n):
-        t, t_next = float(levels[i]), float(levels[i + 1])
-        t_hat = t + 0.41421356237309515 * t
-        y_hat = y + (t_hat**2 - t**2) ** 0.5 * torch.randn(SHAPE, generator=generator).double().numpy()
-        y = y_hat + (t_next - t_hat) * (y_hat - (0.25 * y_hat + t_hat**2 * 0.3) / (0.25 + t_hat**2)) / t_hat
-        error = max(error, float(np.abs(ours[i][0].numpy() - y).max()))
-    print(f"churn at its bound against float64: max error {error:.1e}")
-    assert error < 1e-5
-
-
-def geometric_sigmas(n: int) -> Tensor:
-    """A grid that goes on well below the official smallest sigma of 0.029, for narrow data."""
-    return torch.cat([torch.logspace(math.log10(14.6), -4, n, dtype=torch.float64), torch.zeros(1)])
-
-
-@pytest.mark.parametrize(("deviation", "grid"), [(1.0, lambda n: sigmas(n, NOISE)), (0.01, geometric_sigmas)])
-def test_gaussian_data_converges_to_the_exact_solution(deviation: float, grid: Callable[[int], Tensor]) -> None:
-    # dx/dsigma = sigma (x - mean) / (deviation^2 + sigma^2), so x - mean shrinks as sqrt(deviation^2 + sigma^2).
-    mean = 0.4
-    x = start([1], 50)
-    exact = mean + (x.double() - mean) * deviation / math.sqrt(deviation**2 + float(grid(50)[0]) ** 2)
-    errors = []
-    for n in (40, 200, 1000):
-        *_, last = sample(gaussian_denoiser(mean, deviation), x, grid(n))
-        errors.append(((last - exact).abs().max() / deviation).item())
-    shown = ", ".join(f"{error:.1e}" for error in errors)
-    print(f"Gaussian data of deviation {deviation:g}: error / deviation at n = 40, 200, 1000: {shown}")
-    assert errors[-1] < 0.02
-    for coarse, fine in pairwise(errors):
-        assert 4 < coarse / fine < 6  # Euler is of first order: 5 times the steps, a fifth of the error
 
 
 def test_preconditioning_gives_back_the_exact_denoiser() -> None:
@@ -276,44 +191,6 @@ def test_c_noise_is_the_nearest_index() -> None:
     for sigma in (0.0, float(levels[500]), float(between), 100.0):
         denoise(network, x, sigma, levels)
     assert seen == [0, 500, 500, 999]
-
-
-@pytest.mark.parametrize("n", [1, 1000])
-def test_fewest_and_most_steps(n: int) -> None:
-    latents = list(sample(network_denoiser(epsilon_network()), start([0], n), sigmas(n, NOISE)))
-    assert len(latents) == n
-    assert torch.isfinite(latents[-1]).all()
-
-
-def test_one_step_lands_on_the_denoised_latent() -> None:
-    x = start([0], 1)
-    (last,) = sample(gaussian_denoiser(0.4, 1.0), x, sigmas(1, NOISE))
-    error = (last - gaussian_denoiser(0.4, 1.0)(x, float(sigmas(1, NOISE)[0]), 0)).abs().max().item()
-    print(f"one step against D(x; sigma_0): max error {error:.1e}")
-    assert error < 1e-5
-
-
-def test_image_of_a_batch_equals_the_image_alone_bit_for_bit() -> None:
-    def run(seeds: list[int]) -> list[Tensor]:
-        generators = image_generators(seeds)
-        x = initial_noise(generators, SHAPE, 14.6)
-        return [x, *sample(gaussian_denoiser(0.1, 0.5), x, sigmas(10, NOISE), generators, s_churn=3.0)]
-
-    together = run([11, 12, 13])
-    for i in range(3):
-        alone = run([11 + i])
-        assert all(torch.equal(many[i], one[0]) for many, one in zip(together, alone, strict=True))
-
-
-def test_latents_stay_fp32_and_carry_no_gradient() -> None:
-    weight = torch.ones((), requires_grad=True)
-    x = start([0], 10)
-    before = x.clone()
-    latents = list(sample(lambda x, sigma, step: 0.5 * x * weight, x, sigmas(10, NOISE)))
-    latents += sample(lambda x, sigma, step: 0.5 * x * weight, x.half(), sigmas(10, NOISE))
-    assert torch.equal(x, before)
-    assert all(latent.dtype == torch.float32 and not latent.requires_grad for latent in latents)
-    assert len({latent.data_ptr() for latent in latents}) == 20
 
 
 @dataclass
@@ -358,12 +235,16 @@ def test_guidance(scale: float) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.0])
-def test_sampling_hands_each_step_its_plan(scale: float) -> None:
+@pytest.mark.parametrize(("solver", "calls"), [(euler, 1), (heun, 2)])
+def test_sampling_hands_each_step_its_plan(scale: float, solver: Solver, calls: int) -> None:
     unet = RecordingUNet()
     denoiser = guided_denoiser(unet, condition(0.2), condition(-0.4), scale, step_plan, NOISE)
-    assert len(list(sample(denoiser, start([0, 1], 10), sigmas(10, NOISE)))) == 10
-    assert [plan for _, _, plan in unet.calls] == [step_plan(step) for step in range(10)]
-    assert [int(c_noise[0]) for _, c_noise, _ in unet.calls] == timesteps(10, NOISE).tolist()
+    assert len(list(solver(denoiser, start([0, 1], 10), sigmas(10, NOISE), ()))) == 10
+    steps = [step for step in range(10) for _ in range(calls if step < 9 else 1)]
+    assert [plan for _, _, plan in unet.calls] == [step_plan(step) for step in steps]
+    levels = timesteps(10, NOISE).tolist()
+    seen = [int(c_noise[0]) for _, c_noise, _ in unet.calls]
+    assert seen == [level for pair in pairwise(levels) for level in pair[:calls]] + levels[-1:]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -381,13 +262,7 @@ def test_only_the_unet_runs_in_half_precision(dtype: torch.dtype) -> None:
     assert error < 1e-6
 
 
-def test_bad_input_is_refused() -> None:
-    x, levels, denoiser = start([0, 1], 10), sigmas(10, NOISE), gaussian_denoiser(0.0, 1.0)
-    with pytest.raises(ValueError, match=r"1 generators for 2 images"):
-        next(sample(denoiser, x, levels, image_generators([0]), s_churn=1.0))
-    for s_churn in (-1.0, math.nan):
-        with pytest.raises(ValueError, match=rf"s_churn is {s_churn}, expected 0 or more"):
-            next(sample(denoiser, x, levels, image_generators([0, 1]), s_churn=s_churn))
+def test_bad_seeds_are_refused() -> None:
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=rf"seed is {seed}, expected 0 to 4294967295"):
             image_generators([0, seed])

@@ -1,0 +1,93 @@
+"""Named ways to sample: a solver, the noise levels it is run at, and the numbers that a model asks for with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from minisdxl.config import ModelConfig, NoiseConfig
+from minisdxl.sampler import Spacing, lcm_timesteps, sigmas, timesteps, trailing_timesteps
+from minisdxl.solvers import Solver, dpmpp_2m, euler, euler_ancestral, heun, lcm
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a latent is sampled. ``steps``, ``cfg`` and ``size`` stand where nothing else is asked for.
+
+    ``calls_per_step`` counts calls of the denoiser in each step but the last, which goes to sigma 0 with one. Raises
+    ``ValueError`` for numbers below 1.
+    """
+
+    name: str
+    about: str
+    solver: Solver
+    spacing: Spacing
+    steps: int
+    cfg: float  # classifier-free guidance scale, 1 = none
+    size: int | None = None  # side of a picture in pixels, None = what the model was made for
+    calls_per_step: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "calls_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of sampling {self.name} is {getattr(self, name)}, expected 1 or more")
+
+    def sigmas(self, steps: int, noise: NoiseConfig) -> Tensor:
+        """Noise levels of ``steps`` steps and a final 0: (steps + 1,) float64. Raises as its spacing does."""
+        return sigmas(steps, noise, self.spacing)
+
+    def calls(self, steps: int) -> list[int]:
+        """How often each of ``steps`` steps calls the denoiser."""
+        return [self.calls_per_step] * (steps - 1) + [1]
+
+    def picture_size(self, config: ModelConfig, size: tuple[int, int] | None) -> tuple[int, int]:
+        """The (width, height) of a picture. Raises as :meth:`ModelConfig.picture_size`."""
+        if size is None and self.size is not None:
+            size = (self.size, self.size)
+        return config.picture_size(size)
+
+
+def _named(*samplings: Sampling) -> dict[str, Sampling]:
+    return {sampling.name: sampling for sampling in samplings}
+
+
+SAMPLINGS: dict[str, Sampling] = _named(
+    # For SDXL base and its fine-tunes: solvers and spacing of Stability AI's generative-models (sgm/inference/api.py),
+    # 50 steps as in the AT-EDM paper, and half as many where a solver is of second order.
+    Sampling("euler", "Euler's method, the official default", euler, timesteps, steps=50, cfg=7.0),
+    Sampling("euler-ancestral", "Euler with fresh noise in every step", euler_ancestral, timesteps, steps=50, cfg=7.0),
+    Sampling("dpm++-2m", "DPM-Solver++(2M), second order at one call a step", dpmpp_2m, timesteps, steps=25, cfg=7.0),
+    Sampling(
+        "heun", "Heun's method, second order at two calls a step", heun, timesteps, steps=25, cfg=7.0, calls_per_step=2
+    ),
+    # stabilityai/sdxl-turbo: scheduler_config.json; diffusers' page on it (no guidance, 1 to 4 steps, 512 px). NOTE:
+    # Stability AI's demo (scripts/demo/turbo.py) has timesteps 999, 899, 799, 699; one step is the same in both.
+    Sampling(
+        "turbo",
+        "for SDXL-Turbo: 1 to 4 steps, no guidance, 512 px",
+        euler_ancestral,
+        trailing_timesteps,
+        steps=1,
+        cfg=1.0,
+        size=512,
+    ),
+    # ByteDance/SDXL-Lightning: model card. Its 1-step file predicts the latent, not its noise: this is not for it.
+    Sampling(
+        "lightning",
+        "for SDXL-Lightning: 2, 4 or 8 steps, as the file's name says, no guidance",
+        euler,
+        trailing_timesteps,
+        steps=4,
+        cfg=1.0,
+    ),
+    # latent-consistency/lcm-sdxl: model card (2 to 8 steps, guidance off or 1 to 2) and LCMScheduler.
+    Sampling("lcm", "for LCM and LCM-LoRA: 2 to 8 steps, guidance 1 to 2", lcm, lcm_timesteps, steps=4, cfg=1.0),
+)
+
+
+def find_sampling(name: str) -> Sampling:
+    """The sampling of that name. Raises ``ValueError`` for an unknown one."""
+    if name not in SAMPLINGS:
+        raise ValueError(f"unknown sampling {name!r}, expected one of {', '.join(SAMPLINGS)}")
+    return SAMPLINGS[name]
