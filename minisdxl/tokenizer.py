@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -15,10 +19,16 @@ from transformers import CLIPTokenizer
 from minisdxl.config import TextConfig
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-HUB_VOCABULARIES = (
-    ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/vocab.json"),
-    ("openai/clip-vit-large-patch14", "vocab.json"),
-)
+FILES = ("vocab.json", "merges.txt")
+HUB_FOLDERS = (("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/"), ("openai/clip-vit-large-patch14", ""))
+PACKAGE = "instant-clip-tokenizer"  # on PyPI; the extra ``tokenizer`` installs it
+
+
+class Vocabulary(NamedTuple):
+    """A byte-pair encoding."""
+
+    tokens: dict[str, int]  # the text of each token, with its id
+    merges: list[tuple[str, str]]  # pairs of tokens that become one; the earlier is merged first
 
 
 class Tokenizer:
@@ -45,9 +55,10 @@ class Tokenizer:
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
             raise ValueError(f"vocabulary does not number its {len(vocabulary)} tokens 0 to {len(vocabulary) - 1}")
         for merge in merges:
-            unknown = {*merge, "".join(merge)} - vocabulary.keys()
+            # Not a difference of sets: that goes through the whole vocabulary, for each of its merges.
+            unknown = [token for token in ("".join(merge), *merge) if token not in vocabulary]
             if unknown:
-                raise ValueError(f"merge {merge} needs {sorted(unknown)}, which the vocabulary does not have")
+                raise ValueError(f"merge {merge} needs {unknown}, which the vocabulary does not have")
         if configs[0].context_length != configs[1].context_length:
             raise ValueError(f"text encoders take {[c.context_length for c in configs]} tokens, expected one length")
         self.configs = configs
@@ -55,26 +66,8 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path, configs: tuple[TextConfig, TextConfig]) -> Tokenizer:
-        """Reads ``vocab.json`` and ``merges.txt``, the layout of a diffusers folder's ``tokenizer/``.
-
-        Raises:
-            FileNotFoundError: if one of them is missing.
-            ValueError: if one of them cannot be read as what it should be, or does not fit ``configs``.
-        """
-        vocabulary_file, merges_file = (Path(directory) / name for name in ("vocab.json", "merges.txt"))
-        for file in (vocabulary_file, merges_file):
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"tokenizer file {file} is missing: expected a directory with CLIP's vocab.json and merges.txt, "
-                    "such as tokenizer/ of a diffusers SDXL folder"
-                )
-        try:
-            vocabulary = json.loads(vocabulary_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{vocabulary_file} is not JSON: {error}") from error
-        if not isinstance(vocabulary, dict) or not all(isinstance(token, int) for token in vocabulary.values()):
-            raise ValueError(f"{vocabulary_file} holds no vocabulary, expected one object of tokens and their numbers")
-        return cls(vocabulary, _read_merges(merges_file), configs)
+        """Of the vocabulary in a folder. Raises what :func:`read_vocabulary` and the constructor raise."""
+        return cls(*read_vocabulary(directory), configs)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids for each of the two encoders.
@@ -111,10 +104,106 @@ class Tokenizer:
         return padded
 
 
+def load_vocabulary(weights: Path, directory: str | Path | None) -> Vocabulary:
+    """CLIP's vocabulary for a checkpoint: from a folder (:func:`find_vocabulary`), else from an installed package.
+
+    Only tokens and merges are taken from either, so the ids of a prompt do not depend on where they came from. They
+    are those of Stability AI's own code, which differ from the published tokenizer of encoder 2 in "!" alone: see
+    :class:`Tokenizer`.
+
+    Raises:
+        FileNotFoundError: if there is none; names the ways.
+        ValueError: if what is found cannot be read.
+    """
+    try:
+        folder = find_vocabulary(weights, directory)
+    except FileNotFoundError:
+        if find_spec(PACKAGE.replace("-", "_")) is None:
+            raise
+        return packaged_vocabulary()
+    return read_vocabulary(folder)
+
+
+def find_vocabulary(weights: Path, directory: str | Path | None) -> Path:
+    """The folder with the vocabulary for a checkpoint, which is a file or a diffusers folder.
+
+    ``directory`` where one is given; else the folder ``tokenizer`` in or beside ``weights``; else what the hub's cache
+    on this machine has of SDXL or CLIP. Nothing is downloaded. Raises ``FileNotFoundError`` naming all ways to have a
+    vocabulary, that of :func:`packaged_vocabulary` too.
+    """
+    if directory is not None:
+        return Path(directory)
+    for folder in (weights / "tokenizer", weights.parent / "tokenizer"):
+        if folder.is_dir():
+            return folder
+    for repository, folder_name in HUB_FOLDERS:
+        cached = [try_to_load_from_cache(repository, folder_name + name) for name in FILES]
+        if all(isinstance(path, str) for path in cached):
+            return Path(str(cached[0])).parent
+    raise FileNotFoundError(
+        f"no CLIP vocabulary ({' and '.join(FILES)}) for {weights}: expected a folder tokenizer in or beside it "
+        f"(python -m minisdxl.download tokenizer --to {weights.parent}), a folder given by --tokenizer, those files of "
+        f"{' or '.join(repository for repository, _ in HUB_FOLDERS)} in the hub's cache on this machine, or the "
+        f"package {PACKAGE} (pip install {PACKAGE})"
+    )
+
+
+def read_vocabulary(directory: str | Path) -> Vocabulary:
+    """Reads a folder ``tokenizer/`` as diffusers and transformers have it.
+
+    Published folders hold ``vocab.json`` and ``merges.txt``; transformers 5 saves both in one ``tokenizer.json``.
+
+    Raises:
+        FileNotFoundError: if one of them is missing.
+        ValueError: if one of them cannot be read as what it should be.
+    """
+    vocabulary, merges, both = (Path(directory) / name for name in (*FILES, "tokenizer.json"))
+    if both.is_file() and not (vocabulary.is_file() and merges.is_file()):
+        return _read_both(both)
+    for file in (vocabulary, merges):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"tokenizer file {file} is missing: expected a directory with CLIP's vocab.json and merges.txt, or "
+                "tokenizer.json, such as tokenizer/ of a diffusers SDXL folder"
+            )
+    return Vocabulary(_tokens(vocabulary, _read_json(vocabulary)), _read_merges(merges))
+
+
+def _read_both(file: Path) -> Vocabulary:
+    content = _read_json(file)
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
+        raise ValueError(f"{file} holds no byte-pair encoding, expected a model with vocab and merges")
+    pairs = []
+    for merge in model["merges"]:
+        pair = merge.split(" ") if isinstance(merge, str) else merge  # a string in files of older releases
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
+            raise ValueError(f"{file} has the merge {merge!r}, expected two tokens")
+        pairs.append((pair[0], pair[1]))
+    return Vocabulary(_tokens(file, model.get("vocab")), pairs)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _tokens(file: Path, content: object) -> dict[str, int]:
+    if not isinstance(content, dict) or not all(isinstance(token, int) for token in content.values()):
+        raise ValueError(f"{file} holds no vocabulary, expected one object of tokens and their numbers")
+    return content
+
+
 def _read_merges(file: Path) -> list[tuple[str, str]]:
     """Pairs of tokens, one a line, after a ``#version`` line; the earlier is merged first."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text: {error}") from error
     pairs = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
         pair = line.split(" ")
@@ -124,22 +213,62 @@ def _read_merges(file: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def find_vocabulary(weights: Path, directory: str | Path | None) -> Path:
-    """The folder with the vocabulary for a checkpoint file, which holds none itself.
+def packaged_vocabulary() -> Vocabulary:
+    """The vocabulary that the package ``instant-clip-tokenizer`` carries, which shows the text of each of its tokens.
 
-    ``directory`` where one is given; else the folder ``tokenizer`` beside ``weights``; else what the hub's cache on
-    this machine has of SDXL or CLIP. Nothing is downloaded. Raises ``FileNotFoundError`` naming these ways.
+    Merges follow from the texts, because token 512 + k is what merge k makes: its two halves are what the merges before
+    k leave of its text. Where the merge was learned, no earlier one reached across the ends of that text, so they did
+    there what they do here.
+
+    Raises:
+        ImportError: if the package is not installed.
+        ValueError: if its tokens are not made that way.
     """
-    if directory is not None:
-        return Path(directory)
-    beside = weights.parent / "tokenizer"
-    if beside.is_dir():
-        return beside
-    for repository, file in HUB_VOCABULARIES:
-        cached = try_to_load_from_cache(repository, file)
-        if isinstance(cached, str):
-            return Path(cached).parent
-    raise FileNotFoundError(
-        f"no CLIP vocabulary (vocab.json and merges.txt) for {weights}: expected a folder {beside}, one given by "
-        f"--tokenizer, or {HUB_VOCABULARIES[1][0]} in the hub's cache on this machine"
-    )
+    import instant_clip_tokenizer  # not above: the package is an extra
+
+    package = instant_clip_tokenizer.Tokenizer()
+    symbols = byte_symbols()
+    texts = [*symbols.values(), *(f"{symbol}</w>" for symbol in symbols.values())]
+    ids = {byte: index for index, byte in enumerate(symbols)}
+    merges: dict[tuple[str, ...], int] = {}  # and the order of each
+    for token in range(len(texts), package.start_of_text()):
+        shown = _token_bytes(package.decode, token, ids)
+        letters = [symbols[byte] for byte in shown.removesuffix(b" ")]
+        if shown.endswith(b" "):  # how the package shows the end of a word, which is part of the last symbol
+            letters[-1] += "</w>"
+        merges[_split(letters, merges)] = len(merges)
+        texts.append("".join(letters))
+    return Vocabulary({text: index for index, text in enumerate([*texts, START, END])}, [(a, b) for a, b in merges])
+
+
+def byte_symbols() -> dict[int, str]:
+    """One character for each byte, in CLIP's order of ids: printable bytes as themselves, then the others."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = sorted(set(range(256)) - set(printable))
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+
+
+def _token_bytes(decode: Callable[[list[int]], str], token: int, ids: dict[int, int]) -> bytes:
+    """What a token stands for. ``decode`` shows whole letters only, and some tokens are, or end in, a part of one.
+
+    So bytes that complete letters are put around the token until no replacement character is seen. A token that shows
+    one all the same is that character.
+    """
+    starts = (b"", b"\xc3", b"\xe1", b"\xf1")  # of letters that lack 0, 1, 2, 3 bytes
+    ends = (b"", *(byte * count for count in (1, 2, 3) for byte in (b"\xbf", b"\x80")))
+    for start, end in product(starts, ends):
+        shown = decode([*(ids[byte] for byte in start), token, *(ids[byte] for byte in end)])
+        if "\ufffd" not in shown:
+            return shown.encode()[len(start) :].removesuffix(end)
+    return decode([token]).encode()
+
+
+def _split(letters: list[str], merges: dict[tuple[str, ...], int]) -> tuple[str, ...]:
+    """The two parts that byte-pair encoding leaves of a token whose own merge is not known yet."""
+    parts = list(letters)
+    while any(pair in merges for pair in pairwise(parts)):
+        _, first = min((merges.get(pair, math.inf), index) for index, pair in enumerate(pairwise(parts)))
+        parts[first : first + 2] = ["".join(parts[first : first + 2])]
+    if len(parts) != 2:
+        raise ValueError(f"{PACKAGE} has the token {''.join(letters)!r}, of which its earlier tokens leave {parts}")
+    return tuple(parts)

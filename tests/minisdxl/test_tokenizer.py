@@ -1,19 +1,37 @@
-"""Token ids against transformers' CLIPTokenizer and against instant-clip-tokenizer, an implementation of its own."""
+"""Token ids against transformers' CLIPTokenizer and against instant-clip-tokenizer, an implementation of its own.
+
+The whole vocabulary of CLIP is the one that instant-clip-tokenizer carries: the files made of it here have the sha256
+of the published ones.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
+import shutil
+import unicodedata
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub.constants
 import instant_clip_tokenizer
 import pytest
 import torch
 from transformers import CLIPTokenizer
 
+import minisdxl.tokenizer
 from minisdxl.config import SDXL_BASE, SHAPES
-from minisdxl.tokenizer import Tokenizer
+from minisdxl.download import read_table
+from minisdxl.tokenizer import (
+    Tokenizer,
+    Vocabulary,
+    find_vocabulary,
+    load_vocabulary,
+    packaged_vocabulary,
+    read_vocabulary,
+)
 
 BUNDLED = Path(__file__).parents[2] / "weights" / "shapes" / "tokenizer"
 PROMPTS = [
@@ -118,12 +136,14 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         ("vocab.json", '{"a": "b"}', "vocab.json holds no vocabulary"),
         ("merges.txt", "#version: 0.2\na b\na b c\n", "merges.txt line 3 is 'a b c'"),
         ("merges.txt", "a zz\n", r"merge \('a', 'zz'\) needs \['azz', 'zz'\]"),
+        ("merges.txt", b"\xff\xfe", "merges.txt is not text"),
+        ("vocab.json", "[" * 200_000, "vocab.json is not JSON"),
     ],
 )
-def test_a_broken_file_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_a_broken_file_is_refused(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     for file in BUNDLED.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_directory(tmp_path, SHAPES.text)
 
@@ -137,3 +157,179 @@ def test_a_vocabulary_of_another_model_is_refused() -> None:
     first, second = SHAPES.text
     with pytest.raises(ValueError, match=r"take \[77, 64\] tokens, expected one length"):
         Tokenizer(vocabulary, [], (first, replace(second, context_length=64)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "tokenizer.json is not JSON"),
+        ("[]", "holds no byte-pair encoding"),
+        ('{"model": {"type": "Unigram", "vocab": []}}', "holds no byte-pair encoding"),
+        ('{"model": {"vocab": [], "merges": []}}', "holds no vocabulary"),
+        ('{"model": {"vocab": {}, "merges": ["a b c"]}}', "has the merge 'a b c'"),
+        ('{"model": {"vocab": {}, "merges": [["a", 1]]}}', r"has the merge \['a', 1\]"),
+        ('{"model": {"vocab": {}, "merges": [7]}}', "has the merge 7"),
+    ],
+)
+def test_a_broken_tokenizer_json_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_directory(tmp_path, SHAPES.text)
+
+
+PUBLISHED = {Path(file.save_as).name: file.sha256 for file in read_table()["tokenizer"].files}
+WORLD = [
+    *PROMPTS,
+    "cafe\u0301 A\u030angstro\u0308m ﬁ Ⅷ ½ İstanbul ẞ",
+    "絵を描く少女、夕焼け  서울의 밤  עברית ไทย हिन्दी \U0001d518\U0001d52b\U0001d526",
+    "👩‍👩‍👧‍👦 🇯🇵 ✨♥️ \ufffd \u200b",
+    "they're we've I'm you'll he'd it's can't 'tis rock'n'roll",
+    "pneumonoultramicroscopicsilicovolcanoconiosis supercalifragilisticexpialidocious" + "x" * 40,
+    "4k, 8k; (masterpiece:1.2) [[detailed]] <lora:a:1> 16:9 -- ~#@$%^&*_+=|\\/",
+    " \t\n\r\x0b\x0c\xa0\u2003\u3000 ",
+    "one\u3000two\xa0three\tfour\nfive",
+]
+EXCLAIMED = ["!", "!!", "wow!", "! a !! b!", "¡hola! ‼️", "!?!"]
+LONG = "a portrait of a red fox, " * 12 + "by Ōhara Koson 木版画 🦊"
+
+
+@pytest.fixture(scope="module")
+def clip() -> Vocabulary:
+    return packaged_vocabulary()
+
+
+@pytest.fixture(scope="module")
+def published(clip: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the published files, byte for byte."""
+    folder = tmp_path_factory.mktemp("published") / "tokenizer"
+    folder.mkdir()
+    vocabulary = json.dumps(dict(sorted(clip.tokens.items())), indent=2, ensure_ascii=False)
+    merges = "".join(f"{first} {second}\n" for first, second in clip.merges)
+    (folder / "vocab.json").write_text(f"{vocabulary}\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+    return folder
+
+
+def test_the_package_gives_the_published_files(published: Path) -> None:
+    found = {name: hashlib.sha256((published / name).read_bytes()).hexdigest() for name in PUBLISHED}
+    assert found == PUBLISHED
+
+
+@pytest.mark.parametrize("way", ["in it", "beside it", "given", "hub: SDXL", "hub: CLIP", "saved", "package"])
+def test_all_ways_give_the_same_ids(
+    way: str, clip: Vocabulary, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    weights, given = tmp_path / "weights", None
+    weights.mkdir()
+    if way == "in it":
+        shutil.copytree(published, weights / "tokenizer")
+    elif way == "beside it":
+        shutil.copytree(published, tmp_path / "tokenizer")
+        weights = tmp_path / "sd_xl_base_1.0.safetensors"
+        weights.touch()
+    elif way == "given":
+        given = published
+    elif way.startswith("hub"):
+        name, folder = {
+            "hub: SDXL": ("stabilityai--stable-diffusion-xl-base-1.0", "tokenizer"),
+            "hub: CLIP": ("openai--clip-vit-large-patch14", "."),
+        }[way]
+        repository = tmp_path / "cache" / f"models--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(published, repository / "snapshots" / ("0" * 40) / folder)
+    elif way == "saved":  # by transformers itself, in the layout of its release
+        CLIPTokenizer.from_pretrained(str(published)).save_pretrained(weights / "tokenizer")
+    if way != "package":
+        monkeypatch.setattr(minisdxl.tokenizer, "packaged_vocabulary", lambda: pytest.fail("went on to the package"))
+    found = load_vocabulary(weights, given)
+    assert found == clip
+
+    tokenizer = Tokenizer(*found, SDXL_BASE.text)
+    prompts = [*WORLD, *EXCLAIMED]
+    peer = instant_clip_tokenizer.Tokenizer()
+    rows = torch.from_numpy(
+        peer.tokenize_batch([unicodedata.normalize("NFC", prompt) for prompt in prompts]).astype("int64")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one prompt is cut, here and there
+        first, second = tokenizer(prompts)
+    print(f"{way}: {(second != rows).sum()} of {rows.numel()} ids differ from instant-clip-tokenizer's")
+    assert torch.equal(second, rows)
+    assert torch.equal(first == 49407, (rows == 49407) | (rows == 0))
+    with pytest.warns(UserWarning) as caught:
+        cut, _ = tokenizer([LONG])
+    lost = "fox, a portrait of a red fox, by Ōhara Koson 木版画 🦊"
+    assert [str(warning.message) for warning in caught] == [f"prompt has 98 tokens and only 75 fit: cut off {lost!r}"]
+    whole = peer.encode(LONG)
+    assert len(whole) == 98 and cut[0].tolist() == [49406, *whole[:75], 49407] and peer.encode(lost) == whole[75:]
+
+
+def test_equals_both_published_tokenizers(clip: Vocabulary, published: Path) -> None:
+    tokenizer = Tokenizer(*clip, SDXL_BASE.text)
+    prompts = [*WORLD, LONG]
+    with pytest.warns(UserWarning, match="cut off"):
+        ours = tokenizer(prompts)
+    for ids, pad in zip(ours, ("<|endoftext|>", "!"), strict=True):
+        peer = CLIPTokenizer.from_pretrained(str(published), pad_token=pad, model_max_length=77)
+        expected = peer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        print(f"padded with {pad}: {(ids != expected).sum()} of {ids.numel()} ids differ from transformers'")
+        assert torch.equal(ids, expected)
+
+
+def test_the_one_difference_is_the_exclamation_mark(clip: Vocabulary, published: Path) -> None:
+    _, ours = Tokenizer(*clip, SDXL_BASE.text)(["wow ! a fox"])
+    peer = CLIPTokenizer.from_pretrained(str(published), pad_token="!", model_max_length=77)
+    theirs = peer(["wow ! a fox"], padding="max_length", return_tensors="pt").input_ids
+    assert ours[0, 2] == 256 and theirs[0, 2] == 0  # theirs is what the rest of the row is padded with
+    assert torch.equal(torch.where(ours == 256, 0, ours), theirs)
+
+
+def test_random_texts_equal_the_independent_tokenizer(clip: Vocabulary) -> None:
+    tokenizer, peer = Tokenizer(*clip, SDXL_BASE.text), instant_clip_tokenizer.Tokenizer()
+    draw = random.Random(0)
+    pieces = [text.removesuffix("</w>") for text in clip.tokens if text.isascii() and not text.startswith("<|")]
+    prompts = ["".join(draw.choices(pieces, k=3)) + " " + draw.choice(pieces) for _ in range(2000)]
+    letters = [chr(code) for code in (*range(0x20, 0x180), *range(0x3040, 0x30FF), *range(0x1F300, 0x1F64F))]
+    prompts += [unicodedata.normalize("NFC", "".join(draw.choices(letters, k=8))) for _ in range(1000)]
+    _, ids = tokenizer(prompts)
+    expected = torch.from_numpy(peer.tokenize_batch(prompts).astype("int64"))
+    print(f"{(ids != expected).any(1).sum()} of {len(prompts)} random texts differ")
+    assert torch.equal(ids, expected)
+
+
+def test_no_vocabulary_is_one_line_that_names_the_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(minisdxl.tokenizer, "find_spec", lambda name: None)
+    for find in (load_vocabulary, find_vocabulary):
+        with pytest.raises(FileNotFoundError) as caught:
+            find(tmp_path / "model.safetensors", None)
+        message = str(caught.value)
+        ways = ("tokenizer in or beside it", "--tokenizer", "hub's cache", "pip install instant-clip-tokenizer")
+        assert all(way in message for way in (*ways, "model.safetensors")) and "\n" not in message
+
+
+def test_a_given_folder_is_not_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"vocab.json is missing"):
+        load_vocabulary(tmp_path / "model.safetensors", tmp_path)
+
+
+def test_half_a_vocabulary_in_the_cache_is_passed_over(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--openai--clip-vit-large-patch14"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copy(published / "vocab.json", snapshot)
+    with pytest.raises(FileNotFoundError, match="no CLIP vocabulary"):
+        find_vocabulary(tmp_path / "model.safetensors", None)
+
+
+def test_merges_as_strings_are_read_too(published: Path, clip: Vocabulary, tmp_path: Path) -> None:
+    model = {"vocab": clip.tokens, "merges": [" ".join(pair) for pair in clip.merges]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+    assert read_vocabulary(tmp_path) == clip
