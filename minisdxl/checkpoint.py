@@ -1,53 +1,38 @@
-"""A whole model in one file: the official SDXL layout, read strictly and written.
+"""Models to modules and back.
 
-The U-Net and the VAE carry the official names themselves; :mod:`minisdxl.text` knows those of the text encoders. Files
-written here hold their ``ModelConfig`` as metadata; an official file is recognized by its names and shapes.
+Whatever :func:`open_source` takes (one file in the official layout, a diffusers folder, either with another VAE or
+U-Net) is read strictly, tensor by tensor, by official names. The U-Net and the VAE carry these themselves;
+:mod:`minisdxl.text` knows those of the text encoders. Files written here hold their ``ModelConfig`` as metadata; an
+official file is recognized by its names and shapes, and a diffusers folder describes itself.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minisdxl import folder
 from minisdxl.config import SDXL_BASE, ModelConfig
-from minisdxl.recognize import UNET_PREFIX, VAE_PREFIX, Shape, family
-from minisdxl.tensorfile import FLOATS, CheckpointError, TensorFile, open_tensors, write_tensors
+from minisdxl.fields import check_types
+from minisdxl.holders import Holder, open_file, open_part
+from minisdxl.layouts import PARTS
+from minisdxl.recognize import Shape
+from minisdxl.sources import Source, find_source, misfits
+from minisdxl.tensorfile import CheckpointError, write_tensors
 from minisdxl.text import TextEncoders
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
 
 logger = logging.getLogger(__name__)
 
-TEXT_PREFIX = "conditioner."
+UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = PARTS["unet"].prefix, PARTS["vae"].prefix, "conditioner."
 CONFIG_KEY = "minisdxl.config"  # of the file's metadata: ModelConfig.to_dict() as JSON
-
-# Tensors of the official layout that take no part in making a picture. A file may lack them or hold them in any dtype.
-UNUSED = (
-    "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",  # 0, 1, 2, ...
-    "conditioner.embedders.*logit_scale",  # temperature of CLIP's training loss
-)
-# Tensors that training and merging programs add. Skipped with one line in the log.
-SKIPPED = (
-    "model_ema.*",
-    "first_stage_model.model_ema.*",
-    "first_stage_model.loss.*",
-    "embedding_manager*",
-    "conditioner.embedders.0.*text_projection*",  # CLIP's own, which SDXL does not use
-    "denoiser.*",
-    # Noise levels, as buffers of the older ldm code.
-    "betas",
-    "logvar",
-    "*alphas_cumprod*",
-    "posterior_*",
-)
 
 
 class Modules(NamedTuple):
@@ -65,36 +50,80 @@ def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """The config of the model in a file, all of whose names and shapes fit it. Raises ``CheckpointError``."""
-    _, config, _ = _open(path)
-    return config
+def read_config(path: str | Path, *, vae: str | Path | None = None, unet: str | Path | None = None) -> ModelConfig:
+    """The config of a model, all of whose names and shapes fit it. Arguments and errors as :func:`open_source`."""
+    return open_source(path, vae=vae, unet=unet).config
 
 
 def load(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
 ) -> tuple[ModelConfig, Modules]:
-    """Reads a model, in evaluation mode.
+    """Reads a model, in evaluation mode. Arguments and errors as :func:`open_source`.
 
     Built without memory and filled tensor by tensor, converted as they are read: at the peak there is little more in
     memory than the weights in their :func:`part_dtype`.
-
-    Raises:
-        CheckpointError: if the file is damaged, something else, or has missing, unexpected or mis-shaped tensors.
     """
-    file, config, modules = _open(path)
-    _log_skipped(file)
+    source, modules = _open(Path(path), dtype, vae, unet)
+    for note in source.notes:
+        logger.warning(note)
     tensors = {
-        name: torch.empty(shape, dtype=part_dtype(name, dtype), device=device)
-        for name, shape in official_shapes(modules).items()
+        name: torch.empty(shape, dtype=part_dtype(name, dtype), device=device) for name, shape in source.shapes.items()
     }
-    file.read_into(tensors)
+    source.read_into(tensors)
     for module in modules:
         module.eval()
     modules.unet.load_state_dict(_part(tensors, UNET_PREFIX), strict=True, assign=True)
     modules.vae.load_state_dict(_part(tensors, VAE_PREFIX), strict=True, assign=True)
     modules.text.load_official_state_dict({name: tensors[name] for name in tensors if name.startswith(TEXT_PREFIX)})
-    return config, modules
+    return source.config, modules
+
+
+def open_source(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
+) -> Source:
+    """Finds every tensor of a model; reads headers and configs only.
+
+    Args:
+        path: one file in the official layout, or a diffusers folder.
+        dtype: that is wanted: it decides between plain weights and an fp16 variant, where a folder has both.
+        vae: a file or folder with another VAE, in either layout; ``None`` for the one in ``path``.
+        unet: the same for the U-Net. What is replaced need not be in ``path``.
+
+    Raises:
+        CheckpointError: if something is damaged, something else, or has missing, unexpected or mis-shaped tensors.
+    """
+    return _open(Path(path), dtype, vae, unet)[0]
+
+
+def _open(path: Path, dtype: torch.dtype, vae: str | Path | None, unet: str | Path | None) -> tuple[Source, Modules]:
+    """The source of a model, and the model without memory."""
+    others = {part: Path(other) for part, other in (("vae", vae), ("unet", unet)) if other is not None}
+    own = [part for part in PARTS if part not in others]
+    if path.is_dir():
+        config = _folder_config(path)
+        holders = [open_part(path / part, part, dtype) for part in own]
+    else:
+        holders = [open_file(path, own)]
+        config = _file_config(holders[0])
+    holders += [open_part(other, part, dtype) for part, other in others.items()]
+    try:
+        _check_extent(config, sum(len(holder.entries) for holder in holders))
+        modules = without_memory(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # of torch too, for impossible numbers
+        raise _damaged(path, error) from error
+    source = find_source(config, official_shapes(modules), holders)
+    for part, other in others.items():
+        folder.check_part(other, part, config)
+    return source, modules
 
 
 def save(path: str | Path, config: ModelConfig, modules: Modules, dtype: torch.dtype = torch.float16) -> None:
@@ -105,10 +134,16 @@ def save(path: str | Path, config: ModelConfig, modules: Modules, dtype: torch.d
     """
     tensors = official_state_dict(modules)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = _misfits(shapes, official_shapes(without_memory(config)))
+    problems = misfits(shapes, official_shapes(without_memory(config)))
     if problems:
         raise CheckpointError(f"cannot write {path}: the modules do not fit {config.name}: {problems}")
-    write_tensors(path, tensors, {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}, dtype)
+    specs = {name: (dtype, shape) for name, shape in shapes.items()}
+    write_tensors(path, specs, tensors.values(), file_metadata(config))
+
+
+def file_metadata(config: ModelConfig) -> dict[str, str]:
+    """What a file says of the model in it."""
+    return {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}
 
 
 def official_state_dict(modules: Modules) -> dict[str, Tensor]:
@@ -133,68 +168,50 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _open(path: str | Path) -> tuple[TensorFile, ModelConfig, Modules]:
-    """A file, its config, and a model without memory that all of its tensors fit. Raises ``CheckpointError``."""
-    file = open_tensors(path)
-    config, modules = _recognize(file)
-    found = {name: entry.shape for name, entry in file.entries.items() if not _match(name, UNUSED + SKIPPED)}
-    problems = _misfits(found, official_shapes(modules))
-    if problems:
-        raise CheckpointError(f"{path} does not fit {config.name}: {problems}")
-    others = [f"{name} is {file.entries[name].dtype}" for name in found if file.entries[name].dtype not in FLOATS]
-    if others:
-        what = _count(others, "quantized or integer tensor")
-        raise CheckpointError(f"{path} has {what}; expected F64, F32, F16 or BF16")
-    return file, config, modules
+def _file_config(holder: Holder) -> ModelConfig:
+    """The config in a file's metadata, or the official one; the tensors are yet to be compared with it."""
+    stored = holder.metadata.get(CONFIG_KEY)
+    if stored is None:
+        return SDXL_BASE
+    try:
+        config = ModelConfig.from_dict(json.loads(stored))
+        check_types(config)
+        return config
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(holder.path, error) from error
 
 
-def _recognize(file: TensorFile) -> tuple[ModelConfig, Modules]:
-    """The config in the file, or the official one, and its model; the tensors are yet to be compared with it."""
-    stored = file.metadata.get(CONFIG_KEY)
-    if stored is not None:
-        try:
-            config = ModelConfig.from_dict(json.loads(stored))
-            return config, without_memory(config)
-        except (ValueError, TypeError, RuntimeError) as error:  # of the JSON, the config, or the model that it asks for
-            raise CheckpointError(f"{file.path} holds a damaged {CONFIG_KEY}: {error}") from error
-    other = family({name: entry.shape for name, entry in file.entries.items()}, file.metadata)
-    if other is not None:
-        raise CheckpointError(
-            f"{file.path} is {other}; expected a whole SDXL base model in one file, like sd_xl_base_1.0.safetensors"
-        )
-    return SDXL_BASE, without_memory(SDXL_BASE)
+def _folder_config(path: Path) -> ModelConfig:
+    """The config that a diffusers folder describes, unless its U-Net is that of another family."""
+    try:
+        config = folder.read_config(path)
+    except CheckpointError as error:
+        if what := _unet_family(path):
+            raise CheckpointError(f"{path} is {what}; expected the folder of an SDXL base model") from error
+        raise
+    cut_out = config.unet.model_channels == SDXL_BASE.unet.model_channels and config != SDXL_BASE
+    if cut_out and (what := _unet_family(path)):
+        raise CheckpointError(f"{path} is {what}; expected the folder of an SDXL base model")
+    return config
 
 
-def _log_skipped(file: TensorFile) -> None:
-    skipped = Counter(pattern for name in file.entries for pattern in _match(name, SKIPPED))
-    if skipped:
-        counts = ", ".join(f"{count} {pattern}" for pattern, count in skipped.items())
-        logger.warning("%s: skipped %d tensors that make no picture: %s", file.path, skipped.total(), counts)
+def _unet_family(path: Path) -> str | None:
+    """What the U-Net of a diffusers folder is, if it is there and known as something else."""
+    try:
+        return open_part(path / "unet", "unet", torch.float32).family()
+    except CheckpointError:
+        return None
 
 
-def _match(name: str, patterns: Sequence[str]) -> list[str]:
-    """The first of the patterns that ``name`` matches, if any."""
-    return [pattern for pattern in patterns if fnmatchcase(name, pattern)][:1]
+def _check_extent(config: ModelConfig, tensors: int) -> None:
+    """Refuses to build a model that cannot be in files of so many tensors: a damaged number may ask for billions."""
+    unet, vae = config.unet, config.vae
+    layers = (2 * unet.res_blocks + 1) * sum(1 + level.depth for level in unet.levels) + unet.middle_depth
+    layers += 2 * vae.res_blocks * len(vae.multipliers) + sum(text.layers for text in config.text)
+    if config != SDXL_BASE and layers > tensors:
+        raise ValueError(f"{config.name} has {layers} layers, more than there are tensors ({tensors})")
 
 
-def _misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
-    """What differs, in one line: counts, and the first five names of each kind; empty where nothing does."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    misshaped = [
-        f"{name} is {list(found[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and not _same_shape(name, found[name], shape)
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
-    return "; ".join(_count(names, f"{kind} tensor") for kind, names in kinds.items() if names)
-
-
-def _same_shape(name: str, found: Shape, expected: Shape) -> bool:
-    """Equal, or a linear map of the VAE's attention stored as a matrix and not as a 1x1 convolution."""
-    return found == expected or (name.startswith(VAE_PREFIX) and ".attn_" in name and (*found, 1, 1) == expected)
-
-
-def _count(names: Sequence[str], kind: str) -> str:
-    plural, more = "" if len(names) == 1 else "s", ", ..." if len(names) > 5 else ""
-    return f"{len(names)} {kind}{plural} ({', '.join(names[:5])}{more})"
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    what = CONFIG_KEY if path.is_file() else "config"
+    return CheckpointError(f"{path} holds a damaged {what}: {str(error).partition(chr(10))[0]}")

@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,30 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """Gives a new folder to fill, which becomes ``target`` when the block ends well; else nothing is left of it.
+
+    Raises:
+        FileExistsError: if ``target`` is there already and not an empty folder.
+        OSError: if the folder that ``target`` is to be in does not exist or cannot be written to, or the disk is full.
+    """
+    target = Path(target).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} is already there, expected the name of a new folder")
+    temporary = target.with_name(f".partial-{secrets.token_hex(8)}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush_to_disk(file)
+        temporary.replace(target)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from atedm.merging import Merging
@@ -262,11 +263,13 @@ def _sums(calls: dict[str, Any], column: str) -> Counter[str]:
 
 
 def find_config(model: str) -> ModelConfig:
-    """The config of that name or in that file. Raises ``ValueError``."""
+    """The config of that name, or in that file or diffusers folder. Raises ``ValueError``."""
     if model in MODELS:
         return MODELS[model]
-    if not model.endswith(".safetensors"):
-        raise ValueError(f"unknown model {model!r}, expected {', '.join(MODELS)}, or the path of a .safetensors file")
+    if not model.endswith(".safetensors") and not Path(model).is_dir():
+        raise ValueError(
+            f"unknown model {model!r}, expected {', '.join(MODELS)}, or the path of a .safetensors file or of a folder"
+        )
     from minisdxl.checkpoint import read_config  # imports transformers, which takes longer than all else here
 
     return read_config(model)
@@ -278,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = Parser(prog="python -m minisdxl.flops", description="What a U-Net call costs, dense and with pruning.")
     add = parser.add_argument
-    add("--model", default=SDXL_BASE.name, help=f"{', '.join(MODELS)}, or a .safetensors file (default: %(default)s)")
+    add("--model", default=SDXL_BASE.name, help=f"{', '.join(MODELS)}, or a path (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add_pruning(parser)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from minisdxl.files import atomic_path
-from minisdxl.recognize import container
+from minisdxl.recognize import Shape, container
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 BUFFER = 2**24  # bytes read at a time
 METADATA = "__metadata__"
+Spec = tuple[torch.dtype, Shape]  # of a tensor to be written
 
 
 class CheckpointError(ValueError):
@@ -38,7 +39,7 @@ class Entry:
     """One tensor: the container's name of its dtype, its shape, and its first and last + 1 byte after the header."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     start: int
     stop: int
 
@@ -53,7 +54,7 @@ class TensorFile:
     header_bytes: int  # what comes before the first tensor
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
-        """Reads the named tensors into contiguous ones of as many numbers, of any dtype and on any device.
+        """Reads the named tensors into others of as many numbers, of any dtype, on any device, and of any strides.
 
         All numbers go through one small buffer: a buffer for each tensor would leave holes in the process's memory,
         1.1 GiB of them when a whole SDXL is read from fp16 to bf16.
@@ -71,11 +72,15 @@ class TensorFile:
                         raise ValueError(f"{name} is {entry.dtype} {entry.shape}, its target is {tuple(target.shape)}")
                     dtype = FLOATS[entry.dtype]
                     file.seek(self.header_bytes + entry.start)
-                    for part in torch.split(target.view(-1), BUFFER // dtype.itemsize):
+                    row_major = torch.contiguous_format
+                    contiguous = target if target.is_contiguous() else torch.empty_like(target, memory_format=row_major)
+                    for part in torch.split(contiguous.view(-1), BUFFER // dtype.itemsize):
                         piece = buffer[: part.numel() * dtype.itemsize]
                         if file.readinto(_bytes_of(piece)) != piece.numel():
                             raise CheckpointError(f"{self.path} ended within {name} while it was being read")
                         part.copy_(piece.view(dtype))
+                    if contiguous is not target:
+                        target.copy_(contiguous)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
 
@@ -132,27 +137,36 @@ def _header(path: Path) -> tuple[bytes, int]:
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype
+    path: str | Path, specs: Mapping[str, Spec], tensors: Iterable[Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, whole or not at all, each tensor converted to ``dtype`` as it is written.
+    """Writes a safetensors file, whole or not at all.
+
+    Args:
+        path: the file, which is replaced where it exists.
+        specs: dtype and shape of each tensor, as it is to be in the file.
+        tensors: the tensors in that order, converted as they are written: they may be made one by one.
+        metadata: strings for the file's header.
 
     Raises:
-        CheckpointError: if ``dtype`` is not in ``FLOATS``, or the file cannot be written (no folder, disk full, ...).
+        CheckpointError: if a dtype is not in ``FLOATS``, or the file cannot be written (no folder, disk full, ...).
+        ValueError: if the tensors are not those of ``specs``.
     """
-    codes = [code for code, known in FLOATS.items() if known == dtype]
-    if not codes:
-        raise CheckpointError(f"cannot write {path} as {dtype}, expected one of {list(FLOATS.values())}")
+    codes = {dtype: code for code, dtype in FLOATS.items()}
     header: dict[str, Any] = {METADATA: dict(metadata)}
     stop = 0
-    for name, tensor in tensors.items():
-        start, stop = stop, stop + tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": codes[0], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+    for name, (dtype, shape) in specs.items():
+        if dtype not in codes:
+            raise CheckpointError(f"cannot write {path} with {name} as {dtype}, expected one of {list(codes)}")
+        start, stop = stop, stop + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # readers that map the file want tensors at multiples of their element size
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
+            for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
+                if tuple(tensor.shape) != shape:
+                    raise ValueError(f"{name} to be written is {list(tensor.shape)}, expected {list(shape)}")
                 file.write(_bytes_of(tensor.detach().to("cpu", dtype).contiguous()))
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error

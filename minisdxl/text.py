@@ -1,14 +1,13 @@
 """Token ids to what the U-Net is told: the context it attends to, and one vector of pooled text and picture sizes.
 
 Two text encoders: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 in the published model. ``transformers`` has the layers; which
-of their states are used, and what the official checkpoint calls their weights, is written here.
+of their states are used is written here, and what the official checkpoint calls their weights in ``layouts``.
 
 Shapes: B prompts, L tokens (``context_length``), C channels of both encoders together, P channels of the pooled text.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from minisdxl.config import TextConfig
 from minisdxl.embedding import sinusoidal_embedding
+from minisdxl.layouts import CLIP_LAYOUT, PARTS, Place, openclip_layout
 from minisdxl.tokenizer import Tokenizer
 
 
@@ -122,6 +122,7 @@ class TextEncoders(nn.Module):
     def __init__(self, configs: tuple[TextConfig, TextConfig]) -> None:
         """``configs`` is ``ModelConfig.text``; random weights, or none under ``torch.device("meta")``."""
         super().__init__()
+        self.configs = configs
         self.clip, self.openclip = (TextEncoder(config) for config in configs)
 
     def forward(self, ids: Tensor, ids_2: Tensor) -> Conditioning:
@@ -145,8 +146,11 @@ class TextEncoders(nn.Module):
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names and in the layout of the official single file."""
-        state = self.state_dict()
-        return {entry.name: entry.to_official(state) for entry in self._official_entries()}
+        state = {_diffusers_name(name): tensor for name, tensor in self.state_dict().items()}
+        return {
+            PARTS[part].prefix + name: place.join([state[part, theirs] for theirs in place.names])
+            for part, name, place in self._places(state)
+        }
 
     def load_official_state_dict(self, official: Mapping[str, Tensor]) -> None:
         """Takes over (does not copy) the weights of :meth:`official_state_dict`; also for encoders on the meta device.
@@ -155,90 +159,33 @@ class TextEncoders(nn.Module):
             ValueError: for missing or unexpected names.
             RuntimeError: for tensors of another shape, from ``load_state_dict``.
         """
-        entries = self._official_entries()
-        names = {entry.name for entry in entries}
-        missing, unexpected = sorted(names - official.keys()), sorted(official.keys() - names)
+        ours = {_diffusers_name(name): name for name in self.state_dict()}
+        places = {PARTS[part].prefix + name: (part, place) for part, name, place in self._places(ours)}
+        missing, unexpected = sorted(places.keys() - official.keys()), sorted(official.keys() - places.keys())
         if missing or unexpected:
             raise ValueError(
                 f"text encoder weights do not fit: {len(missing)} missing {missing[:5]}, "
                 f"{len(unexpected)} unexpected {unexpected[:5]}"
             )
         state: dict[str, Tensor] = {}
-        for entry in entries:
-            state |= entry.from_official(official[entry.name])
+        for name, (part, place) in places.items():
+            tensors = place.split(official[name])
+            for theirs, tensor in zip(place.names, tensors, strict=True):
+                state[ours[part, theirs]] = tensor.contiguous()
         self.load_state_dict(state, strict=True, assign=True)
         for encoder in (self.clip, self.openclip):
             encoder.fill_buffers()
 
-    def _official_entries(self) -> list[OfficialEntry]:
-        return official_entries(self.state_dict().keys())
+    def _places(self, names: Iterable[tuple[str, str]]) -> list[tuple[str, str, Place]]:
+        """Part, official name and place of each official tensor that the parts' diffusers names make up."""
+        layouts = {"text_encoder": CLIP_LAYOUT, "text_encoder_2": openclip_layout(self.configs[1])}
+        official = dict.fromkeys((part, layouts[part].official(name)) for part, name in names)
+        return [(part, name, layouts[part].place(name)) for part, name in official]
 
 
-@dataclass(frozen=True)
-class OfficialEntry:
-    """One tensor of the official file, and the weights of ours that it holds."""
-
-    name: str
-    parts: tuple[str, ...]  # one, or queries, keys and values, which OpenCLIP stacks
-    transposed: bool  # OpenCLIP's projection is stored (in, out), a Linear's weight is (out, in)
-
-    def to_official(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The official tensor, out of a state dict of ours."""
-        tensors = [state[part] for part in self.parts]
-        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return tensor.T.contiguous() if self.transposed else tensor
-
-    def from_official(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Entries for a state dict of ours, out of the official tensor."""
-        tensor = tensor.T.contiguous() if self.transposed else tensor
-        return dict(zip(self.parts, tensor.chunk(len(self.parts)), strict=True))
-
-
-# Names of our weights and of the official file's, as patterns. ``text_model.`` is there or not by transformers release.
-_CLIP = r"clip\.transformer\.(?:text_model\.)?"
-_OPENCLIP = r"openclip\.transformer\.(?:text_model\.)?"
-_OPENCLIP_LAYER = _OPENCLIP + r"encoder\.layers\.(\d+)\."
-_OFFICIAL_CLIP = r"conditioner.embedders.0.transformer.text_model."
-_OFFICIAL_OPENCLIP = r"conditioner.embedders.1.model."
-_OFFICIAL_OPENCLIP_LAYER = _OFFICIAL_OPENCLIP + r"transformer.resblocks.\1."
-_OFFICIAL_NAMES = {
-    _CLIP + r"(.+)": _OFFICIAL_CLIP + r"\1",
-    _OPENCLIP + r"embeddings\.token_embedding\.weight": _OFFICIAL_OPENCLIP + "token_embedding.weight",
-    _OPENCLIP + r"embeddings\.position_embedding\.weight": _OFFICIAL_OPENCLIP + "positional_embedding",
-    _OPENCLIP + r"final_layer_norm\.(weight|bias)": _OFFICIAL_OPENCLIP + r"ln_final.\1",
-    _OPENCLIP_LAYER + r"layer_norm([12])\.(weight|bias)": _OFFICIAL_OPENCLIP_LAYER + r"ln_\2.\3",
-    _OPENCLIP_LAYER + r"self_attn\.[qkv]_proj\.(weight|bias)": _OFFICIAL_OPENCLIP_LAYER + r"attn.in_proj_\2",
-    _OPENCLIP_LAYER + r"self_attn\.out_proj\.(weight|bias)": _OFFICIAL_OPENCLIP_LAYER + r"attn.out_proj.\2",
-    _OPENCLIP_LAYER + r"mlp\.fc1\.(weight|bias)": _OFFICIAL_OPENCLIP_LAYER + r"mlp.c_fc.\2",
-    _OPENCLIP_LAYER + r"mlp\.fc2\.(weight|bias)": _OFFICIAL_OPENCLIP_LAYER + r"mlp.c_proj.\2",
-    r"openclip\.text_projection\.weight": _OFFICIAL_OPENCLIP + "text_projection",
-}
-
-
-def official_entries(names: Iterable[str]) -> list[OfficialEntry]:
-    """Sorts the names of our weights into the official tensors that hold them.
-
-    Raises:
-        KeyError: for a name that has no place in the official file.
-    """
-    parts: dict[str, list[str]] = {}
-    for name in names:
-        parts.setdefault(_official_name(name), []).append(name)
-    # A fused tensor stacks q, k, v; the names come in the order of the module's own definition.
-    return [
-        OfficialEntry(official, tuple(sorted(ours, key=_query_key_value)), official.endswith(".text_projection"))
-        for official, ours in parts.items()
-    ]
-
-
-def _official_name(name: str) -> str:
-    for pattern, replacement in _OFFICIAL_NAMES.items():
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(replacement)
-    raise KeyError(f"text encoder weight {name} has no name in the official file")
-
-
-def _query_key_value(name: str) -> int:
-    match = re.search(r"\.([qkv])_proj\.", name)
-    return "qkv".index(match[1]) if match else 0
+def _diffusers_name(name: str) -> tuple[str, str]:
+    """Part and diffusers name of a weight of ``TextEncoders``; some releases of transformers omit ``text_model.``."""
+    encoder, _, rest = name.partition(".")
+    if rest.startswith("transformer."):
+        rest = "text_model." + rest.removeprefix("transformer.").removeprefix("text_model.")
+    return "text_encoder" if encoder == "clip" else "text_encoder_2", rest

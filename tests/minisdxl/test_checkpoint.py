@@ -24,22 +24,25 @@ from torch import Tensor
 
 from minisdxl.checkpoint import (
     CONFIG_KEY,
-    SKIPPED,
-    UNUSED,
     Modules,
     load,
     official_shapes,
     official_state_dict,
+    open_source,
     read_config,
     save,
     without_memory,
 )
 from minisdxl.config import SDXL_BASE, SHAPES, Level, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from minisdxl.convert import write_folder
+from minisdxl.sources import SKIPPED, UNUSED
 from minisdxl.tensorfile import CheckpointError
 from minisdxl.text import TextEncoders
+from minisdxl.tokenizer import packaged_vocabulary
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
 from tests import manifest
+from tests.minisdxl.tiny import sparse_file
 
 SMALL = ModelConfig(
     name="small",
@@ -93,21 +96,6 @@ def changed(source: Path, target: Path, extra: Mapping[str, Tensor] | None = Non
     tensors = {name: tensor for name, tensor in load_file(source).items() if not re.search(without, name)}
     save_file(tensors | dict(extra or {}), target, metadata)
     return target
-
-
-def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16") -> Path:
-    """A file of full size whose numbers are all zero and take no room on the disk."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    stop = 0
-    for name, shape in shapes.items():
-        code = "I64" if name == POSITION_IDS else dtype
-        start = stop
-        stop += torch.Size(shape).numel() * {"I64": 8, "F16": 2, "F32": 4, "F8_E4M3": 1}[code]
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, stop]}
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + stop)
-    return path
 
 
 def refusal(path: Path) -> str:
@@ -301,8 +289,15 @@ def test_quantized_weights_are_refused(tmp_path: Path, small: Path, dtype: torch
         json.dumps(SMALL.to_dict()).replace('"model_channels": 8', '"model_channels": 8.0'),
         json.dumps(SMALL.to_dict()).replace('"model_channels": 8', '"model_channels": 8000000000000'),
         json.dumps(SMALL.to_dict()).replace('"model_channels": 8', '"model_channels": [8]'),
+        json.dumps(SMALL.to_dict()).replace('"vocabulary": 30', '"vocabulary": {}'),
+        json.dumps(SMALL.to_dict()).replace('"multipliers": [1, 2]', '"multipliers": []'),
+        json.dumps(SMALL.to_dict()).replace('"projection": null', '"projection": 7'),
+        json.dumps(SMALL.to_dict()).replace('"name": "small"', '"name": "a\\nb"'),
     ],
-    ids=["not JSON", "list", "null", "incomplete", "deep", "more", "fraction", "huge", "list for a number"],
+    ids=[
+        *("not JSON", "list", "null", "incomplete", "deep", "more", "fraction", "huge", "list for a number"),
+        *("table for a number", "no levels", "projection", "line break"),
+    ],
 )
 def test_a_damaged_config_is_refused(tmp_path: Path, small: Path, text: str) -> None:
     path = tmp_path / "model.safetensors"
@@ -402,17 +397,29 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def full_size_folder(full_size: Path) -> Path:
+    """The same as a diffusers folder."""
+    if shutil.disk_usage(full_size.parent).free < 8e9:
+        pytest.skip("needs 16 GB of disk")
+    write_folder(open_source(full_size), full_size.parent / "folder", packaged_vocabulary())
+    return full_size.parent / "folder"
+
+
 @pytest.mark.official_size
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc")
+@pytest.mark.parametrize("form", ["full_size", "full_size_folder"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_loading_the_whole_size_takes_little_more_than_its_weights(full_size: Path, dtype: str) -> None:
+def test_loading_the_whole_size_takes_little_more_than_its_weights(
+    request: pytest.FixtureRequest, full_size: Path, form: str, dtype: str
+) -> None:
     probes = list(official_shapes(without_memory(SDXL_BASE)))[::40]
-    command = [sys.executable, "-c", READ, str(full_size), dtype, json.dumps(probes)]
+    command = [sys.executable, "-c", READ, str(request.getfixturevalue(form)), dtype, json.dumps(probes)]
     start = time.perf_counter()
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(
-        f"{dtype}: load {result['seconds']:.1f} s, whole process {time.perf_counter() - start:.1f} s; "
+        f"{form}, {dtype}: load {result['seconds']:.1f} s, whole process {time.perf_counter() - start:.1f} s; "
         f"peak of the process {result['peak'] / 2**30:.2f} GiB, weights {result['weights'] / 2**30:.2f} GiB"
     )
     assert result["config"] == "sdxl-base"

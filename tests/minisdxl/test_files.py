@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minisdxl.files import atomic_path
+from minisdxl.files import atomic_folder, atomic_path
 
 
 def test_the_file_appears_at_the_end_and_only_then(tmp_path: Path) -> None:
@@ -66,3 +66,37 @@ def test_a_bad_target_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "nowhere" / "picture.png"):
         pytest.fail("the block was entered")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
+def test_the_folder_appears_at_the_end_and_only_then(tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "folder"
+    if exists:
+        target.mkdir()
+    with atomic_folder(str(target)) as temporary:
+        (temporary / "deeper").mkdir()
+        (temporary / "deeper" / "file").write_bytes(b"whole")
+        assert temporary.parent == tmp_path
+        assert not (target / "deeper").exists()
+    assert (target / "deeper" / "file").read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError], ids=lambda error: error.__name__)
+def test_a_failure_leaves_no_folder(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_bytes(b"ha")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_bytes(b"before")
+    for target in (tmp_path / "folder", tmp_path / "folder" / "file"):
+        with pytest.raises(FileExistsError, match="is already there"), atomic_folder(target):
+            pytest.fail("the block was entered")
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "nowhere" / "folder"):
+        pytest.fail("the block was entered")
+    assert (tmp_path / "folder" / "file").read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from minisdxl.recognize import container, family
+from minisdxl.recognize import container, family, predicts_v
 from tests.manifest import official_shapes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -180,16 +180,45 @@ FAMILIES: dict[str, tuple[Shapes, str]] = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_are_named(name: str) -> None:
     shapes, expected = FAMILIES[name]
-    what = family(shapes, {})
+    what = family(shapes)
     print(what)
     assert what is not None
     assert expected in what
 
 
+@pytest.mark.parametrize(
+    ("name", "parts", "expected"),
+    [
+        ("U-Net", ["unet"], None),
+        ("U-Net, diffusers", ["unet"], None),
+        ("U-Net with prefix", ["unet"], None),
+        ("U-Net", ["vae"], "only a U-Net"),
+        ("U-Net, diffusers", ["vae"], "only a U-Net, in the diffusers layout"),
+        ("VAE, official", ["vae"], None),
+        ("VAE with prefix", ["vae"], None),
+        ("VAE, diffusers", ["vae"], None),
+        ("VAE, diffusers", ["unet"], "only a VAE, in the diffusers layout"),
+        ("VAE with prefix", ["unet"], "only the VAE of a model, without its U-Net"),
+        ("no VAE", ["unet", "text_encoder", "text_encoder_2"], None),
+        (
+            "no VAE",
+            ["vae"],
+            "only the U-Net and first text encoder and second text encoder of a model, without its VAE",
+        ),
+        ("text encoder, transformers", ["text_encoder"], None),
+        ("text encoder, transformers", ["unet"], "only a text encoder"),
+        ("SD 1.x", ["vae"], "a Stable Diffusion 1.x model"),
+        ("SSD-1B", ["unet"], "SSD-1B, a smaller model cut out of SDXL"),
+    ],
+)
+def test_a_part_may_be_all_that_is_wanted(name: str, parts: list[str], expected: str | None) -> None:
+    assert family(FAMILIES[name][0], parts) == expected
+
+
 @pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
 def test_prediction_is_read_from_metadata_too(key: str) -> None:
-    assert "v-prediction" in str(family(official_shapes(), {key: "v"}))
-    assert family(official_shapes(), {key: "epsilon"}) is None
+    assert "v-prediction" in str(predicts_v({key: "v"}))
+    assert predicts_v({key: "epsilon"}) is None
 
 
 CHANGES: dict[str, Callable[[], Shapes]] = {
@@ -202,4 +231,4 @@ CHANGES: dict[str, Callable[[], Shapes]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_official_model_and_its_kin_are_not_called_something_else(change: str) -> None:
-    assert family(CHANGES[change](), {"format": "pt"}) is None
+    assert family(CHANGES[change]()) is None

@@ -29,6 +29,12 @@ def some_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
     return {**tensors, "transposed": torch.randn(4, 6, generator=generator).to(dtype).T}
 
 
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype) -> None:
+    """Writes tensors, all of them as ``dtype``."""
+    specs = {name: (dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensors(path, specs, tensors.values(), metadata)
+
+
 def raw_file(path: Path, header: Any, data: bytes = b"") -> Path:
     """A file with any header, right or wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -57,7 +63,7 @@ def refusal(path: Path) -> str:
 def test_the_library_reads_what_is_written_here(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = some_tensors(dtype)
     path = tmp_path / "ours.safetensors"
-    write_tensors(path, tensors, {"a": "b", "quote": '"ü"'}, dtype)
+    write(path, tensors, {"a": "b", "quote": '"ü"'}, dtype)
     theirs = load_file(path)
     assert theirs.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -85,10 +91,10 @@ def test_what_the_library_writes_is_read_here(tmp_path: Path, dtype: torch.dtype
 
 def test_tensors_are_converted_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
-    write_tensors(path, {"a": torch.tensor([1.0 + 2**-11, 1e-9, -3.0])}, {}, torch.float16)
+    write(path, {"a": torch.tensor([1.0 + 2**-11, 1e-9, -3.0])}, {}, torch.float16)
     assert load_file(path)["a"].tolist() == [1.0, 0.0, -3.0]
-    with pytest.raises(CheckpointError, match=r"as torch.int8, expected one of"):
-        write_tensors(path, {"a": torch.ones(1)}, {}, torch.int8)
+    with pytest.raises(CheckpointError, match=r"with a as torch.int8, expected one of"):
+        write(path, {"a": torch.ones(1)}, {}, torch.int8)
 
 
 def test_tensors_longer_than_the_buffer_are_converted_as_they_are_read(
@@ -121,7 +127,7 @@ def test_other_dtypes_have_entries_too(tmp_path: Path) -> None:
 
 def test_truncated_anywhere_is_refused(tmp_path: Path) -> None:
     whole = tmp_path / "whole.safetensors"
-    write_tensors(whole, some_tensors(torch.float32), {}, torch.float32)
+    write(whole, some_tensors(torch.float32), {}, torch.float32)
     content = whole.read_bytes()
     header = open_tensors(whole).header_bytes
     path = tmp_path / "cut.safetensors"
@@ -140,7 +146,7 @@ def test_truncated_anywhere_is_refused(tmp_path: Path) -> None:
 
 def test_too_long_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "long.safetensors"
-    write_tensors(path, {"a": torch.ones(4)}, {}, torch.float32)
+    write(path, {"a": torch.ones(4)}, {}, torch.float32)
     with path.open("ab") as file:
         file.write(bytes(17))
     assert "17 more than" in refusal(path)
@@ -203,7 +209,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
     path = tmp_path / "shrinks.safetensors"
-    write_tensors(path, {"a": torch.ones(4), "b": torch.ones(50_000)}, {}, torch.float32)
+    write(path, {"a": torch.ones(4), "b": torch.ones(50_000)}, {}, torch.float32)
     file = open_tensors(path)
     os.truncate(path, 10_000)
     with pytest.raises(CheckpointError, match="ended within b"):
@@ -231,27 +237,47 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, before: bytes | None)
         path.write_bytes(before)
     tensors = {str(i): torch.ones(10_000) for i in range(20)}
     with largest_file(300_000), pytest.raises(CheckpointError, match=r"cannot write .*big.safetensors: File too large"):
-        write_tensors(path, tensors, {}, torch.float32)
+        write(path, tensors, {}, torch.float32)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({path.name: before} if before else {})
 
 
 def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path: Path) -> None:
-    class Interrupting(dict[str, Tensor]):
-        """Interrupts, like Ctrl-C, when its tensors are asked for the second time: while they are written."""
-
-        asked = 0
-
-        def values(self) -> Any:
-            yield torch.ones(3)
-            raise KeyboardInterrupt
+    def interrupted() -> Iterator[Tensor]:
+        yield torch.ones(3)
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_tensors(tmp_path / "a.safetensors", Interrupting(a=torch.ones(3)), {}, torch.float32)
+        write_tensors(tmp_path / "a.safetensors", dict.fromkeys("ab", (torch.float32, (3,))), interrupted(), {})
     assert not list(tmp_path.iterdir())
+
+
+def test_tensors_other_than_announced_are_not_written(tmp_path: Path) -> None:
+    specs = {"a": (torch.float32, (3,)), "b": (torch.float16, (2, 2))}
+    for tensors in ([torch.ones(3)], [torch.ones(3), torch.ones(4)], [torch.ones(3), torch.ones(2, 2), torch.ones(1)]):
+        with pytest.raises(ValueError, match=r"zip\(\)|b to be written is \[4\], expected \[2, 2\]"):
+            write_tensors(tmp_path / "a.safetensors", specs, tensors, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_tensor_has_its_own_dtype(tmp_path: Path) -> None:
+    specs = {"a": (torch.float32, (3,)), "b": (torch.bfloat16, (2, 2))}
+    write_tensors(tmp_path / "a.safetensors", specs, [torch.ones(3), torch.ones(2, 2)], {})
+    assert {name: tensor.dtype for name, tensor in load_file(tmp_path / "a.safetensors").items()} == {
+        "a": torch.float32,
+        "b": torch.bfloat16,
+    }
+
+
+def test_targets_may_have_any_strides(tmp_path: Path) -> None:
+    numbers = torch.randn(5, 7, 3, 3, generator=torch.Generator().manual_seed(0))
+    save_file({"a": numbers}, tmp_path / "a.safetensors")
+    target = torch.zeros(7, 5, 3, 3).transpose(0, 1)
+    open_tensors(tmp_path / "a.safetensors").read_into({"a": target})
+    assert torch.equal(target, numbers)
 
 
 def test_no_folder_to_write_to_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot write .*: No such file or directory"):
-        write_tensors(tmp_path / "nowhere" / "a.safetensors", {"a": torch.ones(1)}, {}, torch.float32)
+        write(tmp_path / "nowhere" / "a.safetensors", {"a": torch.ones(1)}, {}, torch.float32)
     with pytest.raises(CheckpointError, match=r"cannot write .*is a folder"):
-        write_tensors(tmp_path, {"a": torch.ones(1)}, {}, torch.float32)
+        write(tmp_path, {"a": torch.ones(1)}, {}, torch.float32)

@@ -1,0 +1,137 @@
+"""``python -m minisdxl.convert``: a model as one file in the official layout, or as a diffusers folder.
+
+It goes tensor by tensor, so it needs no more memory than the largest of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisdxl.checkpoint import file_metadata, open_source
+from minisdxl.command import Parser
+from minisdxl.describe import json_files, tokenizer_files
+from minisdxl.fields import Fields
+from minisdxl.files import atomic_folder
+from minisdxl.folder import SCHEDULER
+from minisdxl.layouts import PARTS, layout
+from minisdxl.pipeline import weights_path
+from minisdxl.sample import DTYPES
+from minisdxl.sources import Source
+from minisdxl.tensorfile import CheckpointError, Spec, write_tensors
+from minisdxl.tokenizer import Vocabulary, load_vocabulary
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
+    parser = Parser(prog="python -m minisdxl.convert", description="Writes a model in another layout or dtype.")
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="the bundled 'shapes', an SDXL .safetensors file, or a diffusers folder")
+    add("target", type=Path, metavar="TARGET", help="the file or the new folder to write")
+    add("--to", choices=("single", "diffusers"), help="(default: single for a .safetensors TARGET, else diffusers)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: that of each tensor)")
+    add("--vae", metavar="FILE|DIR", help="another VAE to put in, in either layout")
+    add("--unet", metavar="FILE|DIR", help="another U-Net to put in, in either layout")
+    add("--tokenizer", metavar="DIR", help="folder with the vocabulary for a diffusers TARGET (default: as for sample)")
+    options = parser.parse_args(arguments)
+    single = options.to == "single" if options.to else options.target.suffix == ".safetensors"
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    try:
+        path = weights_path(options.source)
+        source = open_source(path, dtype or torch.float32, vae=options.vae, unet=options.unet)
+        for note in source.notes:
+            logger.warning(note)
+        if single:
+            write_single(source, options.target, dtype)
+        else:
+            vocabulary = load_vocabulary(path, options.tokenizer)
+            scheduler = Fields.read(path / SCHEDULER).values if path.is_dir() else None
+            write_folder(source, options.target, vocabulary, dtype, scheduler)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: nothing was written\n")
+    kind = "one file; the vocabulary is not in it" if single else "a diffusers folder"
+    print(f"{options.target}  {source.config.name}, {kind}")
+
+
+def write_single(source: Source, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes one file in the official layout, whole or not at all; ``dtype`` ``None`` keeps that of each tensor.
+
+    Raises:
+        CheckpointError: if it cannot be written, or numbers are too large for the dtype.
+    """
+    specs = {name: (dtype or source.stored[name].dtype, shape) for name, shape in source.shapes.items()}
+    tensors = (_read(source, name, specs[name][0]) for name in specs)
+    write_tensors(path, specs, tensors, file_metadata(source.config))
+
+
+def write_folder(
+    source: Source,
+    path: Path,
+    vocabulary: Vocabulary,
+    dtype: torch.dtype | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a new diffusers folder, whole or not at all.
+
+    Args:
+        source: the model.
+        path: the folder.
+        vocabulary: of both tokenizers.
+        dtype: of all weights; ``None`` keeps that of each tensor.
+        scheduler: the ``scheduler_config.json`` to write; ``None`` for Euler's method as it is here.
+
+    Raises:
+        CheckpointError: if diffusers has no such model, the folder is there already or cannot be written, or numbers
+            are too large for the dtype.
+        ValueError: if the vocabulary is not that of the text encoders.
+    """
+    files = {name: json.dumps(content, indent=2) for name, content in json_files(path, source.config).items()}
+    files |= tokenizer_files(source.config, vocabulary)
+    if scheduler is not None:
+        files[SCHEDULER] = json.dumps(scheduler, indent=2)
+    try:
+        with atomic_folder(path) as temporary:
+            for name, text in files.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_text(text, encoding="utf-8")
+            for part in PARTS:
+                _write_part(source, part, temporary / part / f"{PARTS[part].weights}.safetensors", dtype)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _write_part(source: Source, part: str, path: Path, dtype: torch.dtype | None) -> None:
+    names, prefix = layout(part, source.config), PARTS[part].prefix
+    places = {name: names.place(name.removeprefix(prefix)) for name in source.shapes if name.startswith(prefix)}
+    dtypes = {name: dtype or source.stored[name].dtype for name in places}
+    specs: dict[str, Spec] = {}
+    for name, place in places.items():
+        views = place.split(torch.empty(source.shapes[name], device="meta"))
+        specs |= {theirs: (dtypes[name], tuple(view.shape)) for theirs, view in zip(place.names, views, strict=True)}
+
+    def tensors() -> Iterator[Tensor]:
+        for name, place in places.items():
+            yield from place.split(_read(source, name, dtypes[name]))
+
+    write_tensors(path, specs, tensors(), {"format": "pt"})
+
+
+def _read(source: Source, name: str, dtype: torch.dtype) -> Tensor:
+    tensor = source.read(name, dtype)
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{name} has values that are not finite numbers in {dtype}; try bf16 or fp32")
+    return tensor
+
+
+if __name__ == "__main__":
+    main()
