@@ -48,6 +48,14 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_point(text: str) -> tuple[int, int]:
+    """(left, top) of ``X,Y``. Raises ``argparse.ArgumentTypeError`` for other texts."""
+    match = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"point is {text!r}, expected LEFT,TOP in pixels, such as 0,0")
+    return int(match[1]), int(match[2])
+
+
 def plain_warnings() -> None:
     """Shows a warning as one line, without the place in the code that gave it: it is meant for the user."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

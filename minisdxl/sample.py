@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from minisdxl.budget import settle_preset
-from minisdxl.checkpoint import read_config
-from minisdxl.command import Parser, add_pruning, parse_size, plain_warnings
+from minisdxl.checkpoint import open_source
+from minisdxl.command import Parser, add_pruning, parse_point, parse_size, plain_warnings
+from minisdxl.config import ModelConfig
 from minisdxl.files import atomic_path
-from minisdxl.flops import count, format_flops
-from minisdxl.pipeline import SDXL, load, weights_path
+from minisdxl.jobs import batches, find_jobs
+from minisdxl.pictures import Source, read_picture
+from minisdxl.pipeline import SDXL, load, size_numbers, weights_path
+from minisdxl.report import hardware, versions, write_report
+from minisdxl.run import Run
+from minisdxl.sampler import first_step
+from minisdxl.samplings import SAMPLINGS, Sampling, find_sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
+STRENGTH = 0.6  # with --image, when none is asked for
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,48 +37,122 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)  # prompts and options in any order
     plain_warnings()
     try:
-        if options.compare and options.prune is None:
-            options.prune = "at-edm"
-        # Before gigabytes of weights are read; and the list of presets needs no prompt.
-        options.prune = settle_preset(read_config(weights_path(options.weights)), options)
-        if not options.prompts:
-            raise ValueError("there is no prompt, expected one or more")
-        targets = [_target(options, index) for index in range(len(options.prompts))]
-        _check_writable(targets)
-        sdxl = load(
-            options.weights, device=_device(options.device), dtype=DTYPES[options.dtype], tokenizer=options.tokenizer
-        )
-        settings = _settings(options, sdxl)
-        for first in range(0, len(targets), options.batch):
-            _make(sdxl, options, settings, first, targets[first : first + options.batch])
+        _sample(options)
     except (ValueError, OSError, ArithmeticError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "interrupted: no partial picture was left\n")
 
 
+def _sample(options: argparse.Namespace) -> None:
+    """Raises ``ValueError``, ``OSError`` or ``ArithmeticError``, the first two before the weights where possible."""
+    if options.sampling == "list":
+        print(_list_samplings())
+        return
+    dtype = DTYPES[options.dtype]
+    weights = open_source(weights_path(options.weights), dtype, vae=options.vae, unet=options.unet)
+    sampling = _settle(options, weights.config)
+    options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets
+    jobs = find_jobs(options)
+    reports = [] if options.json in (None, "-") else [Path(options.json)]
+    _check_writable([job.target for job in jobs] + reports)
+    source = _source(options)
+    began = time.perf_counter()
+    sdxl = load(
+        options.weights,
+        device=_device(options.device),
+        dtype=dtype,
+        vae=options.vae,
+        unet=options.unet,
+        tokenizer=options.tokenizer,
+    )
+    loaded = time.perf_counter()
+    settings = _settings(options, sdxl, source, weights.files)
+    run = Run(sdxl, sampling, options, source, settings)
+    made = []
+    for batch in batches(jobs, options.batch):
+        for picture in run.make(batch):
+            line = "{path}  seed {seed}  {seconds:.1f} s  {share:.1%} of dense FLOPs".format(**picture)
+            print(line, file=sys.stderr if options.json == "-" else sys.stdout, flush=True)
+            made.append(picture)
+    if options.json is not None:
+        totals = {key: sum(picture[key] for picture in made) for key in ("seconds", "flops", "dense_flops")}
+        report = {
+            "settings": settings,
+            "versions": versions(),
+            "hardware": hardware(sdxl.device),
+            "load_seconds": loaded - began,
+            **totals,
+            "share": totals["flops"] / totals["dense_flops"],
+            "pictures": made,
+        }
+        write_report(options.json, report)
+
+
 def _parser() -> Parser:
     parser = Parser(prog="python -m minisdxl.sample", description="Makes pictures of prompts.")
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; each prompt makes one picture")
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw, one picture of each")
+    add(
+        "--prompts",
+        dest="file",
+        metavar="FILE",
+        help="more of them: .txt, one a line; .jsonl or .csv with prompt, and if wanted negative and seed",
+    )
+    add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default: %(default)s)")
     add_pruning(parser)
     add("--compare", action="store_true", help="dense and pruned side by side in one picture, from the same noise")
     add(
         "--weights",
         default="shapes",
         metavar="NAME|PATH",
-        help="the bundled 'shapes' (default) or an SDXL .safetensors file",
+        help="the bundled 'shapes' (default), an SDXL .safetensors file, or a diffusers folder",
     )
+    add("--vae", metavar="FILE|DIR", help="another VAE, such as the fp16-fix one, in either layout")
+    add("--unet", metavar="FILE|DIR", help="another U-Net, such as LCM-SDXL or SDXL-Lightning, in either layout")
     add(
         "--tokenizer",
         metavar="DIR",
         help="folder of vocab.json and merges.txt (default: 'tokenizer' beside the weights)",
     )
-    add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    add("--cfg", type=float, default=7.0, help="classifier-free guidance scale (default: %(default)s)")
+    add(
+        "--sampling",
+        default="euler",
+        metavar="NAME",
+        help=f"{', '.join(SAMPLINGS)} (default: %(default)s); 'list' says what they are",
+    )
+    add("--steps", type=int, help="denoising steps (default: the sampling's own, 50 for euler)")
+    add(
+        "--cfg", type=float, help="classifier-free guidance scale (default: the sampling's own, 7 for euler); 1 is none"
+    )
     add("--seed", type=int, default=0, help="of the first picture; picture i has seed + i (default: %(default)s)")
-    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
+    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the sampling's own, or else the model's)")
+    add(
+        "--original-size",
+        type=parse_size,
+        metavar="WxH",
+        help="told to SDXL: before training resized it (default: --size)",
+    )
+    add(
+        "--crop",
+        type=parse_point,
+        default=(0, 0),
+        metavar="X,Y",
+        help="told to SDXL: where training cropped it (default: 0,0)",
+    )
+    add(
+        "--target-size",
+        type=parse_size,
+        metavar="WxH",
+        help="told to SDXL: after training resized it (default: --size)",
+    )
     add("--negative", default="", metavar="TEXT", help="what to steer away from")
+    add("--image", metavar="FILE", help="a picture to start from, stretched to the size")
+    add(
+        "--strength",
+        type=float,
+        help=f"share of the steps to run on --image, above 0, up to 1 (default: {STRENGTH})",
+    )
     add(
         "--out",
         type=Path,
@@ -83,34 +160,66 @@ def _parser() -> Parser:
         metavar="FILE|DIR",
         help="a .png file, or a folder (default: %(default)s)",
     )
+    add("--preview", type=int, metavar="N", help="every N steps write a small sketch of each picture beside it")
+    add("--json", metavar="FILE", help="write a report of the run; '-' writes it to stdout, and the rest to stderr")
     add("--batch", type=int, default=1, help="pictures made at a time (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
     return parser
 
 
-def _target(options: argparse.Namespace, index: int) -> Path:
-    """Where picture ``index`` goes. Raises ``ValueError`` where options contradict each other."""
-    if options.batch < 1:
-        raise ValueError(f"--batch is {options.batch}, expected 1 or more")
-    if options.out.suffix and options.out.suffix.lower() != ".png":
-        raise ValueError(f"--out is {options.out}, expected a .png file or a folder")
-    if options.out.suffix and len(options.prompts) > 1:
-        raise ValueError(f"--out is the file {options.out} for {len(options.prompts)} pictures, expected a folder")
-    if options.out.suffix:
-        return Path(options.out)
-    words = "-".join(re.findall(r"\w+", options.prompts[index].lower()))[:60]
-    kind = "compare" if options.compare else re.sub(r"[^\w.=-]+", "-", options.prune or "dense")
-    return Path(options.out / f"{options.seed + index}-{words or 'untitled'}-{kind}.png")
+def _list_samplings() -> str:
+    lines = [f"{'sampling':<16} {'steps':>5} {'cfg':>4}"]
+    lines += [f"{name:<16} {each.steps:>5} {each.cfg:>4g}   {each.about}" for name, each in SAMPLINGS.items()]
+    return "\n".join(lines)
+
+
+def _settle(options: argparse.Namespace, config: ModelConfig) -> Sampling:
+    """The sampling, whose numbers are put where none were asked for. Raises ``ValueError`` for what does not fit it."""
+    for name in ("batch", "images_per_prompt", "preview"):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {number}, expected 1 or more")
+    sampling = find_sampling(options.sampling)
+    options.steps = sampling.steps if options.steps is None else options.steps
+    options.cfg = sampling.cfg if options.cfg is None else options.cfg
+    options.size = sampling.picture_size(config, options.size)
+    sampling.sigmas(options.steps, config.noise)
+    size_numbers(options.size, options.original_size, options.crop, options.target_size)
+    if options.image is not None:
+        options.strength = STRENGTH if options.strength is None else options.strength
+        first_step(options.steps, options.strength)
+    elif options.strength is not None:
+        raise ValueError(f"--strength is {options.strength} without --image, expected both")
+    if options.compare and options.prune is None:
+        options.prune = "at-edm"
+    return sampling
 
 
 def _check_writable(targets: Sequence[Path]) -> None:
-    """Finds out before the work, not after it, whether pictures can be written. Raises ``OSError``."""
+    """Finds out before the work, not after it, whether files can be written. Raises ``OSError``."""
     for folder in {target.parent for target in targets}:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / ".writable") as path:
             path.touch()
         (folder / ".writable").unlink()
+    for target in targets:
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder, expected a file to write to")
+
+
+def _source(options: argparse.Namespace) -> Source | None:
+    """The picture to start from. Raises ``ValueError`` and ``OSError``; warns where it changes its shape."""
+    if options.image is None:
+        return None
+    source = read_picture(options.image)
+    (width, height), (to_width, to_height) = source.image.size, options.size
+    if not 0.99 < width / height * to_height / to_width < 1.01:
+        warnings.warn(
+            f"{options.image} of {width}x{height} is stretched to {to_width}x{to_height}; --size may give it its shape",
+            stacklevel=2,
+        )
+    return source
 
 
 def _device(name: str) -> str:
@@ -122,79 +231,27 @@ def _device(name: str) -> str:
     return name
 
 
-def _settings(options: argparse.Namespace, sdxl: SDXL) -> dict[str, Any]:
-    """What all pictures of a run share, and what it takes to make them again."""
-    weights = weights_path(options.weights)
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    width, height = sdxl.config.picture_size(options.size)
-    shared = {key: getattr(options, key) for key in ("negative", "steps", "cfg", "prune", "compare", "batch", "dtype")}
-    model = {"weights": weights.name, "sha256": digest, "model": sdxl.config.name, "torch": torch.__version__}
-    return {**shared, "size": f"{width}x{height}", "device": str(sdxl.device), **model}
+def _settings(options: argparse.Namespace, sdxl: SDXL, source: Source | None, files: Sequence[Path]) -> dict[str, Any]:
+    """What all pictures of a run share, and what it takes to make them again, under the names of the options.
 
-
-def _make(
-    sdxl: SDXL, options: argparse.Namespace, settings: dict[str, Any], first: int, targets: Sequence[Path]
-) -> None:
-    """Makes one batch of pictures, the first of them number ``first``, and prints one line for each."""
-    prompts = options.prompts[first : first + len(targets)]
-    began = time.perf_counter()
-    kinds = [None, options.prune] if options.compare else [options.prune]
-    made = {prune: _generate(sdxl, options, prompts, options.seed + first, prune) for prune in kinds}
-    seconds = (time.perf_counter() - began) / len(targets)
-    for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        picture = made[options.prune][0][index]
-        if options.compare:
-            picture = _side_by_side({prune or "dense": images[index] for prune, (images, _) in made.items()})
-        record = {"prompt": prompt, "seed": options.seed + first + index, **settings}
-        notes = PngInfo()
-        notes.add_itxt("prompt", prompt)
-        notes.add_itxt("minisdxl", json.dumps(record, ensure_ascii=False))
-        with atomic_path(target) as path:
-            picture.save(path, pnginfo=notes)
-        share = made[options.prune][1]
-        print(f"{target}  seed {record['seed']}  {seconds:.1f} s  {share:.1%} of dense FLOPs")
-
-
-def _generate(
-    sdxl: SDXL, options: argparse.Namespace, prompts: Sequence[str], seed: int, prune: str | None
-) -> tuple[list[Image.Image], float]:
-    """Pictures, and the share of the dense model's FLOPs that they took. Shows progress on a terminal."""
-    width, height = sdxl.config.picture_size(options.size)
-    f, text = sdxl.config.vae.downscale, sdxl.config.text[0].context_length
-    plans = sdxl.plans(prune, options.steps)
-    cost = {plan: count(sdxl.config, height // f, width // f, plan, text).total for plan in set(plans)}
-    dense = count(sdxl.config, height // f, width // f, context_length=text).total
-    calls = (1 if options.cfg == 1 else 2) * len(prompts)
-    with tqdm(total=options.steps, desc=prune or "dense", unit="step", disable=not sys.stderr.isatty()) as bar:
-
-        def on_step(step: int, _: torch.Tensor) -> None:
-            bar.set_postfix_str(f"{format_flops(calls * cost[plans[step]])}FLOPs/step", refresh=False)
-            bar.update()
-
-        images = sdxl.generate(
-            prompts,
-            negative=options.negative,
-            steps=options.steps,
-            cfg=options.cfg,
-            seed=seed,
-            prune=prune,
-            size=options.size,
-            on_step=on_step,
-        )
-    return images, sum(cost[plan] for plan in plans) / (dense * options.steps)
-
-
-def _side_by_side(images: dict[str, Image.Image]) -> Image.Image:
-    """Pictures in a row, each with its name above."""
-    first = next(iter(images.values()))
-    label = max(20, first.height // 20)
-    row = Image.new("RGB", (first.width * len(images), first.height + label), "white")
-    draw = ImageDraw.Draw(row)
-    for column, (name, image) in enumerate(images.items()):
-        row.paste(image, (column * first.width, label))
-        draw.text((column * first.width + 4, label // 2), name, "black", anchor="lm", font_size=label * 0.7)
-    return row
+    ``sha256`` is of all weights that were read, one file after the other; ``image_sha256`` of the file to start from.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    shared = {key: getattr(options, key) for key in ("sampling", "steps", "cfg", "prune", "compare", "batch", "dtype")}
+    sizes = {
+        "size": "{}x{}".format(*options.size),
+        "original_size": "{}x{}".format(*(options.original_size or options.size)),
+        "crop": "{},{}".format(*options.crop),
+        "target_size": "{}x{}".format(*(options.target_size or options.size)),
+    }
+    image = {"image": source.name, "image_sha256": source.sha256, "strength": options.strength} if source else {}
+    others = {key: Path(getattr(options, key)).name for key in ("vae", "unet") if getattr(options, key)}
+    model = {"weights": weights_path(options.weights).name, **others, "sha256": digest.hexdigest()}
+    made_with = {"model": sdxl.config.name, "torch": torch.__version__, "device": str(sdxl.device)}
+    return {**shared, **sizes, **image, **model, **made_with}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Every GroupNorm has eps 1e-6 (official: ``Normalize``), other than the U-Net's R
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -15,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minisdxl.config import VAEConfig
+from minisdxl.strips import Strips, convolve, drain, normalization
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
@@ -56,7 +59,10 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), every position attending to every other."""
         normed = self.norm(x)
-        q, k, v = (rearrange(project(normed), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v))
+        # Contiguous, because fused attention, which never holds all scores at once, takes nothing else.
+        q, k, v = (
+            rearrange(project(normed), "b c h w -> b 1 (h w) c").contiguous() for project in (self.q, self.k, self.v)
+        )
         attended = F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
         x = x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
         return x
@@ -213,7 +219,65 @@ class VAE(nn.Module):
         """Pictures (B, 3, H, W) in [-1, 1] to the mean of their latent, scaled: (B, z, h, w)."""
         return self.moments(images)[0] * self.config.scale_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, z, h, w) to pictures (B, 3, f h, f w), about [-1, 1], not clamped."""
-        x: Tensor = self.decoder(self.post_quant_conv(latents.to(self.dtype) / self.config.scale_factor))
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Scaled latents (B, z, h, w) to pictures (B, 3, f h, f w), about [-1, 1], not clamped.
+
+        With ``tile`` in less memory, and the same but for rounding: picture by picture, each in strips of ``tile``
+        rows of its latent (:func:`decode_in_strips`). Raises ``ValueError`` as :func:`check_tile`.
+        """
+        check_tile(tile)
+        x: Tensor = self.post_quant_conv(latents.to(self.dtype) / self.config.scale_factor)
+        if tile is not None:
+            return torch.cat([decode_in_strips(self.decoder, latent, tile) for latent in torch.split(x, 1)])
+        x = self.decoder(x)
         return x
+
+
+def check_tile(tile: int | None) -> None:
+    """Raises ``ValueError`` for what is no number of rows to decode at a time."""
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile is {tile}, expected 1 or more rows of the latent, or None to decode all at once")
+
+
+def decode_in_strips(decoder: Decoder, x: Tensor, rows: int) -> Tensor:
+    """``decoder(x)`` of a latent (B, z, h, w), in strips of ``rows`` of its rows from the end of the middle on.
+
+    The largest map that is held, of twice the width of the last level and of full size, takes 1 GiB at the official
+    numbers, 1024 x 1024 pixels and fp32; the whole decoder at once takes three times as much.
+    """
+    strips = deque(decoder.mid(decoder.conv_in(x)).split(rows, dim=2))
+    for level in reversed(decoder.up):
+        strips = _in_strips(level, strips)
+    norm = normalization(decoder.norm_out, strips)
+    return torch.cat(list(convolve(decoder.conv_out, (F.silu(norm(strip)) for strip in drain(strips)))), dim=2)
+
+
+def _in_strips(part: nn.Module, strips: Strips) -> Strips:
+    """What the forward of a part of the decoder does."""
+    match part:
+        case ResnetBlock():
+            return _resnet_in_strips(part, strips)
+        case Upsample():
+            larger = (F.interpolate(strip, scale_factor=2.0, mode="nearest") for strip in drain(strips))
+            return deque(convolve(part.conv, larger))
+        case UpLevel() | nn.Sequential():
+            for child in part.children():
+                strips = _in_strips(child, strips)
+            return strips
+        case nn.Identity():
+            return strips
+    raise TypeError(f"{type(part).__name__} has no way to compute in strips")
+
+
+def _resnet_in_strips(block: ResnetBlock, strips: Strips) -> Strips:
+    norm1, shortcut = normalization(block.norm1, strips), Strips()
+
+    def activated() -> Iterator[Tensor]:
+        for strip in drain(strips):
+            shortcut.append(block.nin_shortcut(strip))
+            yield F.silu(norm1(strip))
+
+    h = deque(convolve(block.conv1, activated()))
+    norm2 = normalization(block.norm2, h)
+    residual = convolve(block.conv2, (F.silu(norm2(strip)) for strip in drain(h)))
+    return deque(x + h for x, h in zip(drain(shortcut), residual, strict=True))

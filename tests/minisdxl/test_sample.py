@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
 
+import minisdxl
 from atedm import PRESETS
+from minisdxl.flops import count
+from minisdxl.pipeline import SDXL
 from minisdxl.sample import main
+from minisdxl.samplings import SAMPLINGS
 
 PROMPT = "a small red circle above a big blue square on a white background"
 QUICK = ["--steps", "2", "--size", "64x64"]
@@ -30,23 +40,97 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err
 
 
-def test_picture_holds_what_it_takes_to_make_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def drawing(tmp_path: Path) -> Path:
+    """A small picture to start from, in a folder of its own."""
+    path = tmp_path / "drawings" / "drawing.png"
+    path.parent.mkdir()
+    colors = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(colors).resize((60, 48), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What no options but the seed 7 make."""
+    path = tmp_path_factory.mktemp("plain") / "plain.png"
+    main([PROMPT, *QUICK, "--seed", "7", "--out", str(path)])
+    return path
+
+
+def record_of(path: str | Path) -> Any:
+    """What a picture says of how it was made."""
+    return json.loads(Image.open(path).text["minisdxl"])  # type: ignore[attr-defined]
+
+
+def command_of(record: dict[str, Any], folder: Path) -> list[str]:
+    """The arguments that make a picture again, from its record alone; ``folder`` has the file that it started from."""
+    if "image" in record:
+        found = [
+            path for path in folder.iterdir() if hashlib.sha256(path.read_bytes()).hexdigest() == record["image_sha256"]
+        ]
+        record = {**record, "image": found[0]}
+    flags = [
+        *("negative", "seed", "sampling", "steps", "cfg", "size", "original_size", "crop", "target_size"),
+        *("image", "strength", "prune", "dtype", "device"),
+    ]
+    given = [f"--{key.replace('_', '-')}={record[key]}" for key in flags if record.get(key) is not None]
+    return [record["prompt"], *given, *(["--compare"] if record["compare"] else [])]
+
+
+def unet_flops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the FLOPs of every call of the U-Net, counted where it is called."""
+    found: list[int] = []
+
+    def load(*arguments: Any, **options: Any) -> SDXL:
+        sdxl = minisdxl.load(*arguments, **options)
+
+        def counted(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            x, _, context, _, plan = inputs
+            found.append(len(x) * count(sdxl.config, x.shape[2], x.shape[3], plan, context.shape[1]).total)
+
+        sdxl.unet.register_forward_pre_hook(counted)
+        return sdxl
+
+    monkeypatch.setattr("minisdxl.sample.load", load)
+    return found
+
+
+def test_picture_is_recorded_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "new" / "picture.png"
     main([PROMPT, *QUICK, "--seed", "5", "--prune", "at-edm:rho=0.5", "--out", str(file)])
     line = capsys.readouterr().out
-    image = Image.open(file)
-    assert image.size == (64, 64)
-    record = json.loads(image.text["minisdxl"])  # type: ignore[attr-defined]
+    assert Image.open(file).size == (64, 64)
+    record = record_of(file)
     assert (record["prompt"], record["seed"], record["steps"]) == (PROMPT, 5, 2)
     assert (record["prune"], record["size"], record["weights"]) == ("at-edm:rho=0.5", "64x64", "shapes.safetensors")
     assert len(record["sha256"]) == 64
     assert str(file) in line
     assert "seed 5" in line
     assert "% of dense FLOPs" in line
-    again = tmp_path / "again.png"
-    settings = [f"--{key}={record[key]}" for key in ("seed", "steps", "cfg", "size", "prune", "negative", "dtype")]
-    main([record["prompt"], *settings, "--out", str(again)])
-    assert Image.open(again).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--prune", "at-edm:rho=0.5", "--cfg", "3.3"],
+        ["--sampling", "euler-ancestral", "--negative", 'blue, "green"', "--original-size", "300x200", "--crop", "9,5"],
+        ["--sampling", "lcm", "--steps", "3", "--target-size", "32x96", "--dtype", "bf16"],
+        ["--sampling", "heun", "--steps", "4", "--image", "drawing.png", "--strength", "0.55", "--prune"],
+        ["--image", "drawing.png", "--steps", "5", "--compare"],
+    ],
+    ids=" ".join,
+)
+def test_picture_is_made_again_from_its_record_alone(
+    tmp_path: Path, drawing: Path, plain: Path, options: list[str]
+) -> None:
+    options = [str(drawing) if option == "drawing.png" else option for option in options]
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    main([PROMPT, *QUICK, "--seed", "7", *options, "--out", str(first)])
+    main([*command_of(record_of(first), drawing.parent), "--out", str(again)])
+    assert Image.open(again).tobytes() == Image.open(first).tobytes()
+    assert record_of(again) == record_of(first)
+    assert Image.open(plain).tobytes() != Image.open(first).tobytes()
 
 
 def test_each_prompt_has_its_own_seed_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,9 +138,195 @@ def test_each_prompt_has_its_own_seed_and_file(tmp_path: Path, capsys: pytest.Ca
     main([*prompts, *QUICK, "--seed", "10", "--batch", "2", "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[1] for line in lines] == ["seed 10", "seed 11", "seed 12"]
-    records = [json.loads(Image.open(line.split("  ")[0]).text["minisdxl"]) for line in lines]  # type: ignore[attr-defined]
+    records = [record_of(line.split("  ")[0]) for line in lines]
     assert [record["prompt"] for record in records] == prompts
     assert [record["seed"] for record in records] == [10, 11, 12]
+
+
+def test_pictures_of_a_prompt_follow_one_another(tmp_path: Path) -> None:
+    prompts = [PROMPT, "a big green triangle on a black background"]
+    options = [*QUICK, "--seed", "3", "--json", str(tmp_path / "run.json")]
+    main([*prompts, *options, "--images-per-prompt", "2", "--batch", "3", "--out", str(tmp_path / "many")])
+    made = json.loads((tmp_path / "run.json").read_text())["pictures"]
+    assert [(picture["prompt"], picture["seed"]) for picture in made] == [
+        (prompts[0], 3),
+        (prompts[0], 4),
+        (prompts[1], 5),
+        (prompts[1], 6),
+    ]
+    for picture in made[1:3]:
+        main([picture["prompt"], *QUICK, "--seed", str(picture["seed"]), "--out", str(tmp_path / "alone.png")])
+        alone, together = (
+            np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "alone.png", picture["path"])
+        )
+        print(f"seed {picture['seed']}, alone and in a batch of 3: max error {abs(alone - together).max()} of 255")
+        assert abs(alone - together).max() <= 1  # rounding differs by batch size
+
+
+def test_prompts_of_a_file_keep_their_own_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": "a red circle"},
+        {"prompt": "a blue square", "seed": 100, "negative": "red"},
+        {"prompt": "a green triangle", "seed": 102},
+        {"prompt": "a green triangle", "seed": 102, "negative": ""},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    options = ["--prompts", str(tmp_path / "p.jsonl"), "--images-per-prompt", "2", "--batch", "4", "--negative", "gray"]
+    main([PROMPT, *QUICK, "--steps", "1", *options, "--out", str(tmp_path / "out")])
+    records = [record_of(line.split("  ")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert [(record["prompt"], record["seed"], record["negative"]) for record in records] == [
+        *[(PROMPT, seed, "gray") for seed in (0, 1)],
+        *[("a red circle", seed, "gray") for seed in (2, 3)],
+        *[("a blue square", seed, "red") for seed in (100, 101)],
+        *[("a green triangle", seed, "gray") for seed in (102, 103)],
+        *[("a green triangle", seed, "") for seed in (102, 103)],
+    ]
+    assert len(list((tmp_path / "out").iterdir())) == 10  # two pairs that would have the same names
+
+
+def test_list_of_samplings(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--sampling", "list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(SAMPLINGS)
+    assert [line.split()[1] for line in lines[1:]] == [str(each.steps) for each in SAMPLINGS.values()]
+
+
+def test_numbers_of_the_sampling_are_the_defaults(tmp_path: Path) -> None:
+    main([PROMPT, "--sampling", "lcm", "--size", "64x64", "--out", str(tmp_path / "x.png")])
+    record = record_of(tmp_path / "x.png")
+    assert (record["sampling"], record["steps"], record["cfg"]) == ("lcm", SAMPLINGS["lcm"].steps, SAMPLINGS["lcm"].cfg)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--steps", "4", "--prune", "at-edm:tau=25"],
+        ["--steps", "3", "--prune", "--cfg", "1", "--batch", "2", "--images-per-prompt", "3"],
+        ["--sampling", "heun", "--steps", "4", "--prune", "at-edm:tau=25"],
+        [
+            "--sampling",
+            "heun",
+            "--steps",
+            "5",
+            "--prune",
+            "at-edm:tau=25",
+            "--image",
+            "drawing.png",
+            "--strength",
+            "0.8",
+        ],
+        ["--sampling", "turbo", "--prune"],
+        ["--sampling", "dpm++-2m", "--steps", "4", "--image", "drawing.png", "--prune", "tome"],
+    ],
+    ids=" ".join,
+)
+def test_flops_are_those_of_the_calls(
+    tmp_path: Path,
+    drawing: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+) -> None:
+    options = [PROMPT, "--size", "64x64", *(str(drawing) if option == "drawing.png" else option for option in options)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    found = unet_flops(monkeypatch)
+    report = tmp_path / "run.json"
+    main([*options, "--json", str(report), "--out", str(tmp_path / "pruned")])
+    pruned, run = sum(found), json.loads(report.read_text())
+    shown, bar = capsys.readouterr()
+    found.clear()
+    main([*without_pruning(options), "--json", str(report), "--out", str(tmp_path / "dense")])
+    dense = sum(found)
+    print(f"{' '.join(options[3:])}: {pruned / 1e9:.2f} of {dense / 1e9:.2f} GFLOPs, {pruned / dense:.1%}")
+    assert run["flops"] == pruned < dense == run["dense_flops"]
+    assert run["share"] == pruned / dense
+    assert f"{pruned / dense:.1%} of dense FLOPs" in shown
+    steps = run["settings"]["steps"]
+    left = steps if "strength" not in run["settings"] else int(steps * run["settings"]["strength"])
+    assert f" {left}/{left} " in bar
+    assert "FLOPs/step" in bar
+
+
+def without_pruning(options: list[str]) -> list[str]:
+    """Command-line options without ``--prune`` and its preset."""
+    where = options.index("--prune")
+    has_preset = len(options) > where + 1 and not options[where + 1].startswith("-")
+    return options[:where] + options[where + 1 + has_preset :]
+
+
+def test_previews_lie_beside_the_pictures(tmp_path: Path) -> None:
+    options = [PROMPT, "--size", "64x96", "--sampling", "dpm++-2m", "--steps", "5", "--preview", "2"]
+    main([*options, "--images-per-prompt", "2", "--batch", "2", "--out", str(tmp_path)])
+    plain = sorted(path.stem for path in tmp_path.iterdir() if "-step-" not in path.name)
+    previews = sorted(path.name for path in tmp_path.iterdir() if "-step-" in path.name)
+    assert len(plain) == 2
+    assert previews == [f"{stem}-step-{step}.png" for stem in plain for step in ("002", "004")]
+    for stem in plain:
+        small = Image.open(tmp_path / f"{stem}-step-004.png")
+        whole = Image.open(tmp_path / f"{stem}.png").resize(small.size, Image.Resampling.BOX)
+        error = np.abs(np.asarray(small).astype(float) - np.asarray(whole)).mean() / 255
+        print(f"step 4 of 5 of {stem}: mean difference from the picture {error:.3f} in [0, 1]")
+        assert small.size == (16, 24)
+        assert error < 0.25
+
+
+def test_previews_of_a_comparison_are_apart(tmp_path: Path) -> None:
+    main([PROMPT, *QUICK, "--compare", "--preview", "2", "--out", str(tmp_path / "x.png")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "x-dense-step-002.png",
+        "x-pruned-step-002.png",
+        "x.png",
+    ]
+
+
+def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([PROMPT, "ein grünes Dreieck", *QUICK, "--seed", "8", "--json", "-", "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert err.count("% of dense FLOPs") == 2
+    assert {"settings", "versions", "hardware", "load_seconds", "seconds", "flops", "dense_flops", "share"} < set(
+        report
+    )
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["transformers"] == transformers.__version__
+    assert [(each["prompt"], each["seed"]) for each in report["pictures"]] == [(PROMPT, 8), ("ein grünes Dreieck", 9)]
+    for picture in report["pictures"]:
+        record = record_of(picture["path"])
+        assert record == {**{key: picture[key] for key in ("prompt", "negative", "seed")}, **report["settings"]}
+        assert 0 < picture["seconds"] < report["seconds"]
+        assert picture["flops"] == picture["dense_flops"] == report["flops"] // 2
+
+
+def test_no_report_of_half_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = SDXL.generate
+
+    def generate_once(self: SDXL, prompts: list[str], **options: Any) -> Any:
+        if options["seed"] > 0:
+            raise KeyboardInterrupt
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(SDXL, "generate", generate_once)
+    with pytest.raises(SystemExit) as stop:
+        main([PROMPT, PROMPT, *QUICK, "--json", str(tmp_path / "run.json"), "--out", str(tmp_path)])
+    assert stop.value.code == 130
+    assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
+
+
+def test_picture_is_turned_upright_and_any_kind_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    upright = Image.fromarray(np.random.default_rng(1).integers(0, 256, (48, 32, 3), dtype=np.uint8))
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise to show
+    upright.rotate(90, expand=True).save(tmp_path / "lying.png", exif=exif)
+    upright.quantize(256).save(tmp_path / "palette.gif")
+    for name in ("upright.png", "lying.png", "palette.gif"):
+        options = ["--image", str(tmp_path / name), "--size", "64x96", "--steps", "2", "--strength", "0.5"]
+        main([PROMPT, *options, "--out", str(tmp_path / "out" / f"{name}.png")])
+    assert capsys.readouterr().err == ""  # no warning of a change of shape
+    made = [Image.open(tmp_path / "out" / f"{name}.png").tobytes() for name in ("upright.png", "lying.png")]
+    assert made[0] == made[1]
+    main([PROMPT, *options, "--size", "64x64", "--out", str(tmp_path / "x.png")])
+    assert re.search(r"palette\.gif of 32x48 is stretched to 64x64", capsys.readouterr().err)
 
 
 def test_compare_puts_dense_and_pruned_side_by_side(tmp_path: Path) -> None:
@@ -83,13 +353,22 @@ def test_list_names_every_preset_and_its_cost(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_preset_makes_a_picture(preset: str, tmp_path: Path) -> None:
     main([PROMPT, *QUICK, "--prune", preset, "--out", str(tmp_path / "x.png")])
-    assert json.loads(Image.open(tmp_path / "x.png").text["minisdxl"])["prune"] == preset  # type: ignore[attr-defined]
+    assert record_of(tmp_path / "x.png")["prune"] == preset
+
+
+def test_budget_is_for_the_steps_and_the_size_of_the_sampling(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([PROMPT, "--sampling", "turbo", "--size", "256x256", "--prune", "--budget", "90%", "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "average of 1 steps is within 90%" in err
+    assert 89 <= float(out.rsplit("  ", 1)[1].split("%")[0]) <= 90
 
 
 def test_budget_sets_the_ratio_and_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     budget = ["--prune", "at-edm:tau=10", "--budget", "90%", "--size", "256x256", "--steps", "1"]
     main([PROMPT, *budget, "--out", str(tmp_path / "x.png")])
-    record = json.loads(Image.open(tmp_path / "x.png").text["minisdxl"])  # type: ignore[attr-defined]
+    record = record_of(tmp_path / "x.png")
     assert record["prune"].startswith("at-edm:tau=10,rho=0.")
     share = float(capsys.readouterr().out.rsplit("  ", 1)[1].split("%")[0])
     assert 89 <= share <= 90
@@ -126,6 +405,30 @@ def test_long_prompt_warns_and_shows_what_was_lost(tmp_path: Path, capsys: pytes
         (["--out", "picture.jpeg"], "picture.jpeg"),
         (["--tokenizer", "nowhere"], "nowhere"),
         (["another prompt", "--out", "one.png"], "one.png"),
+        (["--images-per-prompt", "2", "--out", "one.png"], "one.png"),
+        (["--images-per-prompt", "0"], "--images-per-prompt is 0"),
+        (["--preview", "0"], "--preview is 0"),
+        (["--seed", "4294967295", "--images-per-prompt", "2"], "4294967296"),
+        (["--sampling", "nonesuch"], "unknown sampling 'nonesuch'"),
+        (["--sampling", "lcm", "--steps", "51"], "steps is 51"),
+        (["--strength", "0.5"], "--strength is 0.5 without --image"),
+        (["--image", "nowhere.png"], "nowhere.png is no file, expected a picture"),
+        (["--image", "drawings"], "drawings is no file, expected a picture"),
+        (["--image", "drawings/drawing.png", "--strength", "0"], "strength is 0.0"),
+        (["--image", "drawings/drawing.png", "--strength", "nan"], "strength is nan"),
+        (["--image", "drawings/drawing.png", "--strength", "0.1"], "strength 0.1 leaves none of 2 steps"),
+        (["--image", "page.png"], "page.png cannot be read as a picture, expected"),
+        (["--image", "half.png"], "half.png cannot be read as a picture"),
+        (["--image", "bad.png"], "bad.png cannot be read as a picture"),
+        (["--original-size", "0x64"], "original_size is 0 x 64"),
+        (["--target-size", "64"], "64"),
+        (["--crop", "5"], "'5', expected LEFT,TOP"),
+        (["--crop=-1,0"], "'-1,0', expected LEFT,TOP"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt is no file, expected one of prompts"),
+        (["--prompts", "page.png"], "page.png, expected a .txt, .jsonl or .csv"),
+        (["--prompts", "bad.jsonl"], "bad.jsonl, line 2: no prompt among the keys text"),
+        (["--json", "drawings"], "drawings is a folder"),
+        (["--json", "page.png/run.json"], "page.png"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
@@ -133,12 +436,18 @@ def test_bad_input_is_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    drawing: Path,
     arguments: list[str],
     named: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.png").write_text("<html>")
+    (tmp_path / "half.png").write_bytes(drawing.read_bytes()[:200])
+    (tmp_path / "bad.png").write_bytes(drawing.read_bytes().replace(b"IHDR", b"IHDX"))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a red circle"}\n{"text": "a blue square"}\n')
+    there = sorted(tmp_path.rglob("*.*"))
     assert named in refused(capsys, PROMPT, *QUICK, *arguments)
-    assert not list(tmp_path.rglob("*.png"))
+    assert sorted(tmp_path.rglob("*.*")) == there
 
 
 def test_device_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""The report of a run, for programs: JSON that is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisdxl.files import atomic_path
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that make the numbers; ``None`` for a source tree that was never installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("minisdxl", "torch", "transformers", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def hardware(device: torch.device) -> str:
+    """What ``device`` is: the name of a GPU, or the kind of processor and how many of its threads compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_report(target: str, report: Mapping[str, Any]) -> None:
+    """To a file, or to stdout where ``target`` is ``-``. Raises ``OSError``."""
+    text = json.dumps(report, indent=1)
+    if target == "-":
+        print(text, flush=True)
+        return
+    with atomic_path(Path(target)) as path:
+        path.write_text(text + "\n")

@@ -1,0 +1,115 @@
+"""What ``tools.memory`` measures, one measurement in a fresh process: prints JSON as its last line.
+
+Each function imports what it measures and nothing else, because imports count in the memory of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROMPT = "a photograph of an astronaut riding a horse"
+
+
+def ours(weights: str, folder: str, dtype: str) -> dict[str, Any]:
+    """Loads with ``minisdxl.load``."""
+    import torch
+
+    from minisdxl import load
+
+    began = time.perf_counter()
+    sdxl = load(weights, dtype=getattr(torch, dtype), tokenizer=Path(folder) / "tokenizer")
+    called = time.perf_counter()
+    assert isinstance(sdxl.text, torch.nn.Module)
+    return _loaded(began, called, [sdxl.unet, sdxl.vae, sdxl.text])
+
+
+def diffusers(weights: str, folder: str, dtype: str) -> dict[str, Any]:
+    """Loads with diffusers, whose ``config=`` names a local folder: nothing is asked of the hub.
+
+    The VAE is brought from fp16 to fp32, as is done here while loading, and in diffusers before it decodes.
+    """
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    began = time.perf_counter()
+    pipeline = StableDiffusionXLPipeline.from_single_file(
+        weights, config=folder, torch_dtype=getattr(torch, dtype), local_files_only=True
+    )
+    called = time.perf_counter()
+    if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        pipeline.vae.float()
+    return _loaded(began, called, [pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2])
+
+
+def picture(
+    weights: str, folder: str, dtype: str, size: tuple[int, int] | None, steps: int, tile: int | None
+) -> dict[str, Any]:
+    """Makes a picture with a fp32 VAE, guided; with a ``tile`` also without text encoders while it samples."""
+    import torch
+
+    from minisdxl import load
+
+    stages: dict[str, dict[str, float]] = {}
+    began = time.perf_counter()
+
+    def note(stage: str) -> None:
+        stages[stage] = {"seconds": time.perf_counter() - began, "resident": _memory("VmRSS"), "peak": _memory("VmHWM")}
+
+    sdxl = load(weights, dtype=getattr(torch, dtype), tokenizer=Path(folder) / "tokenizer")
+    sdxl.vae.float()
+    note("loading")
+    if tile is not None:
+        sdxl = sdxl.encode_ahead([PROMPT])
+        note("encoding the prompt")
+    sdxl.generate(
+        [PROMPT],
+        steps=steps,
+        cfg=7.0,
+        size=size,
+        tile=tile,
+        on_step=lambda step, _: note(f"step {step + 1} of {steps}"),
+    )
+    note("decoding")
+    return {"stages": stages, "peak": _memory("VmHWM")}
+
+
+def _loaded(began: float, called: float, modules: Iterable[nn.Module]) -> dict[str, Any]:
+    """Seconds until all weights can be used, and of the call alone; their bytes; and the most memory of the process.
+
+    One byte of each page is read: a library may map a file into memory, and would read it later than it says.
+    """
+    import torch
+
+    storages = {
+        storage.data_ptr(): storage
+        for module in modules
+        for storage in (weight.untyped_storage() for weight in module.parameters())
+    }
+    for storage in storages.values():
+        torch.empty(0, dtype=torch.uint8).set_(storage)[::4096].sum()
+    return {
+        "seconds": time.perf_counter() - began,
+        "called": called - began,
+        "peak": _memory("VmHWM"),
+        "weights": sum(storage.nbytes() for storage in storages.values()),
+    }
+
+
+def _memory(field: str) -> int:
+    """Bytes of a field of the process's status: VmRSS is what it has in memory, VmHWM the most that it had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    functions: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "diffusers": diffusers, "picture": picture}
+    measure = functions[sys.argv[1]]
+    print(json.dumps(measure(**json.loads(sys.argv[2]))))

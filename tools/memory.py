@@ -1,0 +1,255 @@
+"""How long a whole model takes to load and how much memory it needs, beside diffusers in the same run.
+
+    python -m tools.memory load                    # fp32, bf16 and fp16, three times each: time and peak memory
+    python -m tools.memory picture                 # one picture of 1024 x 1024 in as little memory as there is need for
+    python -m tools.memory write full.safetensors  # the file that the others make for themselves, for --weights
+
+Nothing is downloaded: the file has the official names, shapes and dtypes, and random numbers. Every measurement is a
+process of its own, those of both libraries take turns, and the file is read once before each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisdxl.checkpoint import file_metadata, official_shapes, read_config, without_memory
+from minisdxl.command import Parser, parse_size
+from minisdxl.config import SDXL_BASE, SHAPES, ModelConfig
+from minisdxl.describe import json_files, tokenizer_files
+from minisdxl.pipeline import BUNDLED
+from minisdxl.sample import DTYPES
+from minisdxl.tensorfile import write_tensors
+from minisdxl.tokenizer import load_vocabulary
+from minisdxl.vae import check_tile
+
+CONFIGS = {"full": SDXL_BASE, "small": SHAPES}
+LIBRARIES = ("ours", "diffusers")
+PROMISE = 12 * 2**30  # bytes for a picture of 1024 x 1024
+
+
+def write_random(path: Path, config: ModelConfig) -> None:
+    """Writes a file of random fp16 numbers in the official layout, of a scale at which no part overflows.
+
+    Raises:
+        OSError: if the disk has no room for it.
+        CheckpointError: if it cannot be written.
+    """
+    shapes = official_shapes(without_memory(config))
+    needed, free = 2 * sum(map(math.prod, shapes.values())), shutil.disk_usage(path.parent).free
+    if free < 1.01 * needed:
+        raise OSError(f"{path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} are free; name another --folder")
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers() -> Iterator[Tensor]:
+        for name, shape in shapes.items():
+            if len(shape) > 1:
+                yield torch.randn(shape, generator=generator).div(math.sqrt(math.prod(shape[1:])))
+            else:
+                yield torch.full(shape, float(name.endswith("weight")))  # normalizations do nothing, and biases neither
+
+    write_tensors(
+        path, {name: (torch.float16, shape) for name, shape in shapes.items()}, numbers(), file_metadata(config)
+    )
+
+
+def write_description(folder: Path, config: ModelConfig, weights: Path, tokenizer: Path | None) -> None:
+    """Writes what diffusers wants to know beside the weights: a folder of configs and tokenizers.
+
+    Raises:
+        CheckpointError: if diffusers has no such model.
+        FileNotFoundError: if there is no vocabulary.
+        ValueError: if the vocabulary is not that of the model.
+    """
+    files = {name: json.dumps(content) for name, content in json_files(folder, config).items()}
+    files |= tokenizer_files(config, load_vocabulary(weights, tokenizer))
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def measure(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """One measurement of ``tools.measured`` in a process of its own. Raises ``RuntimeError`` if that fails."""
+    with Path(arguments["weights"]).open("rb") as file:
+        while file.read(2**24):  # into the system's cache, so that the disk is not what is measured
+            pass
+    command = [sys.executable, "-m", "tools.measured", kind, json.dumps(arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        why = "killed, as systems do when memory runs out" if done.returncode == -9 else f"exit code {done.returncode}"
+        last = done.stderr.strip().splitlines()[-1:]
+        raise RuntimeError(f"measuring {kind} {arguments['dtype']} failed: {' '.join([why, *last])}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure_loading(weights: Path, folder: Path, dtypes: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """Both libraries in turn, for each dtype: medians of the seconds, the largest of the peaks, and their ratios."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {(dtype, kind): [] for dtype in dtypes for kind in LIBRARIES}
+    for repeat in range(repeats):
+        for dtype in dtypes:
+            for kind in LIBRARIES if repeat % 2 == 0 else reversed(LIBRARIES):
+                arguments = {"weights": str(weights), "folder": str(folder), "dtype": str(DTYPES[dtype])[6:]}
+                run = measure(kind, arguments)
+                runs[dtype, kind].append(run)
+                print(
+                    f"{repeat + 1} of {repeats}, {dtype}, {kind}: {run['seconds']:.2f} s "
+                    f"(the call alone {run['called']:.2f} s), peak {gib(run['peak'])} GiB",
+                    file=sys.stderr,
+                )
+    rows = []
+    for dtype in dtypes:
+        row: dict[str, Any] = {"dtype": dtype}
+        for kind in LIBRARIES:
+            mine = runs[dtype, kind]
+            row[kind] = {
+                "seconds": statistics.median(run["seconds"] for run in mine),
+                "peak": max(run["peak"] for run in mine),
+                "weights": mine[0]["weights"],
+                "runs": mine,
+            }
+        row["ratio"] = {key: row["ours"][key] / row["diffusers"][key] for key in ("seconds", "peak")}
+        rows.append(row)
+    return rows
+
+
+def machine() -> str:
+    """The machine and the versions, in words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "diffusers"))
+    return (
+        f"{next(names, platform.machine())}, {len(os.sched_getaffinity(0))} cores, {gib(memory)} GiB; "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:.2f}"
+
+
+def loading_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of :func:`measure_loading`."""
+    lines = [
+        "| weights | load, s: ours | diffusers | ratio | peak, GiB: ours | diffusers | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ours, theirs, ratio = row["ours"], row["diffusers"], row["ratio"]
+        lines.append(
+            f"| {row['dtype']} | {ours['seconds']:.2f} | {theirs['seconds']:.2f} | {ratio['seconds']:.2f} "
+            f"| {gib(ours['peak'])} | {gib(theirs['peak'])} | {ratio['peak']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def picture_table(result: Mapping[str, Any]) -> str:
+    """A Markdown table of a picture's stages, and whether it was made in ``PROMISE``."""
+    lines = ["| after | seconds | in memory, GiB | peak so far, GiB |", "| --- | --- | --- | --- |"]
+    for stage, numbers in result["stages"].items():
+        lines.append(f"| {stage} | {numbers['seconds']:.1f} | {gib(numbers['resident'])} | {gib(numbers['peak'])} |")
+    verdict = "within" if result["peak"] <= PROMISE else "above"
+    return "\n".join([*lines, f"peak {gib(result['peak'])} GiB, {verdict} {gib(PROMISE)} GiB"])
+
+
+@contextmanager
+def prepared(options: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
+    """The weights and the folder that describes them; both are gone afterwards but for weights that were given."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        weights, tokenizer = options.weights, options.tokenizer
+        if weights is None:
+            weights = folder / f"{options.scale}.safetensors"
+            if options.scale == "small" and tokenizer is None:
+                tokenizer = BUNDLED["shapes"].parent / "tokenizer"
+            print(f"writing {weights}", file=sys.stderr)
+            write_random(weights, CONFIGS[options.scale])
+        write_description(folder, read_config(weights), weights, tokenizer)
+        yield weights.absolute(), folder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; exit code 2 with one line for what cannot be measured."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        if not Path("/proc/self/status").exists():
+            raise OSError("there is no /proc/self/status on this system, which says how much memory a process has had")
+        if options.command == "write":
+            write_random(options.target, CONFIGS[options.scale])
+            return
+        if options.command == "load" and options.repeats < 1:
+            raise ValueError(f"--repeats is {options.repeats}, expected 1 or more")
+        if options.command == "picture":
+            check_tile(options.tile)
+        with prepared(options) as (weights, folder):
+            report: dict[str, Any] = {"machine": machine(), "bytes": weights.stat().st_size}
+            if options.command == "load":
+                report["rows"] = measure_loading(weights, folder, options.dtypes, options.repeats)
+                table = loading_table(report["rows"])
+            else:
+                settings = {
+                    "size": options.size,
+                    "steps": options.steps,
+                    "tile": None if options.plain else options.tile,
+                }
+                dtype = {"dtype": str(DTYPES[options.dtype])[6:]}
+                report |= settings | dtype
+                report |= measure("picture", {"weights": str(weights), "folder": str(folder), **dtype, **settings})
+                table = picture_table(report)
+        print(json.dumps(report, indent=2) if options.json else f"{report['machine']}\n\n{table}")
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: no file was left\n")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m tools.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser("write", help="only write a file of random numbers")
+    write.add_argument("target", type=Path, metavar="FILE")
+    write.add_argument("--scale", choices=CONFIGS, default="full", help="of the model (default: %(default)s)")
+    loading = commands.add_parser("load", help="measure loading, here and in diffusers")
+    loading.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
+    loading.add_argument("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
+    picture = commands.add_parser("picture", help="measure one picture, guided, with a VAE in fp32")
+    picture.add_argument("--dtype", choices=DTYPES, default="bf16", help="of U-Net and text (default: %(default)s)")
+    picture.add_argument("--size", type=parse_size, metavar="WxH", help="(default: what the model was made for)")
+    picture.add_argument("--steps", type=int, default=1, help="denoising steps (default: %(default)s)")
+    picture.add_argument(
+        "--tile", type=int, default=8, help="rows of the latent to decode at once (default: %(default)s)"
+    )
+    picture.add_argument("--plain", action="store_true", help="keep the text encoders, and decode all at once")
+    for command in (loading, picture):
+        command.add_argument("--scale", choices=CONFIGS, default="full", help="of the model (default: %(default)s)")
+        command.add_argument("--weights", type=Path, metavar="FILE", help="instead of a file of random numbers")
+        command.add_argument("--tokenizer", type=Path, metavar="DIR", help="with CLIP's vocabulary")
+        command.add_argument("--folder", type=Path, metavar="DIR", help="for 7 GB of files (default: the system's)")
+        command.add_argument("--json", action="store_true", help="every number, as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
