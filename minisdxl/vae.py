@@ -226,11 +226,12 @@ class VAE(nn.Module):
         rows of its latent (:func:`decode_in_strips`). Raises ``ValueError`` as :func:`check_tile`.
         """
         check_tile(tile)
-        x: Tensor = self.post_quant_conv(latents.to(self.dtype) / self.config.scale_factor)
+        latents = latents.to(self.dtype) / self.config.scale_factor
         if tile is not None:
-            return torch.cat([decode_in_strips(self.decoder, latent, tile) for latent in torch.split(x, 1)])
-        x = self.decoder(x)
-        return x
+            alone = (self.post_quant_conv(latent) for latent in torch.split(latents, 1))
+            return torch.cat([decode_in_strips(self.decoder, x, tile) for x in alone])
+        pictures: Tensor = self.decoder(self.post_quant_conv(latents))
+        return pictures
 
 
 def check_tile(tile: int | None) -> None:

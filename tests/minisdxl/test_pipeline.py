@@ -16,7 +16,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import minisdxl
@@ -363,8 +363,8 @@ def test_there_must_be_prompts_to_encode_ahead(sdxl: SDXL, prompts: Any) -> None
 
 
 def living_bytes() -> int:
-    """Bytes of all tensors that there are, counting what is shared once; nothing is collected first."""
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    """Bytes of all tensors in memory, counting what is shared once; nothing is collected first."""
+    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter) and found.is_cpu]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
