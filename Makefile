@@ -10,7 +10,7 @@ sample: .venv/installed
 	$(BIN)/python -m minisdxl.sample "$(PROMPT)" --prune --compare --cfg 3 --out out
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from minisdxl import folder
 from minisdxl.config import SDXL_BASE, ModelConfig
-from minisdxl.fields import check_types
+from minisdxl.fields import check_values
 from minisdxl.holders import Holder, open_file, open_part
 from minisdxl.layouts import PARTS
+from minisdxl.lora import LoRA, merge, open_loras
 from minisdxl.recognize import Shape
 from minisdxl.sources import Source, find_source, misfits
 from minisdxl.tensorfile import CheckpointError, write_tensors
@@ -44,10 +45,11 @@ class Modules(NamedTuple):
 
 
 def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the tensor ``name`` in a model of ``dtype``: the official VAE overflows in fp16 and gets fp32."""
-    if name.startswith(VAE_PREFIX) and dtype == torch.float16:
-        return torch.float32
-    return dtype
+    """The dtype of the tensor ``name`` in a model of ``dtype``: that of the VAE is fp32 or wider.
+
+    The official VAE overflows in fp16, and bf16 has no more digits than the picture.
+    """
+    return torch.promote_types(dtype, torch.float32) if name.startswith(VAE_PREFIX) else dtype
 
 
 def read_config(path: str | Path, *, vae: str | Path | None = None, unet: str | Path | None = None) -> ModelConfig:
@@ -62,19 +64,21 @@ def load(
     *,
     vae: str | Path | None = None,
     unet: str | Path | None = None,
+    loras: Sequence[LoRA] = (),
 ) -> tuple[ModelConfig, Modules]:
     """Reads a model, in evaluation mode. Arguments and errors as :func:`open_source`.
 
-    Built without memory and filled tensor by tensor, converted as they are read: at the peak there is little more in
-    memory than the weights in their :func:`part_dtype`.
+    Built without memory and filled by :meth:`Source.load`, which maps tensors or converts them one by one: at the peak
+    there is little more in memory than the weights in their :func:`part_dtype`. Then ``loras`` are merged into them,
+    tensor by tensor, with the errors of :func:`minisdxl.lora.open_loras` (before anything is read) and
+    :func:`minisdxl.lora.merge`.
     """
     source, modules = _open(Path(path), dtype, vae, unet)
+    changes = open_loras(loras, source.config, source.shapes)
     for note in source.notes:
         logger.warning(note)
-    tensors = {
-        name: torch.empty(shape, dtype=part_dtype(name, dtype), device=device) for name, shape in source.shapes.items()
-    }
-    source.read_into(tensors)
+    tensors = source.load({name: part_dtype(name, dtype) for name in source.shapes}, device)
+    merge(changes, tensors)
     for module in modules:
         module.eval()
     modules.unet.load_state_dict(_part(tensors, UNET_PREFIX), strict=True, assign=True)
@@ -175,7 +179,7 @@ def _file_config(holder: Holder) -> ModelConfig:
         return SDXL_BASE
     try:
         config = ModelConfig.from_dict(json.loads(stored))
-        check_types(config)
+        check_values(config)
         return config
     except (ValueError, TypeError, RecursionError) as error:
         raise _damaged(holder.path, error) from error

@@ -24,7 +24,7 @@ from minisdxl.layouts import PARTS, layout
 from minisdxl.pipeline import weights_path
 from minisdxl.sample import DTYPES
 from minisdxl.sources import Source
-from minisdxl.tensorfile import CheckpointError, Spec, write_tensors
+from minisdxl.tensorfile import CheckpointError, Spec, write_container, write_tensors
 from minisdxl.tokenizer import Vocabulary, load_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,8 @@ def _write_part(source: Source, part: str, path: Path, dtype: torch.dtype | None
         for name, place in places.items():
             yield from place.split(_read(source, name, dtypes[name]))
 
-    write_tensors(path, specs, tensors(), {"format": "pt"})
+    with path.open("wb") as file:
+        write_container(file, specs, tensors(), {"format": "pt"})
 
 
 def _read(source: Source, name: str, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from minisdxl.config import ModelConfig
 from minisdxl.tensorfile import CheckpointError
 
 LARGEST = 50_000_000  # bytes; more than any config or list of shards has
+NOISE_LEVELS = 100_000  # more than any model is trained at
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Fields:
     @classmethod
     def read(cls, path: Path) -> Fields:
         """Reads a file."""
+        if path.exists() and not path.is_file():  # a pipe, say, which would be waited for
+            raise CheckpointError(f"{path} is not a file; expected one in a diffusers folder")
         try:
             size = path.stat().st_size
             values = json.loads(path.read_text(encoding="utf-8")) if size <= LARGEST else None
@@ -78,14 +81,18 @@ class Fields:
         return CheckpointError(f"{self.path} does not describe an SDXL model: {found}, expected {expected}")
 
 
-def check_types(config: ModelConfig) -> None:
-    """Refuses a config in which something has another type than it should. Raises ``ValueError`` naming it."""
+def check_values(config: ModelConfig) -> None:
+    """Refuses a config in which something is of a wrong type, or out of range. Raises ``ValueError`` naming it."""
     for name, value in _numbers("", config.to_dict()):
         field = name.rpartition(".")[2]
         if field in ("name", "activation"):
             right = isinstance(value, str) and value.isprintable()
-        elif field in ("scale_factor", "beta_start", "beta_end"):
+        elif field in ("beta_start", "beta_end"):
+            right = _is_number(value) and 0 < value < 1
+        elif field == "scale_factor":
             right = _is_number(value)
+        elif field == "steps":
+            right = type(value) is int and 1 <= value <= NOISE_LEVELS
         elif field == "multipliers":
             right = bool(value) and all(type(number) is int and number >= 1 for number in value)
         elif name == "text[0].projection":
@@ -93,7 +100,13 @@ def check_types(config: ModelConfig) -> None:
         else:
             right = field == "buckets" or (type(value) is int and value >= 0)
         if not right:
-            raise ValueError(f"{name} is {repr(value)[:100]}, a value of another kind than it should be")
+            raise ValueError(f"{name} is {repr(value)[:100]}, a value of another kind or size than it should be")
+    for index, text in enumerate(config.text):
+        special, last = (text.start_token, text.end_token), (text.vocabulary - 2, text.vocabulary - 1)
+        if special != last:
+            raise ValueError(f"text[{index}] has start and end tokens {special}, expected the vocabulary's last {last}")
+        if text.pad_token >= text.vocabulary:
+            raise ValueError(f"text[{index}].pad_token is {text.pad_token}, expected less than {text.vocabulary}")
 
 
 def differences(found: ModelConfig, expected: ModelConfig) -> list[str]:

@@ -20,7 +20,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 
     Raises:
         IsADirectoryError: if ``target`` is a folder.
-        OSError: if the folder of ``target`` does not exist or cannot be written to, or the disk is full.
+        OSError: if the folder of ``target`` does not exist or cannot be written to, or the disk is full. It names
+            ``target``, whatever the block wrote to.
     """
     target = Path(target)
     if target.is_dir():
@@ -33,6 +34,9 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         yield temporary
         _flush_to_disk(temporary)
         temporary.replace(target)
+    except OSError as error:
+        _name(error, temporary, target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,6 +48,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     Raises:
         FileExistsError: if ``target`` is there already and not an empty folder.
         OSError: if the folder that ``target`` is to be in does not exist or cannot be written to, or the disk is full.
+            It names ``target``, whatever the block wrote to.
     """
     target = Path(target).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -56,9 +61,19 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             if file.is_file():
                 _flush_to_disk(file)
         temporary.replace(target)
+    except OSError as error:
+        _name(error, temporary, target)
+        raise
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def _name(error: OSError, temporary: Path, target: Path) -> None:
+    """Makes a system's error name ``target`` where it names what was temporary, or nothing, as for a full disk."""
+    named = error.filename
+    if error.errno is not None and (named is None or Path(os.fsdecode(named)).is_relative_to(temporary)):
+        error.filename = str(target)
 
 
 def _flush_to_disk(path: Path) -> None:

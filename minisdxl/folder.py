@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minisdxl.config import SDXL_BASE, Level, ModelConfig, NoiseConfig, TextConfig, UNetConfig, VAEConfig
-from minisdxl.fields import Fields, differences
+from minisdxl.fields import Fields, check_values, differences
 from minisdxl.holders import part_folder
 from minisdxl.layouts import PARTS
 from minisdxl.recognize import pipeline_family, scheduler_family
@@ -93,6 +93,7 @@ def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig
     other = pipeline_family(index.values)
     if other is not None:
         raise CheckpointError(f"{folder} is {other}; expected the folder of a StableDiffusionXLPipeline")
+    index.check({"force_zeros_for_empty_prompt": True})
     scheduler = read(SCHEDULER)
     other = scheduler_family(scheduler.values)
     if other is not None:
@@ -109,6 +110,7 @@ def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig
             size_channels=fields["unet"].integer("addition_time_embed_dim"),
             noise=_noise_config(scheduler),
         )
+        check_values(config)
     except (ValueError, ArithmeticError) as error:  # of the config, for numbers that do not go together
         if isinstance(error, CheckpointError):
             raise

@@ -16,13 +16,13 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from atedm.plan import DENSE, TokenPlan
 from atedm.presets import parse_preset
 from atedm.schedule import Schedule
 from minisdxl import checkpoint
 from minisdxl.config import ModelConfig
+from minisdxl.lora import LoRA
 from minisdxl.sampler import Condition, draw_noise, first_step, guided_denoiser, image_generators, initial_noise
 from minisdxl.samplings import Sampling, find_sampling
 from minisdxl.text import Conditioning, TextEncoders
@@ -212,30 +212,36 @@ def load(
     dtype: torch.dtype = torch.float32,
     vae: str | Path | None = None,
     unet: str | Path | None = None,
+    loras: Sequence[str | Path | LoRA] = (),
     tokenizer: str | Path | None = None,
 ) -> SDXL:
     """Reads a model.
+
+    On the CPU, large weights that a file holds in their dtype are mapped into memory and not copied. Such a file may be
+    replaced or deleted while the model lives, but not written into, see :meth:`minisdxl.tensorfile.TensorFile.map`.
 
     Args:
         weights: ``"shapes"``, the bundled model, or a single-file checkpoint in the official layout, or a diffusers
             folder.
         device: where it runs.
-        dtype: of U-Net and text encoders, and of the VAE unless it is fp16: the official VAE overflows in fp16.
+        dtype: of U-Net and text encoders. The VAE computes in fp32 (the official one overflows in fp16), unless you
+            convert it: ``sdxl.vae.to(dtype)``.
         vae: a file or folder with another VAE, in the official layout or that of diffusers.
         unet: the same for the U-Net, as LCM-SDXL and SDXL-Lightning are published.
+        loras: files of LoRAs, as kohya's scripts or diffusers write them, that are merged into U-Net and text encoders
+            one after the other: ``"FILE"``, ``"FILE:SCALE"``, or a :class:`minisdxl.lora.LoRA`.
         tokenizer: folder with CLIP's ``vocab.json`` and ``merges.txt``; ``None`` looks for it as
             :func:`minisdxl.tokenizer.load_vocabulary` says.
 
     Raises:
-        CheckpointError: if the file is damaged or holds no SDXL model; says what it is.
+        CheckpointError: if a file is damaged or holds no SDXL model or LoRA for it; says what it is.
+        ValueError: for a LoRA's scale that is no finite number.
         FileNotFoundError: if there is no vocabulary.
     """
     path = weights_path(weights)
+    merged = [lora if isinstance(lora, LoRA) else LoRA.parse(str(lora)) for lora in loras]
     vocabulary = load_vocabulary(path, tokenizer)
-    config, modules = checkpoint.load(path, device, dtype, vae=vae, unet=unet)
-    # Convolutions run faster on pixels with their channels side by side, and a token set is then a view.
-    for module in (modules.unet, modules.vae):
-        convert_conv2d_weight_memory_format(module, torch.channels_last)
+    config, modules = checkpoint.load(path, device, dtype, vae=vae, unet=unet, loras=merged)
     return SDXL(config, *modules, Tokenizer(*vocabulary, config.text))
 
 

@@ -23,6 +23,8 @@ from minisdxl.preview import Preview, RGBMap, fit_rgb
 from minisdxl.sampler import first_step
 from minisdxl.samplings import Sampling
 
+LOW_MEMORY_TILE = 8  # rows of the latent decoded at once, with --low-memory
+
 
 @dataclass(frozen=True)
 class Run:
@@ -108,5 +110,6 @@ class Run:
                 target_size=options.target_size,
                 image=None if self.source is None else self.source.image,
                 strength=options.strength,
+                tile=LOW_MEMORY_TILE if options.low_memory else None,
                 on_step=on_step,
             )

@@ -19,6 +19,7 @@ from minisdxl.command import Parser, add_pruning, parse_point, parse_size, plain
 from minisdxl.config import ModelConfig
 from minisdxl.files import atomic_path
 from minisdxl.jobs import batches, find_jobs
+from minisdxl.lora import LoRA, open_loras
 from minisdxl.pictures import Source, read_picture
 from minisdxl.pipeline import SDXL, load, size_numbers, weights_path
 from minisdxl.report import hardware, versions, write_report
@@ -51,6 +52,8 @@ def _sample(options: argparse.Namespace) -> None:
         return
     dtype = DTYPES[options.dtype]
     weights = open_source(weights_path(options.weights), dtype, vae=options.vae, unet=options.unet)
+    options.lora = [LoRA.parse(text) for text in options.lora]
+    open_loras(options.lora, weights.config, weights.shapes)
     sampling = _settle(options, weights.config)
     options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets
     jobs = find_jobs(options)
@@ -64,8 +67,11 @@ def _sample(options: argparse.Namespace) -> None:
         dtype=dtype,
         vae=options.vae,
         unet=options.unet,
+        loras=options.lora,
         tokenizer=options.tokenizer,
     )
+    if options.low_memory:  # nothing else refers to the text encoders, which are gone then
+        sdxl = sdxl.encode_ahead(list({job.prompt for job in jobs}), list({job.negative for job in jobs}))
     loaded = time.perf_counter()
     settings = _settings(options, sdxl, source, weights.files)
     run = Run(sdxl, sampling, options, source, settings)
@@ -110,6 +116,13 @@ def _parser() -> Parser:
     )
     add("--vae", metavar="FILE|DIR", help="another VAE, such as the fp16-fix one, in either layout")
     add("--unet", metavar="FILE|DIR", help="another U-Net, such as LCM-SDXL or SDXL-Lightning, in either layout")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA, by kohya's scripts or diffusers, to be merged into the weights; may be given several times",
+    )
     add(
         "--tokenizer",
         metavar="DIR",
@@ -163,7 +176,12 @@ def _parser() -> Parser:
     add("--preview", type=int, metavar="N", help="every N steps write a small sketch of each picture beside it")
     add("--json", metavar="FILE", help="write a report of the run; '-' writes it to stdout, and the rest to stderr")
     add("--batch", type=int, default=1, help="pictures made at a time (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
+    add(
+        "--low-memory",
+        action="store_true",
+        help="let the text encoders go before sampling, and decode in strips: the same pictures but for rounding",
+    )
+    add("--dtype", choices=DTYPES, default="fp32", help="of all weights but the VAE's (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
     return parser
 
@@ -234,7 +252,8 @@ def _device(name: str) -> str:
 def _settings(options: argparse.Namespace, sdxl: SDXL, source: Source | None, files: Sequence[Path]) -> dict[str, Any]:
     """What all pictures of a run share, and what it takes to make them again, under the names of the options.
 
-    ``sha256`` is of all weights that were read, one file after the other; ``image_sha256`` of the file to start from.
+    ``sha256`` is of all weights that were read, one file after the other, and each LoRA has its own;
+    ``image_sha256`` of the file to start from.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -250,8 +269,15 @@ def _settings(options: argparse.Namespace, sdxl: SDXL, source: Source | None, fi
     image = {"image": source.name, "image_sha256": source.sha256, "strength": options.strength} if source else {}
     others = {key: Path(getattr(options, key)).name for key in ("vae", "unet") if getattr(options, key)}
     model = {"weights": weights_path(options.weights).name, **others, "sha256": digest.hexdigest()}
+    loras = [{"file": lora.path.name, "scale": lora.scale, "sha256": _sha256(lora.path)} for lora in options.lora]
+    changes = {"lora": loras} if loras else {}
     made_with = {"model": sdxl.config.name, "torch": torch.__version__, "device": str(sdxl.device)}
-    return {**shared, **sizes, **image, **model, **made_with}
+    return {**shared, **sizes, **image, **model, **changes, **made_with}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

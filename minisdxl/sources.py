@@ -7,10 +7,12 @@ all of these alike: by official names, tensor by tensor.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -75,6 +77,47 @@ class Source:
         """The files that are read, each once."""
         return list(dict.fromkeys(file.path for stored in self.stored.values() for file in stored.files))
 
+    def load(self, dtypes: Mapping[str, torch.dtype], device: torch.device | str) -> dict[str, Tensor]:
+        """Tensors by official names, each in the dtype that is given for it; those of convolutions are channels-last.
+
+        On the CPU, large ones that a file has just so are mapped and not read: :meth:`TensorFile.map` says what must
+        not happen to the file then.
+
+        Raises:
+            CheckpointError: if a file cannot be read or mapped, or has become shorter since it was opened.
+        """
+        mapped = self._map(dtypes) if torch.device(device).type == "cpu" else {}
+        rest = {name: self._empty(name, dtype, device) for name, dtype in dtypes.items() if name not in mapped}
+        self.read_into(rest)
+        return mapped | rest
+
+    def _map(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """What can be mapped; part by part, because the text encoders may leave memory before the rest."""
+        groups: dict[tuple[str, Path], list[str]] = {}
+        for name, dtype in dtypes.items():
+            if self._can_map(name, dtype):
+                prefix = next(part.prefix for part in PARTS.values() if name.startswith(part.prefix))
+                groups.setdefault((prefix, self.stored[name].files[0].path), []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for names in groups.values():
+            theirs = {self.stored[name].place.names[0]: name for name in names}
+            mapped = self.stored[names[0]].files[0].map(theirs)
+            tensors |= {name: mapped[their].view(self.shapes[name]) for their, name in theirs.items()}
+        return tensors
+
+    def _can_map(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether a file has a tensor as it is to be in memory."""
+        stored = self.stored[name]
+        if len(stored.files) > 1 or stored.place.transposed or _is_convolution(self.shapes[name]) or name == BIAS:
+            return False  # GUIDANCE is added to BIAS when that is read
+        return stored.files[0].can_map(stored.place.names[0], dtype)
+
+    def _empty(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        shape = self.shapes[name]
+        # Convolutions run faster on pixels with their channels side by side, and a token set is then a view.
+        memory_format = torch.channels_last if _is_convolution(shape) else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         """Reads tensors, by official names, into others of the same shapes, of any dtype and on any device.
 
@@ -112,6 +155,11 @@ class Source:
         return weight @ (projection @ guidance_embedding(LCM_SCALE, projection.shape[1]))
 
 
+def _is_convolution(shape: Shape) -> bool:
+    """Whether weights of this shape depend on the memory format: those of 1x1 convolutions do not."""
+    return len(shape) == 4 and shape[2:] != (1, 1)
+
+
 def guidance_embedding(scale: float, channels: int) -> Tensor:
     """The embedding (channels,) of a guidance scale that LCM U-Nets are trained with.
 
@@ -139,7 +187,7 @@ def find_source(config: ModelConfig, shapes: Mapping[str, Shape], holders: Seque
     for holder in holders:
         found = _find(holder, config, shapes)
         stored |= found
-        skipped = Counter(pattern for name in holder.entries for pattern in _match(name, holder, SKIPPED))
+        skipped = Counter(pattern for name in holder.entries if (pattern := _match(name, holder, SKIPPED)))
         if skipped:
             counts = ", ".join(f"{count} {pattern}" for pattern, count in skipped.items())
             notes.append(f"{holder.path}: skipped {skipped.total()} tensors that make no picture: {counts}")
@@ -210,10 +258,17 @@ def _wanted(holder: Holder, config: ModelConfig) -> str:
     )
 
 
-def _match(name: str, holder: Holder, patterns: Sequence[str]) -> list[str]:
+def _match(name: str, holder: Holder, patterns: tuple[str, ...]) -> str | None:
     """The first of the patterns that ``name`` matches, if any; files of one part may omit its prefix."""
     names = [name] + [PARTS[part].prefix + name for part in holder.parts if len(holder.parts) == 1]
-    return [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)][:1]
+    found = next(filter(None, map(_compiled(patterns).match, names)), None)
+    return patterns[found.lastindex - 1] if found and found.lastindex else None
+
+
+@cache
+def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """One expression for all patterns, a group for each."""
+    return re.compile("|".join(f"({translate(pattern)})" for pattern in patterns))
 
 
 def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
@@ -232,7 +287,8 @@ def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
 def _same_shape(name: str, found: Shape, expected: Shape) -> bool:
     """Equal, or a linear map of the VAE's attention stored as a matrix or as a 1x1 convolution."""
     attention = ".attn_1." in name or name.startswith(("encoder.mid_block.attentions", "decoder.mid_block.attentions"))
-    return found == expected or (attention and ((*found, 1, 1) == expected or found == (*expected, 1, 1)))
+    matrix, convolution = sorted((found, expected), key=len)
+    return found == expected or (attention and len(matrix) == 2 and (*matrix, 1, 1) == convolution)
 
 
 def _count(names: Sequence[str], kind: str) -> str:

@@ -1,9 +1,9 @@
 """The safetensors container: named tensors and a few strings in one file, checked before anything is believed.
 
 A file is 8 bytes with the length of a JSON header, the header, and the tensors' bytes one after the other without gaps
-(https://huggingface.co/docs/safetensors). It is read with ordinary reads and not mapped into memory: a mapped file that
-shrinks kills the process without a word, and its pages count as memory on top of the converted weights. It is written
-tensor by tensor for the same reason: no second copy of a model in memory.
+(https://huggingface.co/docs/safetensors). Numbers that are wanted as the file has them can be mapped into memory, at no
+cost; all others go through one small buffer, and files are written tensor by tensor: there is never a second copy of a
+model in memory.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,8 +24,16 @@ from minisdxl.files import atomic_path
 from minisdxl.recognize import Shape, container
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Bits of a number, for all dtypes of the safetensors library.
+BITS = {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
+    **{"U64": 64, "I64": 64, "F64": 64, "C64": 64, "F8_E8M0": 8},
+}
+MAX_RANK = 64  # of a tensor of PyTorch
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 BUFFER = 2**24  # bytes read at a time
+MAPPED = 2**19  # bytes; smaller tensors are read, which leaves the files of a small model unmapped
 METADATA = "__metadata__"
 Spec = tuple[torch.dtype, Shape]  # of a tensor to be written
 
@@ -72,17 +80,44 @@ class TensorFile:
                         raise ValueError(f"{name} is {entry.dtype} {entry.shape}, its target is {tuple(target.shape)}")
                     dtype = FLOATS[entry.dtype]
                     file.seek(self.header_bytes + entry.start)
-                    row_major = torch.contiguous_format
-                    contiguous = target if target.is_contiguous() else torch.empty_like(target, memory_format=row_major)
-                    for part in torch.split(contiguous.view(-1), BUFFER // dtype.itemsize):
+                    for part in _pieces(target, BUFFER // dtype.itemsize):
                         piece = buffer[: part.numel() * dtype.itemsize]
                         if file.readinto(_bytes_of(piece)) != piece.numel():
                             raise CheckpointError(f"{self.path} ended within {name} while it was being read")
-                        part.copy_(piece.view(dtype))
-                    if contiguous is not target:
-                        target.copy_(contiguous)
+                        part.copy_(piece.view(dtype).view(part.shape))
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def can_map(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether a tensor is in the file as ``dtype``, at a multiple of its size, and large enough to be mapped."""
+        entry = self.entries[name]
+        aligned = (self.header_bytes + entry.start) % dtype.itemsize == 0
+        return FLOATS.get(entry.dtype) == dtype and aligned and entry.stop - entry.start >= MAPPED
+
+    def map(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The named tensors as they are in the file, for which :meth:`can_map` holds: not read but mapped into memory.
+
+        The mapping is private: what is written to these tensors stays in this process. It lasts as long as one of them.
+
+        NOTE: a process that uses a page of a mapped file whose end was cut off since is killed by the system (SIGBUS),
+        and what is written over other pages may show. Replacing or deleting the file harms nothing; opening it to be
+        written anew, as ``cp`` and safetensors' ``save_file`` do, does.
+
+        Raises:
+            CheckpointError: if the file cannot be mapped, or has become shorter since it was opened.
+        """
+        size = self.header_bytes + max(self.entries[name].stop for name in names)
+        try:
+            storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
+        except RuntimeError as error:  # says what the system said, or that the file is too short
+            raise CheckpointError(f"cannot map {self.path}: {str(error).partition(chr(10))[0]}") from error
+        tensors = {}
+        for name in names:
+            entry = self.entries[name]
+            # A storage for each, which keeps the whole one alive: who saves a tensor saves all of its storage.
+            own = storage[self.header_bytes + entry.start : self.header_bytes + entry.stop]
+            tensors[name] = torch.empty(0, dtype=FLOATS[entry.dtype], device="cpu").set_(own).view(entry.shape)
+        return tensors
 
 
 def open_tensors(path: str | Path) -> TensorFile:
@@ -148,28 +183,46 @@ def write_tensors(
         metadata: strings for the file's header.
 
     Raises:
-        CheckpointError: if a dtype is not in ``FLOATS``, or the file cannot be written (no folder, disk full, ...).
-        ValueError: if the tensors are not those of ``specs``.
+        CheckpointError: if the file cannot be written (no folder, disk full, ...).
+        ValueError: if a dtype is not in ``FLOATS``, or the tensors are not those of ``specs``.
     """
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            write_container(file, specs, tensors, metadata)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_container(
+    file: BinaryIO, specs: Mapping[str, Spec], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes header and tensors. Arguments and errors as :func:`write_tensors`, and ``OSError`` as it comes."""
     codes = {dtype: code for code, dtype in FLOATS.items()}
     header: dict[str, Any] = {METADATA: dict(metadata)}
     stop = 0
     for name, (dtype, shape) in specs.items():
         if dtype not in codes:
-            raise CheckpointError(f"cannot write {path} with {name} as {dtype}, expected one of {list(codes)}")
+            raise ValueError(f"{name} cannot be written as {dtype}, expected one of {list(codes)}")
         start, stop = stop, stop + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # readers that map the file want tensors at multiples of their element size
-    try:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
-                if tuple(tensor.shape) != shape:
-                    raise ValueError(f"{name} to be written is {list(tensor.shape)}, expected {list(shape)}")
-                file.write(_bytes_of(tensor.detach().to("cpu", dtype).contiguous()))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    file.write(len(text).to_bytes(8, "little") + text)
+    for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} to be written is {list(tensor.shape)}, expected {list(shape)}")
+        file.write(_bytes_of(tensor.detach().to("cpu", dtype).contiguous()))
+
+
+def _pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
+    """Views of a tensor, one after the other as a file has it, row by row, of at most ``limit`` numbers each."""
+    if tensor.numel() <= limit:
+        yield tensor
+    elif tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), limit)
+    else:
+        for rows in torch.split(tensor, max(limit // tensor[0].numel(), 1)):
+            yield from _pieces(rows if len(rows) > 1 else rows[0], limit)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -179,8 +232,9 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _parse(text: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries, in the order of their bytes, and metadata of a header. Raises ``ValueError`` where it is damaged."""
-    header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
-    metadata = header.pop(METADATA, None) or {}
+    header = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    metadata = header.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{METADATA} is not a table of strings")
     entries = {name: _entry(name, value) for name, value in header.items()}
@@ -197,9 +251,12 @@ def _entry(name: str, value: Any) -> Entry:
     if not name.isprintable():
         raise ValueError(f"tensor name {name!r} is not printable")
     match value:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]}:
-            if all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)) and start <= stop:
-                if dtype in FLOATS and stop - start != math.prod(shape) * FLOATS[dtype].itemsize:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop], **rest} if not rest:
+            if dtype not in BITS:
+                raise ValueError(f"tensor {name} has the unknown dtype {dtype!r:.60}")
+            numbers = (*shape, start, stop)
+            if len(shape) <= MAX_RANK and all(type(n) is int and 0 <= n < 2**63 for n in numbers) and start <= stop:
+                if (stop - start) * 8 != math.prod(shape) * BITS[dtype]:
                     raise ValueError(f"tensor {name} has {stop - start} bytes for {dtype} of shape {shape}")
                 return Entry(dtype, tuple(shape), start, stop)
     raise ValueError(f"tensor {name} has no usable dtype, shape and data_offsets")
@@ -209,5 +266,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         name, count = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{name} is there {count} times")
+        raise ValueError(f"{name!r:.100} is there {count} times")
     return table
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from minisdxl.checkpoint import (
     CONFIG_KEY,
@@ -110,7 +111,9 @@ def refusal(path: Path) -> str:
 
 
 def same_outputs(ours: Modules, theirs: Modules) -> None:
-    """Both models compute the same, to the bit."""
+    """Both models compute the same, to the bit, with the memory format that convolutions have after loading."""
+    for module in (ours.unet, ours.vae, theirs.unet, theirs.vae):
+        convert_conv2d_weight_memory_format(module, torch.channels_last)
     generator = torch.Generator().manual_seed(1)
     x, timestep = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 700])
     context, vector = torch.randn(2, 7, 40, generator=generator), torch.randn(2, 48, generator=generator)
@@ -141,7 +144,10 @@ def test_a_model_comes_back_as_it_was(small: Path) -> None:
         assert not after.training
         for name, tensor in [*after.named_parameters(), *after.named_buffers()]:
             assert tensor.device.type == "cpu", name
-            assert tensor.is_contiguous(), name
+            convolution = tensor.ndim == 4 and tensor.shape[2:] != (1, 1)
+            assert tensor.is_contiguous(
+                memory_format=torch.channels_last if convolution else torch.contiguous_format
+            ), name
     same_outputs(modules, loaded)
 
 
@@ -155,9 +161,7 @@ def test_dtypes_are_converted_while_reading(tmp_path: Path, stored: torch.dtype,
     _, loaded = load(path, dtype=wanted)
     before = official_state_dict(modules)
     for name, tensor in official_state_dict(loaded).items():
-        # The official VAE overflows in fp16.
-        in_vae = name.startswith("first_stage_model.")
-        assert tensor.dtype == (torch.float32 if in_vae and wanted == torch.float16 else wanted), name
+        assert tensor.dtype == (torch.float32 if name.startswith("first_stage_model.") else wanted), name
         assert torch.equal(tensor, before[name].to(stored).to(tensor.dtype)), name
 
 
@@ -256,8 +260,10 @@ def test_unexpected_tensors_are_counted_and_named(tmp_path: Path, small: Path) -
 def test_mis_shaped_tensors_are_counted_and_named(tmp_path: Path, small: Path) -> None:
     name = "model.diffusion_model.out.2.weight"
     extra = {name: torch.ones(4, 8, 1, 1), VAE_QUERY: torch.ones(16, 1, 16)}
+    extra[VAE_QUERY.replace(".q.", ".k.")] = torch.ones(16, 16, 1, 1, 1, 1)
+    extra[VAE_QUERY.replace(".q.weight", ".q.bias")] = torch.ones(16, 1, 1)
     message = refusal(changed(small, tmp_path / "model.safetensors", extra))
-    assert "2 mis-shaped tensors" in message
+    assert "4 mis-shaped tensors" in message
     assert f"{name} is [4, 8, 1, 1], expected [4, 8, 3, 3]" in message
     assert f"{VAE_QUERY} is [16, 1, 16], expected [16, 16, 1, 1]" in message
 
@@ -293,10 +299,16 @@ def test_quantized_weights_are_refused(tmp_path: Path, small: Path, dtype: torch
         json.dumps(SMALL.to_dict()).replace('"multipliers": [1, 2]', '"multipliers": []'),
         json.dumps(SMALL.to_dict()).replace('"projection": null', '"projection": 7'),
         json.dumps(SMALL.to_dict()).replace('"name": "small"', '"name": "a\\nb"'),
+        json.dumps(SMALL.to_dict()).replace('"steps": 1000', '"steps": 0'),
+        json.dumps(SMALL.to_dict()).replace('"steps": 1000', '"steps": 1000000000000'),
+        json.dumps(SMALL.to_dict()).replace('"beta_start": 0.00085', '"beta_start": -0.00085'),
+        json.dumps(SMALL.to_dict()).replace('"pad_token": 29', '"pad_token": 30'),
+        json.dumps(SMALL.to_dict()).replace('"start_token": 28', '"start_token": 27'),
     ],
     ids=[
         *("not JSON", "list", "null", "incomplete", "deep", "more", "fraction", "huge", "list for a number"),
-        *("table for a number", "no levels", "projection", "line break"),
+        *("table for a number", "no levels", "projection", "line break", "no noise", "much noise", "negative noise"),
+        *("token", "start token"),
     ],
 )
 def test_a_damaged_config_is_refused(tmp_path: Path, small: Path, text: str) -> None:
@@ -427,6 +439,6 @@ def test_loading_the_whole_size_takes_little_more_than_its_weights(
     with safe_open(full_size, "pt") as file:
         for name in probes:
             in_vae = name.startswith("first_stage_model.")
-            wanted = torch.float32 if in_vae and dtype == "float16" else getattr(torch, dtype)
+            wanted = torch.float32 if in_vae else getattr(torch, dtype)
             numbers = file.get_tensor(name).to(wanted).contiguous().view(torch.uint8).numpy()
             assert result["checksums"][name] == zlib.crc32(numbers), name

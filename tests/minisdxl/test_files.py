@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -41,6 +42,23 @@ def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
     with atomic_path(str(target)) as temporary:
         temporary.write_bytes(b"after")
     assert target.read_bytes() == b"after"
+
+
+def test_an_error_names_what_was_asked_for(tmp_path: Path) -> None:
+    """Not the temporary file, of which nobody has heard, and not nothing."""
+    for open_target, target in ((atomic_path, tmp_path / "a.png"), (atomic_folder, tmp_path / "folder")):
+        with pytest.raises(OSError, match=rf"No space left on device: '{target}'"), open_target(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with pytest.raises(OSError, match=rf": '{target}'"), open_target(target) as temporary:
+            (temporary / "nowhere" / "file").touch()
+        with pytest.raises(FileNotFoundError, match="'nowhere'"), open_target(target):
+            Path("nowhere").read_bytes()
+        with pytest.raises(OSError, match=r"^of another kind$"), open_target(target):
+            raise OSError("of another kind")
+    target = tmp_path / "nowhere" / "a.png"
+    with pytest.raises(FileNotFoundError, match=rf"No such file or directory: '{target}'"), atomic_path(target):
+        pytest.fail("the block was entered")
+    assert not list(tmp_path.iterdir())
 
 
 def test_permissions_are_those_of_an_ordinary_new_file(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from minisdxl.checkpoint import read_config as read_model
 from minisdxl.config import SDXL_BASE, SHAPES, Level, ModelConfig
 from minisdxl.describe import json_files
-from minisdxl.fields import LARGEST, Fields, check_types
+from minisdxl.fields import LARGEST, Fields, check_values
 from minisdxl.folder import INDEX, SCHEDULER, check_part, described_config, read_config
 from minisdxl.tensorfile import CheckpointError
 from tests.minisdxl.tiny import OFFICIAL, TINY, write_json
@@ -77,6 +78,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     (INDEX, {"_class_name": "KolorsPipeline"}, "is no model that is known here ('KolorsPipeline')"),
     (INDEX, {"_class_name": ...}, "is no model that is known here"),
     (INDEX, {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]}, "is the SDXL refiner"),
+    (INDEX, {"force_zeros_for_empty_prompt": False}, "force_zeros_for_empty_prompt is False, expected True"),
     (SCHEDULER, {"prediction_type": "v_prediction"}, "is a v-prediction model"),
     (SCHEDULER, {"prediction_type": "sample"}, "is a model that predicts 'sample'"),
     (SCHEDULER, {"_class_name": "EDMDPMSolverMultistepScheduler"}, "is Playground 2.5 or another model with EDM noise"),
@@ -86,6 +88,8 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     (SCHEDULER, {"beta_schedule": "linear"}, "beta_schedule is 'linear', expected 'scaled_linear'"),
     (SCHEDULER, {"beta_schedule": ...}, "beta_schedule is missing"),
     (SCHEDULER, {"beta_end": 0.02}, "is not quite SDXL: noise.beta_end is 0.02, expected 0.012"),
+    (SCHEDULER, {"num_train_timesteps": 10**12}, "noise.steps is 1000000000000, a value of another kind or size"),
+    (SCHEDULER, {"beta_start": -0.1}, "noise.beta_start is -0.1, a value of another kind or size"),
     (UNET, {"in_channels": 9}, "the U-Net takes 9"),
     (UNET, {"act_fn": "gelu"}, "act_fn is 'gelu', expected 'silu'"),
     (UNET, {"norm_num_groups": 16}, "is not quite SDXL: unet.norm_groups is 16, expected 32"),
@@ -113,6 +117,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     (TEXT, {"hidden_act": "relu"}, "text activation is 'relu'"),
     (TEXT, {"hidden_act": "gelu"}, "is not quite SDXL: text[0].activation is gelu, expected quick_gelu"),
     (TEXT, {"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
+    (TEXT, {"eos_token_id": 50000}, "text[0] has start and end tokens (49999, 50000), expected the vocabulary's last"),
     (TEXT_2, {"intermediate_size": 4096}, "intermediate_size is 4096, expected 5120"),
     (TEXT_2, {"num_hidden_layers": 24}, "is not quite SDXL: text[1].layers is 24, expected 32"),
     (TEXT_2, {"max_position_embeddings": 64}, "is not quite SDXL: text[1].context_length is 64, expected 77"),
@@ -140,6 +145,10 @@ def test_damaged_files_are_refused(tmp_path: Path, file: str) -> None:
         message = refusal(folder)
         assert expected in message
         assert file in message
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    assert ("has no model_index.json" if file == INDEX else "is not a file; expected one in") in refusal(folder)
+    (folder / file).unlink()
     with (folder / file).open("wb") as opened:
         opened.truncate(LARGEST + 1)
     assert "holds no JSON object of at most" in refusal(folder)
@@ -159,7 +168,7 @@ def test_any_value_of_any_field_is_taken_or_refused_in_one_line(file: str) -> No
             files = OFFICIAL | {file: OFFICIAL[file] | {key: value}}
             try:
                 config = described_config(folder, lambda name, files=files: Fields(folder / name, files[name]))  # type: ignore[misc]
-                check_types(config)
+                check_values(config)
                 taken += 1
             except CheckpointError as error:
                 assert "\n" not in str(error)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from minisdxl.checkpoint import open_source
+from minisdxl.convert import write_folder
 from minisdxl.recognize import container, family, predicts_v
+from minisdxl.tensorfile import CheckpointError
+from minisdxl.tokenizer import read_vocabulary
 from tests.manifest import official_shapes
+from tests.minisdxl.tiny import TINY, VOCABULARY, sparse_file, tiny_file
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -219,6 +227,57 @@ def test_a_part_may_be_all_that_is_wanted(name: str, parts: list[str], expected:
 def test_prediction_is_read_from_metadata_too(key: str) -> None:
     assert "v-prediction" in str(predicts_v({key: "v"}))
     assert predicts_v({key: "epsilon"}) is None
+
+
+OTHER_MODELS = [
+    *("SD 1.x", "SD 2.x", "SD 1.x U-Net", "refiner", "refiner U-Net", "inpainting", "pix2pix", "SSD-1B", "Vega"),
+    *("KOALA-700M", "KOALA-1B", "v-prediction", "Playground 2.5", "CosXL", "LoRA, kohya", "LoRA, peft", "SD 3", "Flux"),
+    *("Flux, diffusers", "ControlNet", "ControlNet, diffusers", "text encoder, transformers", "text encoder, OpenCLIP"),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny_forms(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A sound model as a file and as a folder."""
+    place = tmp_path_factory.mktemp("tiny")
+    file = tiny_file(place / "tiny.safetensors")
+    write_folder(open_source(file), place / "tiny", read_vocabulary(VOCABULARY))
+    return file, place / "tiny"
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_models_are_named_in_every_form(
+    tmp_path: Path, tiny_forms: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As the one file, as --unet and --vae beside a good model, as the U-Net of a folder and as one of its shards."""
+    monkeypatch.setattr("minisdxl.checkpoint.SDXL_BASE", TINY)  # what a file is taken for that says nothing
+    shapes, what = FAMILIES[name]
+    file = sparse_file(tmp_path / "other.safetensors", shapes)
+    base, folder = tiny_forms
+    good = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    sharded = tmp_path / "sharded"
+    shutil.copytree(folder, sharded, ignore=lambda place, _: [good.name] if place.endswith("unet") else [])
+    index = {"weight_map": {next(iter(shapes)): file.name}}
+    (sharded / "unet" / f"{good.name}.index.json").write_text(json.dumps(index))
+    (sharded / "unet" / file.name).symlink_to(file)
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain, ignore=lambda place, _: [good.name] if place.endswith("unet") else [])
+    (plain / "unet" / good.name).symlink_to(file)
+    for path, parts, named in (
+        (file, {}, file),
+        (base, {"unet": file}, file),
+        (base, {"vae": file}, file),
+        (folder, {"unet": file}, file),
+        (sharded, {}, sharded),
+        (plain, {}, plain),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            open_source(path, **parts)  # type: ignore[arg-type]
+        message = str(caught.value)
+        print(message)
+        assert what in message
+        assert str(named) in message
+        assert "\n" not in message
 
 
 CHANGES: dict[str, Callable[[], Shapes]] = {

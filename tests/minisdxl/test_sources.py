@@ -20,7 +20,7 @@ from minisdxl.config import SDXL_BASE
 from minisdxl.convert import write_folder
 from minisdxl.layouts import PARTS, layout
 from minisdxl.sources import LCM_SCALE, guidance_embedding
-from minisdxl.tensorfile import CheckpointError
+from minisdxl.tensorfile import MAPPED, CheckpointError
 from minisdxl.text import Conditioning
 from minisdxl.tokenizer import read_vocabulary
 from tests import manifest
@@ -116,12 +116,45 @@ FORMS: dict[str, tuple[str, Callable[[Path], Tensors]]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_another_part_is_put_in(tmp_path: Path, base: Path, other: Path, form: str) -> None:
+def test_another_part_is_put_in(
+    tmp_path: Path, base: Path, other: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     part, tensors = FORMS[form]
     save_file({name: tensor.contiguous() for name, tensor in tensors(other).items()}, tmp_path / "part.safetensors")
-    config, modules = load(base, **{part: tmp_path / "part.safetensors"})  # type: ignore[arg-type]
-    assert config == TINY
-    check(modules, base, other, part)
+    for mapped in (MAPPED, 1):
+        monkeypatch.setattr("minisdxl.tensorfile.MAPPED", mapped)
+        config, modules = load(base, **{part: tmp_path / "part.safetensors"})  # type: ignore[arg-type]
+        assert config == TINY
+        check(modules, base, other, part)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what is mapped from /proc")
+def test_what_the_file_has_just_so_is_mapped_part_by_part(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minisdxl.tensorfile.MAPPED", 1)
+    path = tmp_path / "nobody_else_maps_it.safetensors"
+    path.write_bytes(base.read_bytes())
+    source, expected = open_source(path), load_file(base)
+    for dtype in (torch.float32, torch.float16):
+        tensors = source.load(dict.fromkeys(source.shapes, dtype), "cpu")
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name].to(dtype)) for name in expected)
+        convolutions = [tensor for tensor in tensors.values() if tensor.ndim == 4]
+        assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in convolutions)
+        if dtype == torch.float16:
+            assert mappings(path) == 0
+    tensors = source.load(dict.fromkeys(source.shapes, torch.float32), "cpu")
+    convolutions.clear()
+    for gone, prefix in enumerate(PREFIX.values()):
+        assert mappings(path) == len(PARTS) - gone
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    assert mappings(path) == 0
+
+
+def mappings(path: Path) -> int:
+    """How many times a file is mapped into this process."""
+    return Path("/proc/self/maps").read_text().count(str(path))
 
 
 @pytest.mark.parametrize("part", ["vae", "unet"])
@@ -194,12 +227,14 @@ def make_variant(folder: Path, part: str) -> None:
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
 
 
-def test_shards_are_one_file(base: Path, folder: Path) -> None:
+def test_shards_are_one_file(base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in PARTS:
         shard(folder, part)
     source = open_source(folder)
     assert len(source.files) == 12
-    check(load(folder)[1], base, base, "vae")
+    for mapped in (MAPPED, 1):
+        monkeypatch.setattr("minisdxl.tensorfile.MAPPED", mapped)
+        check(load(folder)[1], base, base, "vae")
 
 
 @pytest.mark.parametrize("older_index", [False, True], ids=["index", "older index"])

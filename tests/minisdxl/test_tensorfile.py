@@ -93,7 +93,7 @@ def test_tensors_are_converted_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
     write(path, {"a": torch.tensor([1.0 + 2**-11, 1e-9, -3.0])}, {}, torch.float16)
     assert load_file(path)["a"].tolist() == [1.0, 0.0, -3.0]
-    with pytest.raises(CheckpointError, match=r"with a as torch.int8, expected one of"):
+    with pytest.raises(ValueError, match=r"a cannot be written as torch.int8, expected one of"):
         write(path, {"a": torch.ones(1)}, {}, torch.int8)
 
 
@@ -109,6 +109,65 @@ def test_tensors_longer_than_the_buffer_are_converted_as_they_are_read(
         open_tensors(path).read_into(targets)
         assert torch.equal(targets["a"], numbers.bfloat16())
         assert torch.equal(targets["b"].flatten(), numbers.half().float())
+
+
+@DTYPES
+def test_mapped_tensors_are_those_of_the_library(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mapped.safetensors"
+    write(path, some_tensors(dtype), {}, dtype)
+    content, file, theirs = path.read_bytes(), open_tensors(path), load_file(path)
+    assert not any(file.can_map(name, dtype) for name in file.entries)  # all are small
+    monkeypatch.setattr("minisdxl.tensorfile.MAPPED", 1)
+    names = [name for name in file.entries if file.can_map(name, dtype)]
+    assert set(names) == file.entries.keys() - {"empty"}
+    assert not any(file.can_map(name, other) for name in names for other in FLOATS.values() if other != dtype)
+    mapped = file.map(names)
+    for name in names:
+        assert mapped[name].dtype == dtype
+        assert mapped[name].untyped_storage().nbytes() == mapped[name].nbytes  # what torch.save would write
+        torch.testing.assert_close(mapped[name], theirs[name], rtol=0, atol=0)
+    mapped["d"].zero_()
+    assert path.read_bytes() == content
+    path.unlink()
+    torch.testing.assert_close(mapped["c.weight"], theirs["c.weight"], rtol=0, atol=0)
+    assert not mapped["d"].any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what is mapped from /proc")
+def test_a_mapping_ends_with_its_last_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "mapped.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.ones(5)}, path)
+    mapped = open_tensors(path).map(["a", "b"])
+    a = mapped.pop("a")
+    del mapped
+    assert str(path) in Path("/proc/self/maps").read_text()
+    assert a.sum() == 4
+    del a
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_what_is_not_aligned_is_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisdxl.tensorfile.MAPPED", 1)
+    header = {"a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}, "b": {**F32, "data_offsets": [2, 10]}}
+    text = json.dumps(header).encode()
+    file = open_tensors(raw_file(tmp_path / "a.safetensors", text + b" " * (-len(text) % 8), bytes(10)))
+    assert file.can_map("a", torch.float16)
+    assert not file.can_map("b", torch.float32)
+
+
+def test_a_file_that_shrank_or_went_is_not_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "shrinks.safetensors"
+    write(path, {"a": torch.ones(4), "b": torch.ones(50_000)}, {}, torch.float32)
+    file = open_tensors(path)
+    os.truncate(path, 10_000)
+    assert file.map(["a"])["a"].tolist() == [1, 1, 1, 1]
+    with pytest.raises(CheckpointError, match=r"cannot map .*shrinks.safetensors: .* smaller than"):
+        file.map(["a", "b"])
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot map .*shrinks.safetensors: .*No such file"):
+        file.map(["a"])
 
 
 def test_targets_of_another_size_are_refused(tmp_path: Path) -> None:
@@ -161,8 +220,8 @@ DAMAGED_HEADERS: dict[str, tuple[Any, str]] = {
     "huge number": (b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', "digits"),
     "large number": ({"a": {**F32, "shape": [2**63]}}, "no usable"),
     "name with line break": ({"a\nb": F32}, "tensor name 'a\\nb' is not printable"),
-    "name twice": (b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), "a is there 2 times"),
-    "field twice": (b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}', "dtype is there 2 times"),
+    "name twice": (b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), "'a' is there 2 times"),
+    "field twice": (b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}', "'dtype' is there 2"),
     "overlap": ({"a": F32, "b": {**F32, "data_offsets": [4, 12]}}, "tensor b begins at byte 4, expected 8"),
     "same place": ({"a": F32, "b": F32}, "tensor b begins at byte 0, expected 8"),
     "hole": ({"a": F32, "b": {**F32, "data_offsets": [12, 20]}}, "tensor b begins at byte 12, expected 8"),
@@ -177,6 +236,13 @@ DAMAGED_HEADERS: dict[str, tuple[Any, str]] = {
     "not an entry": ({"a": 3}, "no usable"),
     "shape and bytes differ": ({"a": {**F32, "shape": [3]}}, "tensor a has 8 bytes for F32 of shape [3]"),
     "astronomic shape": ({"a": {**F32, "shape": [2**62, 2**62]}}, "tensor a has 8 bytes"),
+    "unknown dtype": ({"a": {**F32, "dtype": "F\n32"}}, "tensor a has the unknown dtype 'F\\n32'"),
+    "unused dtype of another size": ({"a": {**F32, "dtype": "I64"}}, "tensor a has 8 bytes for I64 of shape [2]"),
+    "more fields": ({"a": {**F32, "b": 1}}, "no usable"),
+    "too many dimensions": ({"a": {**F32, "shape": [2**62] * 20_000}}, "no usable"),
+    "name with line break twice": (b'{"a\\nb":1,"a\\nb":2}', "'a\\nb' is there 2 times"),
+    "not a number": (b'{"a":NaN}', "NaN is no number"),
+    "metadata another empty thing": ({"__metadata__": [], "a": F32}, "__metadata__ is not a table of strings"),
     "metadata not a table": ({"__metadata__": ["a"], "a": F32}, "__metadata__ is not a table of strings"),
     "metadata not strings": ({"__metadata__": {"a": 1}, "a": F32}, "__metadata__ is not a table of strings"),
 }
@@ -268,12 +334,20 @@ def test_each_tensor_has_its_own_dtype(tmp_path: Path) -> None:
     }
 
 
-def test_targets_may_have_any_strides(tmp_path: Path) -> None:
-    numbers = torch.randn(5, 7, 3, 3, generator=torch.Generator().manual_seed(0))
-    save_file({"a": numbers}, tmp_path / "a.safetensors")
-    target = torch.zeros(7, 5, 3, 3).transpose(0, 1)
-    open_tensors(tmp_path / "a.safetensors").read_into({"a": target})
-    assert torch.equal(target, numbers)
+@pytest.mark.parametrize("buffer", [4, 40, 400, 2**24])
+def test_targets_may_have_any_strides(tmp_path: Path, buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisdxl.tensorfile.BUFFER", buffer)
+    numbers = torch.randn(5, 7, 3, 2, generator=torch.Generator().manual_seed(0))
+    save_file({"a": numbers, "b": numbers[:1].clone(), "c": numbers[0, :, :, 0].clone()}, tmp_path / "a.safetensors")
+    targets = {
+        "a": torch.zeros(7, 5, 3, 2).transpose(0, 1),
+        "b": torch.zeros(1, 7, 3, 2).contiguous(memory_format=torch.channels_last),
+        "c": torch.zeros(3, 7, dtype=torch.float64).T,
+    }
+    open_tensors(tmp_path / "a.safetensors").read_into(targets)
+    assert torch.equal(targets["a"], numbers)
+    assert torch.equal(targets["b"], numbers[:1])
+    assert torch.equal(targets["c"], numbers[0, :, :, 0].double())
 
 
 def test_no_folder_to_write_to_is_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,265 @@
+"""Damages model files at random, thousands of times, and looks at what loading makes of each.
+
+    python -m tools.fuzz --cases 20000 --seed 0   # the count, the seed, and what came of each kind of damage
+    python -m tools.fuzz --case 1234 --seed 0     # one case again: what it is and what came of it
+
+A case is a sound model (``fuzz_forms``) with one file of it damaged (``fuzz_damage``). It is right to refuse it in one
+line that names it, or to load what is in it (``fuzz_truth``). Anything else is a violation: another exception, other
+numbers, a field passed over, more than ``SECONDS`` or ``MEMORY``, a process that dies. That is why cases run in a child
+process. Some of them go through ``python -m minisdxl.sample`` too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+from minisdxl import checkpoint, sample, tensorfile
+from minisdxl.checkpoint import Modules, official_state_dict, without_memory
+from minisdxl.command import Parser
+from minisdxl.config import SDXL_BASE, ModelConfig
+from minisdxl.pipeline import SDXL, load
+from minisdxl.tensorfile import CheckpointError
+from tools.fuzz_damage import Case, make_case
+from tools.fuzz_forms import CONFIG, Files, forms
+from tools.fuzz_truth import Violation, flat, right_config, right_tokens, right_weights
+
+SECONDS = 5  # of the processor, for one case
+PATIENCE = 120  # seconds, after which a case that needs no processor hangs
+MEMORY = 2**30  # bytes that a case may ask for, beyond what the process has
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a case: the line with which it was refused, or nothing, and what is wrong with that, if anything."""
+
+    message: str | None
+    violation: str | None = None
+
+
+def examine(case: Case, folder: Path) -> Result:
+    """Loads the model in ``folder`` and compares it with its files."""
+    form = forms()[case.form]
+    options: dict[str, Any] = {name: folder / path for name, path in form.options.items() if name != "lora"}
+    options["loras"] = [folder / path for name, path in form.options.items() if name == "lora"]
+    base = CONFIG if form.official else SDXL_BASE  # what a file that does not say what it is is taken for
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(checkpoint, "SDXL_BASE", base))
+        patches.enter_context(mock.patch.object(checkpoint, "without_memory", skeleton))
+        patches.enter_context(mock.patch.object(tensorfile, "MAPPED", 64 if case.mapped else tensorfile.MAPPED))
+        message = None
+        try:
+            try:
+                loaded: SDXL | Exception = load(folder / form.weights, dtype=case.dtype, **options)
+            except (ValueError, FileNotFoundError) as error:
+                loaded = error
+                message = str(error)
+            if isinstance(loaded, SDXL):
+                known = check_model(case, folder, loaded)
+            else:
+                known = check_refusal(case, folder, loaded)
+            if case.command or not known:
+                check_command(case, folder, refused=message is not None)
+        except Violation as violation:
+            return Result(message, str(violation))
+        except Exception as error:  # whatever it is, it should not have come out
+            return Result(message, f"{type(error).__name__}: {error}")
+        return Result(message)
+
+
+@lru_cache(16)
+def skeleton(config: ModelConfig) -> Modules:
+    """What takes most of the time of a case. That the same is filled again shows, because its weights are spoilt."""
+    return without_memory(config)
+
+
+def check_refusal(case: Case, folder: Path, error: Exception) -> bool:
+    """Whether an error is one line that says what is wrong with which file, which raises ``Violation`` if not."""
+    message, subject = str(error), forms()[case.form].subject
+    if len(message.splitlines()) != 1:
+        raise Violation(f"refused in {len(message.splitlines())} lines: {message!r:.500}")
+    if "tokenizer" in case.path:  # no one file is at fault where merges do not go with tokens
+        return True
+    if not isinstance(error, CheckpointError):
+        raise Violation(f"{type(error).__name__}: {message}")
+    if str(folder / subject) not in message:
+        raise Violation(f"refused without a word of {subject}: {message}")
+    return True
+
+
+def check_model(case: Case, folder: Path, sdxl: SDXL) -> bool:
+    """Compares a loaded model with its files; whether its config is that of the sound one. Raises ``Violation``."""
+    found, right = json.loads(json.dumps(sdxl.config.to_dict())), right_config(case, folder)
+    if json.dumps(found, sort_keys=True) != json.dumps(right, sort_keys=True):
+        raise Violation(f"loaded with the config {found}, expected {right}")
+    modules = Modules(sdxl.unet, sdxl.vae, sdxl.text)  # type: ignore[arg-type]
+    tensors = official_state_dict(modules)
+    numbers, (right_numbers, margins) = flat(tensors.values()), right_weights(case)
+    same = (numbers == right_numbers) | (numbers.isnan() & right_numbers.isnan())
+    wrong = ~same & ~((numbers - right_numbers).abs() <= margins)
+    if wrong.any():
+        names = [name for name, tensor in tensors.items() for _ in range(tensor.numel())]
+        raise Violation(f"loaded {int(wrong.sum())} other numbers, the first in {names[int(wrong.int().argmax())]}")
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.data.fill_(torch.nan)
+    for word, ids in right_tokens(case, right["text"][0]["pad_token"]):
+        if sdxl.tokenizer([word])[0][0].tolist() != ids:
+            raise Violation(f"turned {word!r} into the tokens {sdxl.tokenizer([word])[0][0].tolist()}, expected {ids}")
+    return sdxl.config == CONFIG
+
+
+def check_command(case: Case, folder: Path, refused: bool) -> None:
+    """Makes a picture by the command, or sees it fail in one line. Raises ``Violation``."""
+    form, picture = forms()[case.form], folder / "out" / "picture.png"
+    dtype = next(name for name, dtype in sample.DTYPES.items() if dtype == case.dtype)
+    options = [f"--{name}={folder / path}" for name, path in form.options.items()]
+    quick = ["--steps=1", "--size=8x8", "--device=cpu", f"--dtype={dtype}", f"--out={picture}"]
+    output, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(output):
+        try:
+            sample.main(["a b", f"--weights={folder / form.weights}", *options, *quick])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+    lines = output.getvalue().splitlines()
+    errors = [line for line in lines if line.startswith("python -m minisdxl.sample: error: ")]
+    if code not in ((2,) if refused else (0, 2)):
+        raise Violation(f"the command ended with {code}: {lines}")
+    if (code == 2) != (lines[-1:] == errors and len(errors) == 1) or (code == 2) == picture.exists():
+        raise Violation(f"the command ended with {code} and {'a' if picture.exists() else 'no'} picture: {lines}")
+    picture.unlink(missing_ok=True)
+
+
+def place(files: Files, folder: Path, there: Files) -> None:
+    """Makes the files of ``folder``, which has those that are ``there``, those that are given."""
+    for path in sorted(there.keys() | files.keys()):
+        content, target = files.get(path), folder / path
+        if content == there.get(path):
+            continue
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        match content:
+            case "folder":
+                target.mkdir()
+            case "pipe":
+                os.mkfifo(target)
+            case bytes():
+                target.write_bytes(content)
+
+
+def work(results: Connection, numbers: Sequence[int], seed: int, folder: Path) -> None:
+    """Tries cases in this process and sends a :class:`Result` for each."""
+    torch.set_num_threads(1)
+    logging.disable()
+    limit_memory(MEMORY)
+    there: dict[str, Files] = {name: {} for name in forms()}
+    for number in numbers:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the system ends the process when they have passed
+        case = make_case(number, seed)
+        place(case.files, folder / case.form, there[case.form])
+        there[case.form] = case.files
+        results.send(examine(case, folder / case.form))
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def limit_memory(more: int) -> None:
+    """Lets this process have so many bytes more than it has, on systems that say how many that is."""
+    sizes = Path("/proc/self/statm")
+    if sizes.exists():
+        size = int(sizes.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + more, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def results(numbers: Sequence[int], seed: int, folder: Path) -> Generator[Result, None, None]:
+    """Tries cases in a process of their own; ends with the first that it does not survive."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=work, args=(sender, numbers, seed, folder))
+    child.start()
+    sender.close()
+    try:
+        for _ in numbers:
+            if not receiver.poll(PATIENCE):
+                yield Result(None, f"nothing came of it in {PATIENCE} s")
+                return
+            try:
+                yield receiver.recv()
+            except EOFError:
+                child.join()
+                yield Result(None, how_it_ended(child.exitcode or 0))
+                return
+    finally:
+        child.kill()
+        child.join()
+
+
+def how_it_ended(code: int) -> str:
+    """What the exit code of a process says."""
+    if code == -signal.SIGPROF:
+        return f"took more than {SECONDS} s of the processor"
+    return f"the process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tries cases; exit code 1 at the first violation."""
+    parser = Parser(prog="python -m tools.fuzz", description="Damages model files and loads them.")
+    parser.add_argument("--cases", type=int, default=1000, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--case", type=int, metavar="N", help="only this one; says what came of it")
+    parser.add_argument("--folder", type=Path, help="where to put the files, and leave the last (default: nowhere)")
+    options = parser.parse_args(arguments)
+    if options.cases < 1:
+        parser.error(f"--cases is {options.cases}, expected 1 or more")
+    numbers = range(options.cases) if options.case is None else range(options.case, options.case + 1)
+    counts: Counter[tuple[str, bool]] = Counter()
+    forms()  # before the process forks
+    began = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        outcomes = stack.enter_context(contextlib.closing(results(numbers, options.seed, folder)))
+        for number, result in zip(numbers, tqdm(outcomes, total=len(numbers), unit="case", disable=None), strict=False):
+            case = make_case(number, options.seed)
+            counts[case.damage, result.message is None] += 1
+            came = "loaded" if result.message is None else f"refused: {result.message}"
+            if options.case is not None:
+                print(f"{case}; {came}")
+            if result.violation is not None:
+                again = f"python -m tools.fuzz --case {number} --seed {options.seed}"
+                parser.exit(1, f"{case}: {result.violation}\n{again}\n")
+    seconds = time.perf_counter() - began
+    print("| damage | cases | refused | loaded, and right |\n| --- | --- | --- | --- |")
+    for damage in sorted({damage for damage, _ in counts}):
+        refused, loaded = counts[damage, False], counts[damage, True]
+        print(f"| {damage} | {refused + loaded} | {refused} | {loaded} |")
+    refused = sum(count for (_, loaded), count in counts.items() if not loaded)
+    print(
+        f"{counts.total()} cases with seed {options.seed}: {refused} refused, {counts.total() - refused} loaded and "
+        f"right, 0 violations; {seconds:.0f} s, {counts.total() / seconds:.0f} cases a second"
+    )
+
+
+if __name__ == "__main__":
+    main()
