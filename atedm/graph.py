@@ -49,16 +49,20 @@ class AttentionInputs(NamedTuple):
     """What an attention layer hands over, so that no map is built where nobody asks for one.
 
     ``query`` is (B, heads, M, d), ``key`` is (B, heads, N, d); the map is softmax(scale * query key^T).
+    ``log_sum_exp`` (B, heads, M) is that of each row of scale * query key^T, if the attention layer knows it: it spares
+    graphs that are not held from computing all rows for it.
     """
 
     query: Tensor
     key: Tensor
     scale: float
+    log_sum_exp: Tensor | None = None
 
     def split(self, rows: int) -> list[AttentionInputs]:
         """The inputs in parts of ``rows`` batch rows each, the last one of those that are left."""
-        pairs = zip(torch.split(self.query, rows), torch.split(self.key, rows), strict=True)
-        return [AttentionInputs(query, key, self.scale) for query, key in pairs]
+        queries, keys = torch.split(self.query, rows), torch.split(self.key, rows)
+        sums = [None] * len(keys) if self.log_sum_exp is None else torch.split(self.log_sum_exp, rows)
+        return [AttentionInputs(q, k, self.scale, s) for q, k, s in zip(queries, keys, sums, strict=True)]
 
     def graph(self, kind: str = "held") -> AttentionGraph:
         """Build the attention graph of the ``kind``, one of ``GRAPHS``. Raises ``ValueError`` for any other.
@@ -69,9 +73,9 @@ class AttentionInputs(NamedTuple):
             case "held":
                 return HeldGraph.from_qk(self.query, self.key, self.scale)
             case "streamed":
-                return StreamedGraph.from_qk(self.query, self.key, self.scale)
+                return StreamedGraph.from_qk(self.query, self.key, self.scale, self.log_sum_exp)
             case "sketched":
-                return SketchedGraph.from_qk(self.query, self.key, self.scale)
+                return SketchedGraph.from_qk(self.query, self.key, self.scale, log_sum_exp=self.log_sum_exp)
         raise ValueError(f"attention graph is {kind!r}, expected one of {', '.join(GRAPHS)}")
 
 

@@ -44,13 +44,16 @@ class HeldGraph:
         return cls(held)
 
     @classmethod
-    def from_qk(cls, q: Tensor, k: Tensor, scale: float) -> HeldGraph:
+    def from_qk(cls, q: Tensor, k: Tensor, scale: float, log_sum_exp: Tensor | None = None) -> HeldGraph:
         """The graph softmax(scale * q k^T) of queries (B, heads, M, d) and keys (B, heads, N, d).
 
-        Logits and softmax are computed in float32 at least, as fused attention does inside.
+        Logits and softmax are computed in float32 at least, as fused attention does inside. What that knows of each
+        row, ``log_sum_exp`` (B, heads, M), spares the search for it; weights are then off by rounding, rows' sums too.
         """
         logits = (at_least_float32(q) * scale) @ at_least_float32(k).mT
-        return cls(logits.softmax(dim=-1))
+        if log_sum_exp is None:
+            return cls(logits.softmax(dim=-1))
+        return cls(logits.sub_(log_sum_exp.unsqueeze(-1)).exp_())
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -53,7 +53,7 @@ def prune(
     Raises ``ValueError`` for attention of other tokens.
     """
     batch, held = tokens.values.shape[0], tokens.count
-    for name, (query, key, _) in (("self", self_attention), ("cross", cross_attention)):
+    for name, (query, key, *_) in (("self", self_attention), ("cross", cross_attention)):
         keys = held if name == "self" else key.shape[2]
         if (query.shape[0], query.shape[2], key.shape[0], key.shape[2]) != (batch, held, batch, keys):
             raise ValueError(

@@ -36,16 +36,22 @@ class SketchedGraph:
     scale: float
     voters: HeldGraph
     stride: int
+    log_sum_exp: Tensor | None = None
 
     @classmethod
-    def from_qk(cls, q: Tensor, k: Tensor, scale: float, stride: int = SKETCH_STRIDE) -> SketchedGraph:
+    def from_qk(
+        cls, q: Tensor, k: Tensor, scale: float, stride: int = SKETCH_STRIDE, log_sum_exp: Tensor | None = None
+    ) -> SketchedGraph:
         """A sketch of the graph softmax(scale * q k^T) of queries (B, heads, M, d) and keys (B, heads, N, d).
 
+        ``log_sum_exp`` (B, heads, M) is what fused attention knows of each row, if it is at hand.
         Raises ``ValueError`` for a stride below 1.
         """
         if stride < 1:
             raise ValueError(f"sketch stride is {stride}, expected 1 or more")
-        return cls(q, k, scale, HeldGraph.from_qk(q[:, :, ::stride], k, scale), stride)
+        voting = None if log_sum_exp is None else log_sum_exp[:, :, ::stride]
+        voters = HeldGraph.from_qk(q[:, :, ::stride], k, scale, voting)
+        return cls(q, k, scale, voters, stride, log_sum_exp)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -71,9 +77,10 @@ class SketchedGraph:
 
     def strongest_query(self, among: Tensor, targets: Tensor) -> Tensor:
         """Which query attends most to each target, see :meth:`~atedm.graph.AttentionGraph.strongest_query`."""
-        rows = StreamedGraph.from_qk(take_rows(self.query, among), self.key, self.scale)  # of no others is L needed
+        sums = None if self.log_sum_exp is None else self.log_sum_exp.take_along_dim(among.unsqueeze(1), dim=2)
+        rows = StreamedGraph.from_qk(take_rows(self.query, among), self.key, self.scale, sums)  # no others are needed
         return rows.strongest_query(torch.arange(among.shape[1], device=among.device).expand_as(among), targets)
 
     def _exact(self) -> StreamedGraph:
         # Anew each time: cross-attention asks, whose keys are few; self-attention, which does not, would pay for it.
-        return StreamedGraph.from_qk(self.query, self.key, self.scale)
+        return StreamedGraph.from_qk(self.query, self.key, self.scale, self.log_sum_exp)

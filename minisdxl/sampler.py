@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from atedm.plan import TokenPlan
 
 Denoiser = Callable[[Tensor, float, int], Tensor]  # (x, sigma, step) -> D(x; sigma)
-UNetCall = Callable[[Tensor, Tensor, Tensor, Tensor, "TokenPlan"], Tensor]  # (c_in x, c_noise, context, vector, plan)
 Spacing = Callable[[int, NoiseConfig], Tensor]  # n steps to n indices into the levels of training, descending, int64
 
 LCM_STEPS = 50  # steps of the teacher that LCM was distilled with; diffusers: LCMScheduler.original_inference_steps
@@ -118,6 +117,19 @@ def denoise(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: float
     return c_skip * x + c_out * network(c_in * x, torch.full((len(x),), c_noise, device=x.device))
 
 
+Text = TypeVar("Text")
+
+
+class NoisePredictor(Protocol[Text]):
+    """What the sampler asks of a U-Net."""
+
+    def read(self, context: Tensor) -> Text:
+        """What it needs to know of a context (B, 77, channels), at whatever noise level."""
+
+    def __call__(self, x: Tensor, c_noise: Tensor, text: Text, vector: Tensor, plan: TokenPlan) -> Tensor:
+        """The noise in ``x``, which is c_in times the latent (B, C, H, W)."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """What the U-Net is told: context (B, 77, channels) and vector (B, channels), in the U-Net's dtype and device."""
@@ -127,7 +139,7 @@ class Condition:
 
 
 def guided_denoiser(
-    unet: UNetCall,
+    unet: NoisePredictor[Text],
     conditional: Condition,
     unconditional: Condition,
     scale: float,
@@ -137,16 +149,17 @@ def guided_denoiser(
     """D(x; sigma) under classifier-free guidance, u + scale (c - u); ``plans(step)`` is the plan of step 0, 1, ...
 
     Calls the U-Net with a batch of 2B, the unconditional half first; at ``scale`` 1 with the conditional B alone. The
-    U-Net computes in the dtype of the context, everything around it in fp32.
+    U-Net reads the context once, here, and computes in its dtype, everything around it in fp32.
     """
     parts = [conditional] if scale == 1 else [unconditional, conditional]
     context = torch.cat([part.context for part in parts])
     vector = torch.cat([part.vector for part in parts])
+    text = unet.read(context)
     levels = discrete_sigmas(noise)
 
     def denoiser(x: Tensor, sigma: float, step: int) -> Tensor:
         def network(scaled: Tensor, c_noise: Tensor) -> Tensor:
-            return unet(scaled.to(context.dtype), c_noise, context, vector, plans(step)).float()
+            return unet(scaled.to(context.dtype), c_noise, text, vector, plans(step)).float()
 
         denoised = denoise(network, torch.cat([x] * len(parts)), sigma, levels)
         if scale == 1:

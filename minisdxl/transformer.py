@@ -6,6 +6,9 @@ Legend: B batch, N tokens of a feature map, n <= N tokens still held, T text tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -14,27 +17,54 @@ from atedm.graph import AttentionInputs
 from atedm.plan import UNTOUCHED, BlockPlan, LayerPlan
 from atedm.recovery import Restore
 from atedm.tokens import TokenSet
+from minisdxl import cpu
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, the faster way where there is one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C) -> (..., C')."""
+        return cpu.linear(input, self.weight, self.bias) if cpu.usable(input) else super().forward(input)
+
+
+class KeysValues(NamedTuple):
+    """What queries attend to: ``key`` and ``value`` are (B, h, T, d) of T tokens, text or image."""
+
+    key: Tensor
+    value: Tensor
 
 
 class Attention(nn.Module):
-    """Attention of tokens (B, n, C) to a context (B, T, c); q, k and v have no bias (official: CrossAttention)."""
+    """Attention of tokens (B, n, C) to a context (B, T, c); q, k and v have no bias (official: CrossAttention).
+
+    In two steps: what it reads in the context, and what the tokens make of that. The text is the same at every step.
+    """
 
     def __init__(self, channels: int, context_channels: int, head_channels: int) -> None:
         super().__init__()
         self.heads = channels // head_channels
         self.scale = head_channels**-0.5
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_channels, channels, bias=False)
-        self.to_v = nn.Linear(context_channels, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context_channels, channels, bias=False)
+        self.to_v = Linear(context_channels, channels, bias=False)
+        self.to_out = nn.Sequential(Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, AttentionInputs]:
-        """The attended values (B, n, C), and what the attention map is made of, for whoever ranks tokens by it."""
-        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+    def read(self, context: Tensor) -> KeysValues:
+        """Keys and values of a context (B, T, c)."""
         k = rearrange(self.to_k(context), "b t (h d) -> b h t d", h=self.heads)
         v = rearrange(self.to_v(context), "b t (h d) -> b h t d", h=self.heads)
-        attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.to_out(rearrange(attended, "b h n d -> b n (h d)")), AttentionInputs(q, k, self.scale)
+        return KeysValues(k, v)
+
+    def forward(self, x: Tensor, context: KeysValues) -> tuple[Tensor, AttentionInputs]:
+        """The attended values (B, n, C), and what the attention map is made of, for whoever ranks tokens by it."""
+        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        k, v = context
+        if cpu.usable(x):
+            attended, log_sum_exp = cpu.attention(q, k, v, self.scale)
+        else:
+            attended, log_sum_exp = F.scaled_dot_product_attention(q, k, v, scale=self.scale), None
+        return self.to_out(rearrange(attended, "b h n d -> b n (h d)")), AttentionInputs(q, k, self.scale, log_sum_exp)
 
 
 class GEGLU(nn.Module):
@@ -42,10 +72,12 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
+        self.proj = Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) -> (B, n, hidden)."""
+        if cpu.usable(x):
+            return cpu.geglu(x, self.proj.weight, self.proj.bias)
         value, gate = self.proj(x).chunk(2, dim=-1)
         x = value * F.gelu(gate, approximate="none")
         return x
@@ -57,7 +89,7 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         # Index 1 is the official code's dropout, which is 0.
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) -> (B, n, C)."""
@@ -77,14 +109,17 @@ class TransformerLayer(nn.Module):
         self.norm3 = nn.LayerNorm(channels, eps=1e-5)
         self.ff = FeedForward(channels)
 
-    def forward(self, tokens: TokenSet, context: Tensor, plan: LayerPlan) -> tuple[TokenSet, list[Restore]]:
-        """Norm, attend, add, three times. Returns the tokens that ``plan`` leaves and the way back."""
+    def forward(self, tokens: TokenSet, text: KeysValues, plan: LayerPlan) -> tuple[TokenSet, list[Restore]]:
+        """Norm, attend, add, three times. Returns the tokens that ``plan`` leaves and the way back.
+
+        ``text`` is what :attr:`attn2` read.
+        """
         merge_1, merge_2, merge_3 = plan.merges(tokens)
         x = tokens.values
         normed = merge_1.merge(self.norm1(x))
-        attended, self_attention = self.attn1(normed, normed)
+        attended, self_attention = self.attn1(normed, self.attn1.read(normed))
         x = x + merge_1.unmerge(attended)
-        attended, cross_attention = self.attn2(merge_2.merge(self.norm2(x)), context)
+        attended, cross_attention = self.attn2(merge_2.merge(self.norm2(x)), text)
         x = x + merge_2.unmerge(attended)
         tokens, early = plan.prune(tokens.with_values(x), self_attention, cross_attention, before_feed_forward=True)
         x = tokens.values
@@ -105,19 +140,26 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.name = name
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # the official 1e-6, unlike the ResBlocks' 1e-5
-        self.proj_in = nn.Linear(channels, channels)
+        self.proj_in = Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerLayer(channels, context_channels, head_channels) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(channels, channels)
+        self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor, plan: BlockPlan | None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); ``plan`` says what the layers do with their tokens, ``None`` means nothing."""
+    def read(self, context: Tensor) -> list[KeysValues]:
+        """What each layer reads in a text (B, T, c)."""
+        return [layer.attn2.read(context) for layer in self.transformer_blocks if isinstance(layer, TransformerLayer)]
+
+    def forward(self, x: Tensor, text: Sequence[KeysValues], plan: BlockPlan | None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); ``text`` is what :meth:`read` gave.
+
+        ``plan`` says what the layers do with their tokens, ``None`` means nothing.
+        """
         tokens = TokenSet.from_feature_map(self.norm(x))
         tokens = tokens.with_values(self.proj_in(tokens.values))
         restores: list[Restore] = []
-        for index, layer in enumerate(self.transformer_blocks):
-            tokens, pruned = layer(tokens, context, UNTOUCHED if plan is None else plan.layer(index))
+        for index, (layer, read) in enumerate(zip(self.transformer_blocks, text, strict=True)):
+            tokens, pruned = layer(tokens, read, UNTOUCHED if plan is None else plan.layer(index))
             restores += pruned
         for restore in reversed(restores):
             tokens = restore(tokens)

@@ -7,7 +7,7 @@ Shapes: latent x (B, 4, H, W); timestep (B,); context (B, T, c); vector (B, v); 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from atedm.plan import DENSE, TokenPlan
 from minisdxl.config import AttentionSite, UNetConfig
 from minisdxl.embedding import sinusoidal_embedding
-from minisdxl.transformer import AttentionBlock
+from minisdxl.transformer import AttentionBlock, KeysValues
+
+# What each attention block, by its name, reads in a prompt, layer by layer. It is the same at every step.
+Text = Mapping[str, Sequence[KeysValues]]
 
 
 class ResBlock(nn.Module):
@@ -75,14 +78,14 @@ class Block(nn.Sequential):
     """One numbered block: a convolution in, or a ResBlock with or without attention, or a change of resolution."""
 
     def forward(  # type: ignore[override]  # nn.Sequential takes one input
-        self, x: Tensor, embedding: Tensor, context: Tensor, plan: TokenPlan, size: torch.Size
+        self, x: Tensor, embedding: Tensor, text: Text, plan: TokenPlan, size: torch.Size
     ) -> Tensor:
         """Each part takes what it needs; ``size`` is the (H, W) that an upsampling must reach."""
         for part in self:
             if isinstance(part, ResBlock):
                 x = part(x, embedding)
             elif isinstance(part, AttentionBlock):
-                x = part(x, context, plan.get(part.name))
+                x = part(x, text[part.name], plan.get(part.name))
             elif isinstance(part, Upsample):
                 x = part(x, size)
             else:
@@ -159,23 +162,31 @@ class UNet(nn.Module):
                 yield Block(*parts)
                 channels = c.channels(level)
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, vector: Tensor, plan: TokenPlan = DENSE) -> Tensor:
+    def read(self, context: Tensor) -> Text:
+        """What the attention blocks read in the text; for all steps of a picture once is enough."""
+        return {block.name: block.read(context) for block in self.modules() if isinstance(block, AttentionBlock)}
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Tensor | Text, vector: Tensor, plan: TokenPlan = DENSE
+    ) -> Tensor:
         """The predicted noise (B, 4, H, W).
 
+        ``context`` is the text, or what :meth:`read` gave for it, which makes no difference but to the time it takes.
         ``plan`` says what each attention block does with its tokens; a block that it does not name runs dense.
         Raises ``ValueError`` for a plan that names a block this U-Net does not have.
         """
         plan.check(list(self.config.attention_sites()))
         embedding = self.time_embed(sinusoidal_embedding(timestep, self.config.model_channels).to(x.dtype))
         embedding = embedding + self.label_emb(vector.to(x.dtype))
+        text = self.read(context) if isinstance(context, Tensor) else context
         skips = []
         for block in self.input_blocks:
-            x = block(x, embedding, context, plan, x.shape[-2:])
+            x = block(x, embedding, text, plan, x.shape[-2:])
             skips.append(x)
-        x = self.middle_block(x, embedding, context, plan, x.shape[-2:])
+        x = self.middle_block(x, embedding, text, plan, x.shape[-2:])
         for block in self.output_blocks:
             skip = skips.pop()
             next_size = skips[-1].shape[-2:] if skips else x.shape[-2:]
-            x = block(torch.cat([x, skip], dim=1), embedding, context, plan, next_size)
+            x = block(torch.cat([x, skip], dim=1), embedding, text, plan, next_size)
         x = self.out(x)
         return x

@@ -110,7 +110,7 @@ def attention_spread(sdxl: SDXL, settings: Settings) -> NDArray[np.float64]:
     seen: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
     def see(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        graph = HeldGraph.from_qk(*output[1])
+        graph = HeldGraph.from_qk(*output[1][:3])
         tokens = graph.shape[-1]
         if tokens < 2:
             raise ValueError(f"attention block {name} has 1 token, expected 2 or more; ask for a larger --size")

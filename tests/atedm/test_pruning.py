@@ -116,7 +116,7 @@ def test_permuting_tokens_permutes_what_is_kept(ranking: str, recovery: str) -> 
     """All but random positions and interpolation on the grid, which know where a token is."""
     tokens, self_attention, cross_attention = random_layer(1, 4, 5)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(2))
-    q, k, scale = self_attention
+    q, k, scale, _ = self_attention
     how = Pruning(0.6, ranking, recovery=recovery)
     kept, restore = prune(tokens, self_attention, cross_attention, how)
     permuted, permuted_restore = prune(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,3 +89,22 @@ def test_holds_a_part_of_the_map() -> None:
 def test_stride_below_one() -> None:
     with pytest.raises(ValueError, match="sketch stride is 0, expected 1 or more"):
         SketchedGraph.from_qk(*random_qk(4, 4), 0.5, stride=0)
+
+
+def test_known_sums_of_rows_are_not_computed_again() -> None:
+    """Fused attention knows the log-sum-exp of each row: the same answers, and shifted ones for shifted sums."""
+    q, k = random_qk(23, 23)
+    known = (0.5 * q @ k.mT).logsumexp(dim=-1)
+    computed, given = SketchedGraph.from_qk(q, k, 0.5, 4), SketchedGraph.from_qk(q, k, 0.5, 4, known)
+    s, among = random_scores(23), torch.tensor([[0, 3, 4, 22], [1, 2, 17, 20]])
+    targets = torch.arange(1, 23, 2).expand(2, -1)
+    error = (given.votes(s) - computed.votes(s)).abs().max()
+    print(f"votes with known sums: max error {error:.1e}")
+    assert error < 1e-14
+    assert (given.gather(s) - computed.gather(s)).abs().max() < 1e-14
+    assert torch.equal(given.strongest_query(among, targets), computed.strongest_query(among, targets))
+    halved = SketchedGraph.from_qk(q, k, 0.5, 4, known + math.log(2))
+    assert (halved.votes(s) - computed.votes(s) / 2).abs().max() < 1e-14
+    known[:, :, 3] -= 100  # the strongest of all, if it is believed
+    believed = SketchedGraph.from_qk(q, k, 0.5, 4, known).strongest_query(among[:1].expand(2, -1), targets)
+    assert bool((believed == 1).all())

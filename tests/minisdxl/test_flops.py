@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -32,14 +33,20 @@ SDXL_SITES = list(SDXL_BASE.unet.attention_sites())
 def measure(unet: UNet, height: int, width: int, plan: TokenPlan, context_length: int = 77) -> Counter[tuple[str, str]]:
     """What the operator counter sees in each module while the U-Net runs, sorted by block and kind of work.
 
-    Fused attention is unknown to the counter on these devices, so attention is run as two matrix products.
+    Fused attention is unknown to the counter on these devices, so attention is run as two matrix products, or the
+    counter is told what it costs, as it is of oneDNN's linear maps.
     """
     c = unet.config
     device = next(unet.parameters()).device
     x, time = torch.randn(1, c.in_channels, height, width, device=device), torch.ones(1, device=device)
     context = torch.randn(1, context_length, c.context_channels, device=device)
     vector = torch.randn(1, c.vector_channels, device=device)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    fast = {
+        torch.ops.mkldnn._linear_pointwise: lambda x, *_, out_shape: 2 * math.prod(out_shape) * x[-1],
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * math.prod(q) * k[2],
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=fast)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         unet(x, time, context, vector, plan)
     totals = {
         path: sum(operators.values()) for path, operators in counter.get_flop_counts().items() if path != "Global"
@@ -47,6 +54,8 @@ def measure(unet: UNet, height: int, width: int, plan: TokenPlan, context_length
     own = Counter(totals)
     for path, flops in totals.items():
         parent = path.rpartition(".")[0]
+        if path.endswith((".to_k", ".to_v")):  # keys and values are read before their attention runs
+            parent = "UNet" if ".attn2." in path else parent.rpartition(".")[0]
         while parent and parent not in totals:  # lists of modules do not run, so they are not seen
             parent = parent.rpartition(".")[0]
         if parent:
@@ -70,8 +79,10 @@ def block_name(unet: UNet, module: str) -> str:
 
 def kind_of_work(name: str, module: nn.Module) -> str:
     """What a module does itself, as opposed to the modules inside it."""
+    if ".ff." in name:
+        return "feed-forward"
     if isinstance(module, nn.Linear):
-        return "feed-forward" if ".ff." in name else "projections"
+        return "projections"
     if isinstance(module, Attention):
         return {"attn1": "self-attention", "attn2": "cross-attention"}[name.split(".")[-1]]
     return {nn.Conv2d: "convolution", TransformerLayer: "ranking and recovery"}[type(module)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
 import minisdxl
 from atedm import PRESETS
+from minisdxl.checkpoint import open_source
 from minisdxl.flops import count
-from minisdxl.pipeline import SDXL
+from minisdxl.pipeline import BUNDLED, SDXL
 from minisdxl.sample import main
 from minisdxl.samplings import SAMPLINGS
+from tests.minisdxl.tiny import tiny_file
 
 PROMPT = "a small red circle above a big blue square on a white background"
 QUICK = ["--steps", "2", "--size", "64x64"]
@@ -86,8 +91,9 @@ def unet_flops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sdxl = minisdxl.load(*arguments, **options)
 
         def counted(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-            x, _, context, _, plan = inputs
-            found.append(len(x) * count(sdxl.config, x.shape[2], x.shape[3], plan, context.shape[1]).total)
+            x, _, text, _, plan = inputs
+            length = text["mid"][0].key.shape[2]
+            found.append(len(x) * count(sdxl.config, x.shape[2], x.shape[3], plan, length).total)
 
         sdxl.unet.register_forward_pre_hook(counted)
         return sdxl
@@ -131,6 +137,55 @@ def test_picture_is_made_again_from_its_record_alone(
     assert Image.open(again).tobytes() == Image.open(first).tobytes()
     assert record_of(again) == record_of(first)
     assert Image.open(plain).tobytes() != Image.open(first).tobytes()
+
+
+def lora_file(path: Path) -> Path:
+    """A LoRA for the self-attention of the bundled model."""
+    tensors = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in open_source(BUNDLED["shapes"]).shapes.items():
+        if name.endswith(".attn1.to_v.weight"):
+            out, width = shape
+            module = name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_")
+            tensors[f"lora_unet_{module}.lora_down.weight"] = torch.randn(2, width, generator=generator)
+            tensors[f"lora_unet_{module}.lora_up.weight"] = torch.randn(out, 2, generator=generator) / width
+    save_file(tensors, path)
+    return path
+
+
+def test_loras_are_merged_and_recorded(tmp_path: Path, plain: Path) -> None:
+    file = lora_file(tmp_path / "style:1.safetensors")
+    options = [PROMPT, *QUICK, "--seed", "7"]
+    first, again, none = (tmp_path / f"{name}.png" for name in ("first", "again", "none"))
+    main([*options, "--lora", f"{file}:0.5", "--lora", str(file), "--out", str(first)])
+    recorded = record_of(first)["lora"]
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert recorded == [{"file": file.name, "scale": scale, "sha256": sha256} for scale in (0.5, 1.0)]
+    main([*options, *(f"--lora={tmp_path / each['file']}:{each['scale']}" for each in recorded), "--out", str(again)])
+    assert record_of(again) == record_of(first)
+    assert Image.open(again).tobytes() == Image.open(first).tobytes() != Image.open(plain).tobytes()
+    main([*options, "--lora", f"{file}:0", "--out", str(none)])
+    assert Image.open(none).tobytes() == Image.open(plain).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("lora", "named"),
+    [
+        ("nowhere.safetensors:0.5", "nowhere.safetensors does not exist"),
+        ("x.safetensors:abc", "scale of x.safetensors is 'abc', expected a number"),
+        ("x.safetensors:inf", "scale of x.safetensors is inf, expected a finite number"),
+        (f"{BUNDLED['shapes']}:1", "is a whole SDXL model; expected a LoRA"),
+        ("other.safetensors", "does not fit shapes: 1 unexpected tensor (lora_unet_out_9.lora_up.weight)"),
+    ],
+)
+def test_lora_that_cannot_be_merged_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, lora: str, named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lora_file(tmp_path / "x.safetensors")
+    save_file({"lora_unet_out_9.lora_up.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    assert named in refused(capsys, PROMPT, *QUICK, "--lora", "x.safetensors", "--lora", lora)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "x.safetensors"]
 
 
 def test_each_prompt_has_its_own_seed_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +237,44 @@ def test_prompts_of_a_file_keep_their_own_seeds(tmp_path: Path, capsys: pytest.C
         *[("a green triangle", seed, "") for seed in (102, 103)],
     ]
     assert len(list((tmp_path / "out").iterdir())) == 10  # two pairs that would have the same names
+
+
+def test_low_memory_makes_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without text encoders in memory, and in strips."""
+    encoders: list[weakref.ref[Any]] = []
+    tiles: list[int | None] = []
+    generate = SDXL.generate
+
+    def load(*arguments: Any, **options: Any) -> SDXL:
+        sdxl = minisdxl.load(*arguments, **options)
+        encoders.append(weakref.ref(sdxl.text))
+        return sdxl
+
+    def watched(self: SDXL, prompts: list[str], **options: Any) -> Any:
+        tiles.append(options["tile"])
+        assert (encoders[-1]() is None) == (options["tile"] is not None)
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr("minisdxl.sample.load", load)
+    monkeypatch.setattr(SDXL, "generate", watched)
+    rows = [{"prompt": PROMPT}, {"prompt": "a big green triangle", "negative": "red"}, {"prompt": "a black square"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    options = ["--prompts", str(tmp_path / "p.jsonl"), *QUICK, "--images-per-prompt", "2", "--batch", "2"]
+    gc.collect()
+    gc.disable()  # what leaves must need no collecting
+    try:
+        main([*options, "--out", str(tmp_path / "plain")])
+        main([*options, "--low-memory", "--out", str(tmp_path / "low")])
+    finally:
+        gc.enable()
+    assert tiles == [None] * 3 + [8] * 3
+    plain, low = (sorted((tmp_path / name).iterdir()) for name in ("plain", "low"))
+    assert [path.name for path in low] == [path.name for path in plain]
+    assert [record_of(path) for path in low] == [record_of(path) for path in plain]
+    pairs = [[np.asarray(Image.open(path)).astype(int) for path in pair] for pair in zip(plain, low, strict=True)]
+    error = max(abs(one - other).max() for one, other in pairs)
+    print(f"max error of {len(pairs)} pictures: {error} of 255")
+    assert error <= 1
 
 
 def test_list_of_samplings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -448,6 +541,19 @@ def test_bad_input_is_one_line(
     there = sorted(tmp_path.rglob("*.*"))
     assert named in refused(capsys, PROMPT, *QUICK, *arguments)
     assert sorted(tmp_path.rglob("*.*")) == there
+
+
+def test_a_model_without_a_vocabulary_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_file(tmp_path / "model.safetensors")
+    monkeypatch.setattr("minisdxl.tokenizer.find_spec", lambda _: None)  # the package is not installed
+    monkeypatch.setattr("minisdxl.tokenizer.try_to_load_from_cache", lambda *_: None)
+    said = refused(capsys, PROMPT, *QUICK, "--weights", str(file), "--out", str(tmp_path / "x.png"))
+    assert "no CLIP vocabulary (vocab.json and merges.txt)" in said
+    for way in ("a folder tokenizer in or beside it", "minisdxl.download tokenizer", "--tokenizer", "pip install"):
+        assert way in said
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_device_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -198,11 +198,17 @@ class RecordingUNet:
     """Predicts one number an image, mean of the context + vector[0] + timestep / 1000; remembers how it was called."""
 
     calls: list[tuple[Tensor, Tensor, TokenPlan]] = field(default_factory=list)
+    readings: int = 0
 
-    def __call__(self, x: Tensor, c_noise: Tensor, context: Tensor, vector: Tensor, plan: TokenPlan) -> Tensor:
+    def read(self, context: Tensor) -> Tensor:
+        """The mean of each context (B, T, C)."""
+        self.readings += 1
+        return context.mean(dim=(1, 2))
+
+    def __call__(self, x: Tensor, c_noise: Tensor, text: Tensor, vector: Tensor, plan: TokenPlan) -> Tensor:
         """The predicted noise (B, C, H, W)."""
         self.calls.append((x, c_noise, plan))
-        level = context.mean(dim=(1, 2)) + vector[:, 0] + c_noise / 1000
+        level = text + vector[:, 0] + c_noise / 1000
         return level.to(x.dtype)[:, None, None, None].expand_as(x)
 
 
@@ -242,6 +248,7 @@ def test_sampling_hands_each_step_its_plan(scale: float, solver: Solver, calls: 
     assert len(list(solver(denoiser, start([0, 1], 10), sigmas(10, NOISE), ()))) == 10
     steps = [step for step in range(10) for _ in range(calls if step < 9 else 1)]
     assert [plan for _, _, plan in unet.calls] == [step_plan(step) for step in steps]
+    assert unet.readings == 1  # the text is the same at every step
     levels = timesteps(10, NOISE).tolist()
     seen = [int(c_noise[0]) for _, c_noise, _ in unet.calls]
     assert seen == [level for pair in pairwise(levels) for level in pair[:calls]] + levels[-1:]
@@ -256,7 +263,7 @@ def test_only_the_unet_runs_in_half_precision(dtype: torch.dtype) -> None:
     ((seen, c_noise, plan),) = unet.calls
     assert seen.dtype == dtype
     assert denoised.dtype == torch.float32
-    prediction = unet(seen, c_noise, known.context, known.vector, plan).double()
+    prediction = unet(seen, c_noise, unet.read(known.context), known.vector, plan).double()
     error = relative_error(denoised, x.double() - sigma * prediction)
     print(f"around a {dtype} U-Net: max error / max {error:.1e}")
     assert error < 1e-6

@@ -217,6 +217,20 @@ def test_presets_on_the_bundled_model(trained: UNet, preset: str) -> None:
         assert 1e-5 < change < 1
 
 
+@pytest.mark.parametrize("preset", ["at-edm", "tome", "ca-wpr"])
+@torch.no_grad()
+def test_text_that_was_read_once_is_the_text_bit_for_bit(trained: UNet, preset: str) -> None:
+    """Also where text ranks tokens, and another plan is followed at each step."""
+    x, timestep, context, vector = random_inputs(SHAPES.unet, (32, 24), torch.float32)
+    text = trained.read(context)
+    sites = list(SHAPES.unet.attention_sites())
+    assert list(text) == [site.name for site in sites]
+    for plan in (DENSE, parse_preset(preset).plan(0, 50, sites), parse_preset(preset).plan(49, 50, sites)):
+        assert torch.equal(trained(x, timestep, text, vector, plan), trained(x, timestep, context, vector, plan))
+    other = trained(x, timestep, trained.read(context.flip(0)), vector)
+    assert not torch.allclose(other, trained(x, timestep, text, vector))
+
+
 @pytest.mark.parametrize("preset", METHODS)
 @torch.no_grad()
 def test_ratio_zero_on_the_bundled_model_is_dense_bit_for_bit(trained: UNet, preset: str) -> None:

@@ -19,6 +19,7 @@ import atedm.pruning
 import minisdxl
 from atedm.presets import parse_preset
 from atedm.ranking import kept_count, top_k
+from minisdxl import cpu
 from minisdxl.config import SDXL_BASE, SHAPES
 from minisdxl.flops import Kind, count, summary
 from minisdxl.pipeline import SDXL
@@ -99,14 +100,14 @@ def spread_by_hand(query: Tensor, key: Tensor, scale: float) -> tuple[float, flo
 
 def test_spread_of_attention_equals_brute_force(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    fused = torch.nn.functional.scaled_dot_product_attention
+    fused = cpu.attention
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        if q.shape == k.shape and q.shape[2] in (16, 64):  # not of texts, nor of the VAE
-            seen.append(spread_by_hand(q, k, options["scale"]))
-        return fused(q, k, v, **options)
+    def spy(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        if q.shape == k.shape:  # not of texts
+            seen.append(spread_by_hand(q, k, scale))
+        return fused(q, k, v, scale)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(cpu, "attention", spy)
     found = attention_spread(sdxl, settings())
     sites = list(sdxl.config.unet.attention_sites())
     assert found.shape == (2, len(sites), 2)

@@ -1,0 +1,45 @@
+"""What a CPU does faster than torch does when asked in the plain way. docs/performance.md has what it gains.
+
+Linear maps run in oneDNN, as torch's convolutions do already, not in MKL; torch's own compiler calls the same operators
+(Inductor, since 2.0). Fused attention is the plain one, but says what it knows. No gradient goes through any of this.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def usable(x: Tensor) -> bool:
+    """Whether ``x`` can go this way: in fp32, on a CPU, with nothing to be differentiated or compiled."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., C) -> (..., C') as ``torch.nn.functional.linear``."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(..., C) -> (..., hidden): one half of the map times the exact GELU of the other, both taken while in cache.
+
+    ``weight`` is (2 hidden, C), the gate in its second half.
+    """
+    (value, gate), (value_bias, gate_bias) = weight.chunk(2), bias.chunk(2)
+    gated = torch.ops.mkldnn._linear_pointwise(x, gate, gate_bias, "gelu", [], "none")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, gated, value, value_bias, "mul")
+    return y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Fused attention (B, h, n, d), bit for bit that of torch, and the log-sum-exp (B, h, n) that torch keeps back."""
+    attended, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return attended, log_sum_exp

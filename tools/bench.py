@@ -1,0 +1,184 @@
+"""How long one step of the U-Net takes, dense and with token plans, beside diffusers' on the same random weights.
+
+    python -m tools.bench --device cpu                                    # SDXL, 1024 px, fp32: takes half an hour
+    python -m tools.bench --device cuda --batch 2                         # a guided pair, bf16
+    python -m tools.bench --device cpu --scale small --size 256           # an idea of it
+    python -m tools.bench --device cpu --block down.1.1 --presets dense at-edm at-edm:graph=sketched
+
+All contenders take turns, each with the last of 50 steps, which prunes most. Ratios are of times in one round. Memory
+is what a call needs beside everything that is there before the first one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisdxl.command import Parser
+from minisdxl.sample import DTYPES
+from tools.contenders import CONFIGS, PEERS, Contender, blocks, unets
+from tools.memory import gib, machine
+from tools.parts import PARTS, spent
+
+BASELINES = ("dense", "diffusers")
+
+
+def memory(device: torch.device, field: str) -> int:
+    """Bytes in use: VmRSS is now, VmHWM the most since :func:`forget_peak`."""
+    if device.type == "cuda":
+        now = field == "VmRSS"
+        return torch.cuda.memory_allocated(device) if now else torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def forget_peak(device: torch.device) -> None:
+    """Lets the peak of memory start anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
+
+
+def seconds(contender: Contender, device: torch.device) -> float:
+    """How long one call takes, on the device's own clock where it has one."""
+    if device.type == "cuda":
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record()
+        contender.call()
+        ended.record()
+        torch.cuda.synchronize(device)
+        return float(began.elapsed_time(ended)) / 1000
+    start = time.perf_counter()
+    contender.call()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def measure(contenders: Sequence[Contender], repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """One row for each contender: every time of it, its peak of memory, and its parts.
+
+    Each is called once before anything is timed, which also shows how far its output is from the first one's: the
+    largest difference, as a share of the largest value.
+    """
+    before = memory(device, "VmRSS")
+    rows: list[dict[str, Any]] = []
+    first = contenders[0].call().float()
+    for contender in contenders:
+        off = (contender.call().float() - first).abs().max() / first.abs().max()
+        rows.append({"name": contender.name, "seconds": [], "memory": 0, "off": off.item()})
+    for repeat in range(repeats):
+        turns = list(zip(contenders, rows, strict=True))
+        for contender, row in turns if repeat % 2 == 0 else reversed(turns):
+            forget_peak(device)
+            row["seconds"].append(seconds(contender, device))
+            row["memory"] = max(row["memory"], memory(device, "VmHWM") - before)
+            print(f"{repeat + 1} of {repeats}, {row['name']}: {row['seconds'][-1]:.3f} s", file=sys.stderr)
+    for contender, row in zip(contenders, rows, strict=True):
+        row["parts"] = spent(contender, device)
+    for base in [row for row in rows if row["name"] in BASELINES]:
+        for row in rows:
+            ratios = [mine / theirs for mine, theirs in zip(row["seconds"], base["seconds"], strict=True)]
+            row.setdefault("ratios", {})[base["name"]] = ratios
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Two Markdown tables: medians with the spread of all repeats, and milliseconds of each part."""
+    bases = list(rows[0].get("ratios", ()))
+    heads = ["", "s a step", *(f"of {base}" for base in bases), "memory, GiB", "output differs by"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in rows:
+        ratios = [_spread(row["ratios"][base], 3) for base in bases]
+        lines.append(_line([row["name"], _spread(row["seconds"], 3), *ratios, gib(row["memory"]), f"{row['off']:.1e}"]))
+    parts = [part for part in PARTS if any(row["parts"][part] for row in rows)]
+    lines += ["", _line(["ms of one step, profiled", *parts]), _line(["---"] * (len(parts) + 1))]
+    for row in rows:
+        total = sum(row["parts"].values())
+        shares = (f"{row['parts'][part]:.1f} ({row['parts'][part] / total:.1%})" for part in parts)
+        lines.append(_line([row["name"], *shares]))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    low, middle, high = (f"{of(values):.{digits}f}" for of in (min, statistics.median, max))
+    return f"{middle} ({low} to {high})"
+
+
+def describe(options: argparse.Namespace, device: torch.device) -> str:
+    """The machine, the versions and what runs, in words."""
+    if device.type == "cuda":
+        where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        where = f"{torch.get_num_threads()} threads"
+    what = CONFIGS[options.scale].name + (f" {options.block}" if options.block else "")
+    return f"{machine()}; {where}\n{what}, {options.size} px, batch {options.batch}, {options.dtype}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; exit code 2 with one line for what cannot be measured."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    peers = ([] if options.block else list(PEERS)) if options.peers is None else options.peers
+    config, device, dtype = CONFIGS[options.scale], torch.device(options.device), DTYPES[options.dtype]
+    try:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device is 'cuda', torch finds none here; expected cpu")
+        if options.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+            raise ValueError("cannot write /proc/self/clear_refs, by which Linux forgets a peak of memory")
+        for name in ("batch", "repeats"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name} is {getattr(options, name)}, expected 1 or more")
+        config.picture_size((options.size, options.size))
+        if options.block and peers:
+            raise ValueError(f"--peers are {', '.join(peers)} with --block, expected none: they run whole U-Nets")
+        print(describe(options, device), file=sys.stderr)
+        with torch.no_grad():
+            made = (
+                blocks(config, options.block, options.size, options.batch, options.presets, device, dtype)
+                if options.block
+                else unets(config, options.size, options.batch, options.presets, peers, device, dtype)
+            )
+            rows = measure(list(made), options.repeats, device)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
+    report = {"machine": describe(options, device), **vars(options), "peers": peers, "rows": rows}
+    print(json.dumps(report, indent=1) if options.json else f"{describe(options, device)}\n\n{table(rows)}")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), required=True)
+    add("--scale", choices=CONFIGS, default="full", help="of the model (default: %(default)s)")
+    add("--size", type=int, default=1024, help="side of the picture in pixels (default: %(default)s)")
+    add("--batch", type=int, default=1, help="latents in a call; guidance has two a picture (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="(default: fp32 on a CPU, bf16 on a GPU)")
+    add("--presets", nargs="+", default=["dense", "at-edm"], metavar="PRESET", help="(default: dense at-edm)")
+    add("--peers", nargs="*", choices=PEERS, help="(default: all, and none with --block)")
+    add("--block", metavar="NAME", help="time this attention block alone, such as down.1.1")
+    add("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
+    add("--json", action="store_true", help="every number, as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
