@@ -14,7 +14,9 @@ from minisdxl.checkpoint import load
 from minisdxl.config import SHAPES
 from minisdxl.vae import VAE
 from tools.shapes import held_out, parse_caption
-from tools.train_shapes import balance_latents, batch_of_pictures, main, parse_stages, warm_then_decay
+from tools.train_shapes import main, parse_stages
+from tools.train_vae import balance_latents
+from tools.training import batch_of_pictures, warm_then_decay
 
 
 def test_pictures_are_of_training_captions_and_repeatable() -> None:
@@ -64,7 +66,7 @@ def test_stages_are_read_and_refused() -> None:
 
 def test_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(steps: int, *more: str) -> None:
-        options = ["--vae-steps", "1", "--batch", "2", "--grid-every", "100", "--seed", "1", *more]
+        options = ["--vae-steps", "1", "--text-steps", "1", "--batch", "2", "--grid-every", "100", "--seed", "1", *more]
         monkeypatch.setattr(sys, "argv", ["train_shapes", "--run", str(tmp_path), "--stages", f"64:{steps}", *options])
         main()
 

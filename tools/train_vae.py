@@ -1,0 +1,105 @@
+"""Trains the bundled model's VAE, the first part of ``tools.train_shapes``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from minisdxl.checkpoint import load
+from minisdxl.config import SHAPES
+from minisdxl.vae import VAE
+from tools.training import batch_of_pictures, log, save_state, warm_then_decay
+
+
+def train_vae(options: argparse.Namespace) -> VAE:
+    """Trains the autoencoder, or returns the one that a finished run left.
+
+    The loss is L1 + L2, with a little noise on the latent so that the decoder forgives some. Three latent channels are
+    held to the picture at its size: a free latent of so small a VAE puts all colors on one curve, where what
+    blurs between two colors is a third. The Kullback-Leibler term only keeps variances in bounds.
+    """
+    state_file = options.run / "vae.pt"
+    vae = VAE(SHAPES.vae).to(options.device)
+    convert_conv2d_weight_memory_format(vae, torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    step = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True, map_location=options.device)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    began = time.time()
+    while step < options.vae_steps:
+        rng = random.Random(f"vae {options.seed} {step}")
+        torch.manual_seed(step)
+        # Mostly small pictures, for time (edges are one pixel wide at any size); the middle attention sees more
+        # positions in larger ones.
+        side, count = (256, 4) if step % 16 == 15 else (128, 8) if step % 4 == 3 else (64, 16)
+        images, _ = batch_of_pictures(rng, count, side)
+        images = images.to(options.device)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * warm_then_decay(step, options.vae_steps, warm=50, decay=0.5)
+        mean, log_variance = vae.moments(images)
+        noisy = mean + 0.05 * torch.randn_like(mean)
+        output = vae.decode(noisy * vae.config.scale_factor)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        small = F.avg_pool2d(images, SHAPES.vae.downscale)
+        held = F.mse_loss(mean[:, :3], 1.5 * small)
+        error = F.mse_loss(output, images)
+        loss = F.l1_loss(output, images) + error + held + 1e-5 * divergence
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 25 == 0 or step == options.vae_steps:
+            psnr = 10 * math.log10(4 / error.item())
+            log(
+                options.run / "vae.csv",
+                step=step,
+                loss=loss.item(),
+                psnr=psnr,
+                held=held.item(),
+                seconds=time.time() - began,
+            )
+        if step % 100 == 0 or step == options.vae_steps:
+            save_state(state_file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
+    vae.requires_grad_(False).eval()
+    images, _ = batch_of_pictures(random.Random("latent scale"), 64, SHAPES.size)
+    balance_latents(vae, images.to(options.device))
+    return vae
+
+
+def load_vae(path: Path) -> VAE:
+    """The autoencoder of a checkpoint, under today's scale factor."""
+    vae = VAE(SHAPES.vae).requires_grad_(False).eval()
+    vae.load_state_dict(load(path)[1].vae.state_dict())
+    return vae
+
+
+@torch.no_grad()
+def balance_latents(vae: VAE, images: Tensor) -> None:
+    """Gives every latent channel of ``images`` mean 0 and variance 1, by the 1x1 convolutions on either side of it.
+
+    What the VAE makes of a picture stays the same. Diffusion adds the same noise to all channels: one of small variance
+    would be settled late and count for little.
+    """
+    latents = vae.moments(images)[0]
+    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    both = torch.cat([1 / deviation, torch.ones_like(deviation)])
+    vae.quant_conv.weight.mul_(both[:, None, None, None])
+    bias = vae.quant_conv.bias
+    into = vae.post_quant_conv.bias
+    assert bias is not None
+    assert into is not None
+    bias.copy_(torch.cat([(bias[: len(mean)] - mean) / deviation, bias[len(mean) :] - 2 * deviation.log()]))
+    into.add_(vae.post_quant_conv.weight.flatten(1) @ mean)
+    vae.post_quant_conv.weight.mul_(deviation[None, :, None, None])

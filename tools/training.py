@@ -1,0 +1,84 @@
+"""What the trainings of the bundled model's parts share: pictures, learning rates, the optimizer, states and logs."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tools.shapes import draw, random_scene
+
+
+def batch_of_pictures(rng: random.Random, count: int, side: int, split: str = "train") -> tuple[Tensor, list[str]]:
+    """``count`` fresh pictures (count, 3, side, side) in [-1, 1], and their captions."""
+    scenes = [random_scene(rng, split) for _ in range(count)]
+    pictures = np.stack([draw(scene, side) for scene in scenes])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return images.contiguous(memory_format=torch.channels_last), [scene.caption for scene in scenes]
+
+
+def warm_then_decay(step: int, steps: int, warm: int, decay: float) -> float:
+    """Learning-rate factor: a linear warm-up, a plateau, and a linear way down to 0 over the last share ``decay``."""
+    return min((step + 1) / warm, 1.0, (steps - step) / (steps * decay))
+
+
+class Optimizer:
+    """Muon for the matrices of transformer layers, where it needs fewer steps than AdamW, and AdamW for the rest."""
+
+    def __init__(self, model: nn.Module) -> None:
+        named = dict(model.named_parameters())
+        matrices = [p for name, p in named.items() if p.ndim == 2 and re.search(r"transformer_blocks|\.layers\.", name)]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in named.values() if id(p) not in chosen]
+        self.parameters = [*matrices, *others]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01),
+        ]
+        self.rates = [part.param_groups[0]["lr"] for part in self.parts]
+
+    def step(self, loss: Tensor, factor: float) -> None:
+        """One step down the gradient of ``loss``, clipped to norm 1, at ``factor`` times the learning rates."""
+        for part, rate in zip(self.parts, self.rates, strict=True):
+            part.param_groups[0]["lr"] = rate * factor
+            part.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part in self.parts:
+            part.step()
+
+    def state(self) -> list[dict[str, Any]]:
+        """What :meth:`load_state` takes."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state(self, state: list[dict[str, Any]]) -> None:
+        """Goes on where :meth:`state` was taken."""
+        for part, saved in zip(self.parts, state, strict=True):
+            part.load_state_dict(saved)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes a training state whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+def log(path: Path, **values: float) -> None:
+    """One line on the terminal, one row in a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(path.stem, " ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(values)
+        writer.writerow(f"{value:.6g}" for value in values.values())
