@@ -1,117 +1,188 @@
-"""How many unseen captions the bundled model obeys, dense and with pruning: exact scoring by the detector.
+"""How presets do on the same captions and seeds: exact scoring of drawn captions, distance to dense, FLOPs, time.
 
-    python -m tools.evaluate --presets dense at-edm --captions 200
+    python -m tools.evaluate --presets at-edm tome random --share 0.76 --captions 200 --baseline at-edm
+    python -m tools.evaluate --weights sd_xl_base_1.0.safetensors --prompts captions.txt --captions 5000 --cfg 7 \\
+        --references coco/val2017 --inception pt_inception-2015-12-05-6726825d.pth --clip clip-vit-large-patch14
 
-The same captions and seeds for every preset. Each picture is one row of a CSV file; a run that was stopped goes on
-where it was.
+Every picture is a row of a CSV file in the folder --out as soon as its batch is made; a run that was stopped goes on
+where it was. With --shard 1/2 and --shard 2/2 two machines share the work; copied into one folder, their files make one
+evaluation, which --table shows.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import math
-import random
-import time
-from collections.abc import Iterator, Sequence
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import torch
 
-import minisdxl
-from atedm.presets import parse_preset
-from minisdxl.command import Parser
-from minisdxl.flops import format_flops, summary
-from minisdxl.pipeline import SDXL
+from minisdxl.command import Parser, parse_size, plain_warnings
+from minisdxl.files import atomic_path
+from minisdxl.pipeline import SDXL, load, weights_path
+from minisdxl.report import versions, write_report
 from minisdxl.sample import DTYPES
-from tools.check_shapes import check
-from tools.shapes import random_scene
+from tools.crowd import REFERENCES, Crowd, Drawn
+from tools.evaluation import (
+    SPLITS,
+    Captions,
+    Evaluation,
+    drawn_captions,
+    file_captions,
+    parse_shard,
+    solve,
+    weights_sha256,
+)
+from tools.official_metrics import ClipScore, Fid, find_pictures
+from tools.plots import LATENT_ERROR, OBEYED, save_figure
+from tools.rows import DENSE, Folder
+from tools.summaries import as_json, common_rows, markdown_table, summarize
 
-COLUMNS = ("preset", "seed", "caption", "obeyed", "reasons")
-
-
-def unseen_captions(count: int) -> list[str]:
-    """``count`` different captions that training never sees, the same ones every time."""
-    rng = random.Random("evaluate")
-    captions: dict[str, None] = {}
-    while len(captions) < count:
-        captions[random_scene(rng, "test").caption] = None
-    return list(captions)
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share."""
-    z = 1.959964
-    share = successes / trials
-    center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
-    return center - half, center + half
+INTERVALS = (
+    "Intervals of 95 %: Wilson 1927 for shares, Tango 1998 for paired differences of shares, "
+    "paired bootstrap (percentiles, Efron and Tibshirani 1993) for the others."
+)
 
 
-def evaluate(
-    sdxl: SDXL, preset: str, captions: Sequence[str], first_seed: int, options: argparse.Namespace
-) -> Iterator[dict[str, str]]:
-    """One row for each caption, caption i with seed ``first_seed + i``."""
-    prune = None if preset == "dense" else preset
-    for start in range(0, len(captions), options.batch):
-        batch, seed = captions[start : start + options.batch], first_seed + start
-        images = sdxl.generate(batch, steps=options.steps, cfg=options.cfg, seed=seed, prune=prune)
-        for offset, (caption, image) in enumerate(zip(batch, images, strict=True)):
-            verdict = check(np.asarray(image), caption)
-            values = (preset, str(seed + offset), caption, str(int(verdict.obeyed)), "; ".join(verdict.reasons))
-            yield dict(zip(COLUMNS, values, strict=True))
+def model_options(parser: Parser, *, weights: str, out: Path) -> None:
+    """The options that say what makes the pictures, and where they go."""
+    add = parser.add_argument
+    devices = [name for name in ("cpu", "mps", "cuda") if torch.get_device_module(name).is_available()]
+    add("--weights", default=weights, help="the bundled 'shapes', a checkpoint file or a folder (default: %(default)s)")
+    add("--tokenizer", metavar="DIR", help="of vocab.json and merges.txt (default: 'tokenizer' beside the weights)")
+    add("--captions", type=int, default=200, metavar="N", help="how many, of seeds 0 to N - 1 (default: %(default)s)")
+    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
+    add("--batch", type=int, default=8, help="pictures at a time (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
+    add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
+    add("--shard", type=parse_shard, default=(1, 1), metavar="i/n", help="make the i-th of n parts of the pictures")
+    add("--table", action="store_true", help="make no pictures: report on those that are there")
+    add("--out", type=Path, default=out, metavar="DIR", help="(default: %(default)s)")
 
 
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """The rows of an earlier run, if there are any."""
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model_options(parser, weights="shapes", out=Path("runs/evaluate"))
+    add = parser.add_argument
+    add("--presets", nargs="+", default=["at-edm"], help="what is compared with dense (default: at-edm)")
+    add("--baseline", metavar="PRESET", help="one of the presets, that the others are compared with as well")
+    add("--share", type=float, help="of the dense FLOPs: solves the ratio of each preset for it, as 0.76")
+    add("--share-for", choices=("average", "steady"), default="average", help="of all steps, or of the last one")
+    add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    add("--cfg", type=float, default=3.0, help="guidance scale (default: %(default)s)")
+    add("--split", choices=SPLITS, default="test", help="drawn captions: those that training never saw, or of all")
+    add("--prompts", type=Path, metavar="FILE", help="captions from a .txt, .jsonl or .csv file, not of drawn scenes")
+    add("--references", type=Path, metavar="DIR", help="pictures that FID is taken to; with --inception")
+    add("--inception", type=Path, metavar="FILE", help="Inception's weights for FID, as torch-fidelity has them")
+    add("--clip", type=Path, metavar="DIR", help="a CLIP model for CLIP score, in the layout of transformers")
+    return parser
+
+
+def settings_of(
+    options: argparse.Namespace, sdxl: SDXL, size: tuple[int, int], steps: int, cfg: float, captions: str
+) -> dict[str, Any]:
+    """What all rows of a folder share; ``captions`` says which ones."""
+    return {
+        "model": sdxl.config.name,
+        "weights": weights_path(options.weights).name,
+        "sha256": weights_sha256(options.weights, DTYPES[options.dtype]),
+        "captions": captions,
+        "steps": steps,
+        "cfg": cfg,
+        "size": "{}x{}".format(*size),
+        "dtype": options.dtype,
+        "batch": options.batch,
+    }
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    """Raises ``ValueError``, ``OSError``, ``ArithmeticError`` or ``ModuleNotFoundError``."""
+    if (options.references is None) != (options.inception is None):
+        raise ValueError("--references and --inception belong together, expected both or none")
+    if options.prompts is None and (options.references or options.clip):
+        raise ValueError("FID and CLIP score are for --prompts, expected a file of captions")
+    if options.captions < 1:
+        raise ValueError(f"--captions is {options.captions}, expected 1 or more")
+    captions, source = _captions(options)
+    sdxl = load(options.weights, device=options.device, dtype=DTYPES[options.dtype], tokenizer=options.tokenizer)
+    size = sdxl.config.picture_size(options.size)
+    solved = solve(sdxl.config, size, options.presets, options.steps, options.share, options.share_for)
+    if options.baseline is not None and options.baseline not in solved:
+        raise ValueError(f"--baseline is {options.baseline}, expected one of {', '.join(solved)}")
+    baseline = None if options.baseline is None else solved[options.baseline]
+    fid = Fid(options.inception, find_pictures(options.references), sdxl.device) if options.inception else None
+    clip = ClipScore(options.clip, sdxl.device) if options.clip else None
+    settings = settings_of(options, sdxl, size, options.steps, options.cfg, source)
+    folder = Folder(options.out, settings)
+    evaluation = Evaluation(sdxl, captions, folder, options.steps, options.cfg, size, options.batch)
+    presets = list(solved.values())
+    if not options.table:
+        evaluation.run(presets, options.shard)
+        missing = evaluation.missing(presets)
+        if missing:
+            print(f"{missing} pictures are for other shards to make; --table shows what is there")
+            return
+    _report(evaluation, Crowd(evaluation, Drawn(sdxl.vae, size[0]), fid, clip), presets, baseline, settings, options)
+
+
+def _captions(options: argparse.Namespace) -> tuple[Captions, str]:
+    """And what they are, for the settings."""
+    if options.prompts is None:
+        return drawn_captions(options.captions, options.split), f"drawn, {options.split}"
+    return file_captions(options.prompts, options.captions), options.prompts.name
+
+
+def _report(
+    evaluation: Evaluation,
+    crowd: Crowd,
+    presets: Sequence[str],
+    baseline: str | None,
+    settings: Mapping[str, Any],
+    options: argparse.Namespace,
+) -> None:
+    """The table on stdout and in table.md, all numbers in summary.json, plots in PNG files."""
+    rows = common_rows(evaluation.folder.rows, presets, options.captions)
+    numbers = [row.number for row in rows[DENSE]]
+    summaries = summarize(rows, baseline, crowd.of(numbers))
+    text = [markdown_table(summaries, baseline), "", f"{len(numbers)} captions. {INTERVALS}"]
+    if evaluation.captions.drawn and len(numbers) > 1:
+        drawn = crowd.drawn.own_distance(len(numbers))
+        text.append(f"As many other drawn pictures have a Fréchet distance of {drawn:.4g} to the {REFERENCES} drawn.")
+    print("\n".join(text))
+    with atomic_path(options.out / "table.md") as path:
+        path.write_text("\n".join(text) + "\n")
+    report = {
+        "command": shlex.join(["python", "-m", "tools.evaluate", *options.arguments]),
+        "settings": settings,
+        "versions": versions(),
+        "machines": sorted({row.machine for each in rows.values() for row in each}),
+        "captions": len(numbers),
+        "presets": [as_json(each) for each in summaries],
+    }
+    write_report(str(options.out / "summary.json"), report)
+    if evaluation.captions.drawn:
+        save_figure(options.out / "obeyed.png", summaries, [OBEYED], "flops_share")
+    save_figure(options.out / "latent-error.png", summaries, [LATENT_ERROR], None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluates what is missing, then prints the table."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", default="shapes", help="the bundled model, or a checkpoint of the same world")
-    parser.add_argument("--presets", nargs="+", default=["dense", "at-edm"], help="'dense' or pruning presets")
-    parser.add_argument("--captions", type=int, default=200, help="number of unseen captions (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="pictures at a time (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluate.csv"), help="(default: %(default)s)")
+    """Makes what is missing, then reports; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
+    parser = _parser()
     options = parser.parse_args(arguments)
-    sdxl = minisdxl.load(options.weights, device=options.device, dtype=DTYPES[options.dtype])
-    captions = unseen_captions(options.captions)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(options.out)
-    for preset in options.presets:
-        done = sum(row["preset"] == preset for row in rows)
-        began = time.time()
-        for row in evaluate(sdxl, preset, captions[done:], done, options):
-            with options.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                if not rows:
-                    writer.writeheader()
-                writer.writerow(row)
-            rows.append(row)
-            if len(rows) % options.batch == 0:
-                mine = [r for r in rows if r["preset"] == preset]
-                obeyed = sum(r["obeyed"] == "1" for r in mine)
-                print(f"{preset}: {obeyed} of {len(mine)} obeyed, {time.time() - began:.0f} s", flush=True)
-
-    print(f"{options.captions} unseen captions, {options.steps} steps, CFG {options.cfg:g}, {options.dtype}")
-    print("| preset | obeyed | 95 % interval | FLOPs of a U-Net call, average |\n| --- | --- | --- | --- |")
-    side = sdxl.config.size // sdxl.config.vae.downscale
-    for preset in options.presets:
-        mine = [row for row in rows if row["preset"] == preset][: options.captions]
-        obeyed = sum(row["obeyed"] == "1" for row in mine)
-        low, high = wilson(obeyed, len(mine))
-        cost = summary(sdxl.config, side, side, None if preset == "dense" else parse_preset(preset), options.steps)
-        share = f"{format_flops(cost['average'])} ({cost['average'] / cost['dense']:.0%})"
-        print(f"| {preset} | {obeyed / len(mine):.1%} | {low:.1%} to {high:.1%} | {share} |")
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    plain_warnings()
+    try:
+        _evaluate(options)
+    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError, json.JSONDecodeError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: what was made so far is kept\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""The experiments: that they are possible, what is at equal cost in them, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from atedm.presets import parse_preset
+from minisdxl.config import SHAPES
+from minisdxl.flops import summary
+from minisdxl.pipeline import SDXL, load
+from tools.designs import BASELINE, EXPERIMENTS, Claim, Experiment
+from tools.experiments import main, plan
+from tools.plots import AXES, family
+from tools.rows import Row, read_rows
+from tools.summaries import judge, summarize
+
+TINY = Experiment(
+    "A test.",
+    presets=("at-edm", "zeros", "tome:r=0.3"),
+    claims=(Claim("copies beat zeros", "at-edm", "zeros"), Claim("cannot be", "at-edm", "tome:r=0.3")),
+    budgets=(0.9, 0.01),
+    steps=(1, 2),
+    axis="steps",
+)
+RUN = ("--captions", "2", "--batch", "2", "--size", "64x64", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def few_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.crowd.REFERENCES", 10)
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> SDXL:
+    return load("shapes")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_claims_are_on_presets_that_cost_the_same(sdxl: SDXL, name: str) -> None:
+    experiment = EXPERIMENTS[name]
+    assert BASELINE in experiment.presets
+    assert experiment.axis is None or experiment.axis in AXES
+    for claim in experiment.claims:
+        assert {claim.better, claim.worse} <= set(experiment.presets)
+        assert claim.better != claim.worse
+    parts, notes = plan(experiment, sdxl, (256, 256))
+    assert len(parts) == len(experiment.budgets) * len(experiment.cfgs) * len(experiment.steps)
+    for part in parts:
+        for preset in part.presets.values():
+            calls = summary(SHAPES, 64, 64, parse_preset(preset), part.steps)
+            share = calls["average"] / calls["dense"]
+            assert part.share - 0.006 < share <= part.share + 5.1e-5, (preset, share)
+    print(f"{name}: {[f'{part.share:.1%}' for part in parts]}, {notes}")
+    missing = {preset for part in parts for preset in experiment.presets if preset not in part.presets}
+    assert missing == {preset for preset in experiment.presets if any(f"out of reach of {preset}:" in n for n in notes)}
+    assert not missing or name in ("table-1", "figure-7")
+
+
+def test_a_run_leaves_table_verdicts_numbers_and_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
+    monkeypatch.setitem(EXPERIMENTS, "other", Experiment("Another.", ("at-edm",), (), budgets=(0.9,), steps=(2,)))
+    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    main(["tiny", *RUN, *folders])
+    out = capsys.readouterr().out
+    text = (tmp_path / "results" / "tiny.md").read_text()
+    assert text in out
+    print(text)
+    assert f"python -m tools.experiments tiny {' '.join(RUN)}" in text
+    report = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert report["settings"]["sha256"] in text
+    assert "2 captions, 64x64 pixels, fp32, on " in text
+    assert text.count("copies beat zeros: 90.0% of the FLOPs") == 2
+    assert "cannot be" not in text  # the ratio of tome is given: no budget can be met with it
+    assert text.count("out of reach") == 5  # of tome at any number of steps the same
+    rows = read_rows(tmp_path / "runs" / "tiny.csv")
+    assert sorted({(row.steps, family(row.preset)) for row in rows}) == [
+        (steps, preset) for steps in (1, 2) for preset in ("at-edm", "dense", "zeros")
+    ]
+    assert len(rows) == 12
+    assert len(report["presets"]) == 6
+    assert [each["claim"].partition(":")[0] for each in report["verdicts"]] == ["copies beat zeros"] * 2
+    assert np.asarray(Image.open(tmp_path / "results" / "tiny.png").convert("L")).std() > 5
+
+    made: list[Any] = []
+    monkeypatch.setattr(SDXL, "generate", lambda *call, **_: made.append(call))
+    main(["other", *RUN, *folders])  # of pictures that are there
+    assert made == []
+    assert len(read_rows(tmp_path / "runs" / "other.csv")) == 4
+
+
+def row(preset: str, number: int, obeyed: bool, error: float, held_out: bool = True) -> Row:
+    return Row(preset, number, number, 50, 3.0, "", obeyed, held_out, "", 20 + error, 0.5, error, 0.8, 2.0 + error, "m")
+
+
+def test_summaries_and_verdicts_of_known_rows() -> None:
+    dense = [row("dense", i, True, 0.0, held_out=i % 2 == 0) for i in range(40)]
+    good = [row("at-edm:rho=0.6", i, i >= 10, 0.1 + 0.01 * (i % 3), held_out=i % 2 == 0) for i in range(40)]
+    bad = [row("zeros:rho=0.6", i, i >= 30, 0.3 + 0.01 * (i % 2), held_out=i % 2 == 0) for i in range(40)]
+    rows = {each[0].preset: each for each in (dense, good, bad)}
+    first, second, third = summarize(rows, "at-edm:rho=0.6")
+    assert (first.obeyed is not None and first.obeyed.value, first.over_dense, first.over_baseline) == (1, None, None)
+    assert second.over_dense is not None
+    assert second.over_dense.value == -0.25
+    assert second.held_out is not None and second.seen is not None
+    assert (second.held_out.value, second.seen.value) == (0.75, 0.75)
+    assert third.over_baseline is not None and third.error_over_baseline is not None
+    assert third.over_baseline.value == -0.5
+    assert third.error_over_baseline.value == pytest.approx(0.305 - 0.10975, abs=1e-9)
+    assert third.time_ratio == pytest.approx(2.305 / 2)
+    found = judge("", good, bad)
+    assert (found.obeyed_verdict, found.error_verdict) == ("confirmed", "confirmed")
+    found = judge("", bad, good)
+    assert (found.obeyed_verdict, found.error_verdict) == ("not", "not")
+    found = judge("", good[:1], bad[:1])
+    assert found.obeyed_verdict == "undecided"
+    with pytest.raises(ValueError, match="tome"):
+        summarize(rows, "tome")
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, named in (
+        (["nonesuch"], "nonesuch"),
+        (["figure-9", "--captions", "0"], "--captions is 0"),
+        (["figure-9", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["figure-9", "--table"], "no caption"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")])
+        error = capsys.readouterr().err
+        print(error, end="")
+        assert (stop.value.code, error.count("\n")) == (2, 1)
+        assert named in error
+    assert not (tmp_path / "results").exists()

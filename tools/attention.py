@@ -1,0 +1,152 @@
+"""How informative self-attention is, by attention block and denoising step: ``python -m tools.attention``.
+
+Entropy of the maps' rows as a share of its maximum ln N (1: every key gets equal attention), variance of the maps'
+entries as in figure 5 of the AT-EDM paper, and variance of the G-WPR scores that tokens are pruned by. On the dense
+model; prints a table, and leaves all numbers in a CSV file and a plot beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from atedm import gwpr
+from minisdxl.command import Parser, parse_size, plain_warnings
+from minisdxl.files import atomic_path
+from minisdxl.pipeline import SDXL, load
+from minisdxl.sample import DEVICES
+from tools.evaluation import drawn_captions
+from tools.figures import Settings, attention_spread, make
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEASURES = {  # columns of the CSV file, and what they are
+    "map_variance": "variance of a map's entries, times N²",
+    "entropy": "entropy of a map's rows, share of ln N",
+    "score_variance": "variance of G-WPR scores over their mean squared",
+}
+
+
+def score_variance(sdxl: SDXL, settings: Settings) -> NDArray[np.float64]:
+    """How far G-WPR scores are from equal: (attention blocks, steps).
+
+    The variance over tokens of s / mean(s), of the scores s of the dense model's first layer in each block, where
+    tokens would be pruned; averages over pictures and both halves of guidance.
+    """
+    depths = {site.name: site.depth for site in sdxl.config.unet.attention_sites()}
+    seen: dict[str, list[float]] = defaultdict(list)
+    calls: Counter[str] = Counter()
+
+    def see(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        if calls[name] % depths[name] == 0:
+            scores = gwpr(output[1].graph())
+            relative = scores / scores.mean(dim=1, keepdim=True)
+            seen[name].append(relative.var(dim=1, correction=0).mean().item())
+        calls[name] += 1
+
+    make(sdxl, settings, None, see, "attn1")
+    return np.array(list(seen.values()))
+
+
+def table(names: Sequence[str], measured: NDArray[np.float64]) -> str:
+    """Markdown, of (measures, attention blocks, steps): first, middle and last step, and how much the late half has."""
+    steps = measured.shape[2]
+    moments = {"first": 0, "middle": steps // 2, "last": steps - 1}
+    head = [f"{name.replace('_', ' ')}, {moment}" for name in MEASURES for moment in (*moments, "late / early")]
+    lines = [" | ".join(["block", *head]), " | ".join(["---"] * (1 + len(head)))]
+    for name, values in zip((*names, "mean"), (*np.moveaxis(measured, 1, 0), measured.mean(axis=1)), strict=True):
+        cells = [name]
+        for line in values:
+            half = (steps + 1) // 2
+            cells += [f"{line[step]:.3g}" for step in moments.values()]
+            cells.append(f"{line[-half:].mean() / line[:half].mean():.2f}")
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def write_numbers(path: Path, names: Sequence[str], measured: NDArray[np.float64]) -> None:
+    """A CSV file of (measures, attention blocks, steps): a row for each block and step, steps from 1."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["block", "step", *MEASURES])
+        for block, name in enumerate(names):
+            for step in range(measured.shape[2]):
+                writer.writerow([name, step + 1, *(repr(float(value)) for value in measured[:, block, step])])
+
+
+def draw(figure: Figure, names: Sequence[str], measured: NDArray[np.float64], title: str) -> None:
+    """A panel for each measure, a line for each block and their mean."""
+    figure.set_size_inches(12, 10)
+    steps = np.arange(measured.shape[2]) + 1
+    panels = figure.subplots(len(MEASURES), 1, sharex=True)
+    for panel, values, label in zip(panels, measured, MEASURES.values(), strict=True):
+        for name, line in zip((*names, "mean"), (*values, values.mean(axis=0)), strict=True):
+            style = {"color": "k", "linewidth": 3} if name == "mean" else {"ls": "--" if "down" in name else "-"}
+            panel.plot(steps, line, marker=".", label=name, **style)
+        panel.set(ylabel=label, ylim=(0, None))
+    panels[-1].set(xlabel="denoising step, 1 is the noisiest")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", title="attention block")
+    figure.suptitle(title)
+
+
+def _attention(options: argparse.Namespace) -> None:
+    """Raises ``ValueError``, ``OSError``, ``ArithmeticError`` or ``ModuleNotFoundError``."""
+    import matplotlib  # not a dependency of the package but of its extra "figures"
+    from matplotlib.figure import Figure
+
+    if options.captions < 1 or options.out.suffix != ".png":
+        raise ValueError(
+            f"--captions is {options.captions} and --out {options.out}, expected 1 or more and a .png file"
+        )
+    sdxl = load(options.weights, device=options.device, tokenizer=options.tokenizer)
+    prompts = list(drawn_captions(options.captions).texts)
+    settings = {"prompts": prompts, "seed": 0, **{key: vars(options)[key] for key in ("steps", "cfg", "size")}}
+    measured = np.concatenate([attention_spread(sdxl, settings), score_variance(sdxl, settings)[None]])
+    names = [site.name for site in sdxl.config.unet.attention_sites()]
+    print(table(names, measured))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_numbers(options.out.with_suffix(".csv"), names, measured)
+    title = f"self-attention of {sdxl.config.name}, {len(prompts)} captions, {options.steps} steps, CFG {options.cfg:g}"
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "font.size": 9}), atomic_path(options.out) as path:
+        figure = Figure(layout="constrained")
+        draw(figure, names, measured, title)
+        figure.savefig(path, dpi=100, metadata={"Software": None})
+    print(options.out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
+    parser = Parser(
+        prog="python -m tools.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--weights", default="shapes", help="the bundled 'shapes' (default), a checkpoint file or a folder")
+    add("--tokenizer", metavar="DIR", help="of vocab.json and merges.txt (default: 'tokenizer' beside the weights)")
+    add("--captions", type=int, default=8, metavar="N", help="how many, in one batch (default: %(default)s)")
+    add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    add("--cfg", type=float, default=3.0, help="guidance scale (default: %(default)s)")
+    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
+    add("--device", choices=[name for name in DEVICES if name != "auto"], default="cpu", help="(default: %(default)s)")
+    add("--out", type=Path, default="docs/results/attention.png", metavar="FILE.png", help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    plain_warnings()
+    try:
+        _attention(options)
+    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: no partial figure was left\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The paper's comparisons on the bundled model, or on any other: ``python -m tools.experiments NAME``.
+
+Each leaves its rows in runs/experiments/NAME.csv, and in docs/results its table and verdicts (NAME.md), all numbers
+(NAME.json) and its plot (NAME.png). Pictures are shared: what two experiments have in common is made once. A run that
+was stopped goes on where it was; --captions 32 is the fast setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisdxl.command import Parser, plain_warnings
+from minisdxl.files import atomic_path
+from minisdxl.pipeline import SDXL, load
+from minisdxl.report import versions, write_report
+from minisdxl.sample import DTYPES
+from tools.crowd import REFERENCES, Crowd, Drawn
+from tools.designs import BASELINE, EXPERIMENTS, Experiment
+from tools.evaluate import INTERVALS, model_options, settings_of
+from tools.evaluation import Captions, Evaluation, average_share, drawn_captions, solve
+from tools.plots import LATENT_ERROR, OBEYED, save_figure
+from tools.rows import DENSE, Folder, Row, write_rows
+from tools.summaries import Summary, Verdict, as_json, common_rows, judge, markdown_table, summarize, verdict_table
+
+
+@dataclass(frozen=True)
+class Part:
+    """An experiment under one budget, CFG scale and number of steps.
+
+    ``presets`` maps those of the experiment to their texts with ratios; ``share`` is what they cost.
+    """
+
+    steps: int
+    cfg: float
+    share: float
+    presets: Mapping[str, str]
+
+    @property
+    def label(self) -> str:
+        """What sets it apart."""
+        return f"{self.share:.1%} of the FLOPs, {self.steps} steps, CFG {self.cfg:g}"
+
+
+def plan(experiment: Experiment, sdxl: SDXL, size: tuple[int, int]) -> tuple[list[Part], list[str]]:
+    """The parts of an experiment, and notes on presets that cannot be brought to a budget."""
+    parts, notes = list[Part](), list[str]()
+    for steps in experiment.steps:
+        for cfg in experiment.cfgs:
+            for budget in experiment.budgets:
+                share = budget if isinstance(budget, float) else average_share(sdxl.config, size, budget, steps)
+                solved = dict[str, str]()
+                for preset in experiment.presets:
+                    try:
+                        solved |= solve(sdxl.config, size, [preset], steps, share, "average")
+                    except ValueError as error:
+                        notes.append(str(error))
+                parts.append(Part(steps, cfg, share, solved))
+    return parts, list(dict.fromkeys(notes))
+
+
+def make(
+    parts: Sequence[Part], sdxl: SDXL, size: tuple[int, int], captions: Captions, options: argparse.Namespace
+) -> Iterator[Evaluation]:
+    """Makes the pictures of each part that are not there yet, unless the options say not to."""
+    for part in parts:
+        settings = settings_of(options, sdxl, size, part.steps, part.cfg, "drawn, test")
+        folder = Folder(options.out / f"{part.steps}-steps-cfg-{part.cfg:g}", settings)
+        evaluation = Evaluation(sdxl, captions, folder, part.steps, part.cfg, size, options.batch)
+        if not options.table:
+            print(part.label, flush=True)
+            evaluation.run(list(part.presets.values()), options.shard)
+        yield evaluation
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What came out."""
+
+    rows: list[Row]
+    summaries: list[Summary]
+    verdicts: list[Verdict]
+    drawn_distance: float | None
+
+
+def find(
+    experiment: Experiment, parts: Sequence[Part], evaluations: Sequence[Evaluation], drawn: Drawn, captions: int
+) -> Findings:
+    """Raises ``ValueError`` if a part has no caption with all of its rows."""
+    summaries, verdicts, rows = list[Summary](), list[Verdict](), dict[tuple[str, int, float], Sequence[Row]]()
+    for part, evaluation in zip(parts, evaluations, strict=True):
+        mine = common_rows(evaluation.folder.rows, list(part.presets.values()), captions)
+        numbers = [row.number for row in mine[DENSE]]
+        for summary in summarize(mine, part.presets.get(BASELINE), Crowd(evaluation, drawn).of(numbers)):
+            key = summary.preset, part.steps, part.cfg
+            if key not in rows:  # dense is in several parts
+                rows[key] = mine[summary.preset]
+                summaries.append(summary)
+        for claim in experiment.claims:
+            if claim.better in part.presets and claim.worse in part.presets:
+                text = claim.text if len(parts) == 1 else f"{claim.text}: {part.label}"
+                better, worse = (mine[part.presets[name]] for name in (claim.better, claim.worse))
+                verdicts.append(judge(text, better, worse))
+    count = min(summary.captions for summary in summaries)
+    own_distance = drawn.own_distance(count) if count > 1 else None
+    return Findings([row for each in rows.values() for row in each], summaries, verdicts, own_distance)
+
+
+def page(name: str, findings: Findings, notes: Sequence[str], command: str, settings: Mapping[str, object]) -> str:
+    """The Markdown page of an experiment."""
+    machines = sorted({row.machine for row in findings.rows})
+    made = (
+        f"{max(each.captions for each in findings.summaries)} captions, {settings['size']} pixels, {settings['dtype']}"
+    )
+    parts = [
+        f"# {name}\n\n{EXPERIMENTS[name].about}",
+        f"    {command}",
+        f"{made}, on {'; '.join(machines)}. Weights {settings['weights']}, sha256 `{settings['sha256']}`.",
+        markdown_table(findings.summaries, BASELINE),
+        INTERVALS,
+    ]
+    if findings.drawn_distance is not None:
+        parts[-1] += (
+            f" As many other drawn pictures have a Fréchet distance of {findings.drawn_distance:.4g} "
+            f"to the {REFERENCES} drawn."
+        )
+    parts += ["\n".join(f"- {note}" for note in notes)] if notes else []
+    parts += [verdict_table(findings.verdicts)] if findings.verdicts else []
+    parts += [f"![{name}]({name}.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _experiment(options: argparse.Namespace) -> None:
+    """Raises ``ValueError``, ``OSError``, ``ArithmeticError`` or ``ModuleNotFoundError``."""
+    if options.captions < 1:
+        raise ValueError(f"--captions is {options.captions}, expected 1 or more")
+    name, experiment = options.name, EXPERIMENTS[options.name]
+    sdxl = load(options.weights, device=options.device, dtype=DTYPES[options.dtype], tokenizer=options.tokenizer)
+    size = sdxl.config.picture_size(options.size)
+    parts, notes = plan(experiment, sdxl, size)
+    evaluations = list(make(parts, sdxl, size, drawn_captions(options.captions), options))
+    if not options.table:
+        missing = sum(e.missing(list(part.presets.values())) for part, e in zip(parts, evaluations, strict=True))
+        if missing:
+            print(f"{missing} pictures are for other shards to make; --table shows what is there")
+            return
+    findings = find(experiment, parts, evaluations, Drawn(sdxl.vae, size[0]), options.captions)
+    command = shlex.join(["python", "-m", "tools.experiments", *options.arguments])
+    settings = settings_of(options, sdxl, size, parts[0].steps, parts[0].cfg, "drawn, test")
+    text = page(name, findings, notes, command, settings)
+    print(text)
+    options.results.mkdir(parents=True, exist_ok=True)
+    write_rows(options.out / f"{name}.csv", findings.rows)
+    with atomic_path(options.results / f"{name}.md") as path:
+        path.write_text(text)
+    report = {
+        "command": command,
+        "settings": {key: value for key, value in settings.items() if key not in ("steps", "cfg")},
+        "versions": versions(),
+        "machines": sorted({row.machine for row in findings.rows}),
+        "notes": notes,
+        "presets": [as_json(each) for each in findings.summaries],
+        "verdicts": [as_json(each) for each in findings.verdicts],
+    }
+    write_report(str(options.results / f"{name}.json"), report)
+    save_figure(options.results / f"{name}.png", findings.summaries, [OBEYED, LATENT_ERROR], experiment.axis)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one experiment; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
+    parser = Parser(
+        prog="python -m tools.experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
+    model_options(parser, weights="shapes", out=Path("runs/experiments"))
+    results = Path("docs/results")
+    parser.add_argument("--results", type=Path, default=results, metavar="DIR", help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    plain_warnings()
+    try:
+        _experiment(options)
+    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: what was made so far is kept\n")
+
+
+if __name__ == "__main__":
+    main()

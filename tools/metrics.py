@@ -1,0 +1,118 @@
+"""How far pictures are from other pictures: PSNR, SSIM and latent error one by one, the Frechet distance as crowds.
+
+Pictures are 8-bit RGB, (H, W, 3); all is computed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minisdxl.vae import VAE
+
+Picture = NDArray[np.uint8]
+
+RANGE = 255.0  # of 8-bit pixels
+# SSIM's window and constants: Wang et al. 2004, "Image quality assessment", section III B and C.
+WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
+
+
+def psnr(picture: Picture, reference: Picture) -> float:
+    """Peak signal-to-noise ratio in dB, infinite for equal pictures. Raises ``ValueError`` for unequal shapes."""
+    _check(picture, reference)
+    error = np.square(picture.astype(np.float64) - reference.astype(np.float64)).mean()
+    return 10 * math.log10(RANGE**2 / error) if error else math.inf
+
+
+def ssim(picture: Picture, reference: Picture) -> float:
+    """Structural similarity, 1 for equal pictures: Wang et al. 2004, equation 13, mean over windows and channels.
+
+    Windows lie within the picture. Raises ``ValueError`` for unequal shapes and sides below ``WINDOW``.
+    """
+    _check(picture, reference)
+    if min(picture.shape[:2]) < WINDOW:
+        raise ValueError(f"picture is {picture.shape[1]}x{picture.shape[0]}, expected {WINDOW} or more pixels a side")
+    x, y = (torch.from_numpy(p.astype(np.float64)).permute(2, 0, 1).unsqueeze(1) for p in (picture, reference))
+    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
+    weights = torch.exp(-offsets.square() / (2 * SIGMA**2))
+    weights /= weights.sum()
+
+    def blur(values: Tensor) -> Tensor:
+        rows = F.conv2d(values, weights.view(1, 1, -1, 1))
+        return F.conv2d(rows, weights.view(1, 1, 1, -1))
+
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (K1 * RANGE) ** 2, (K2 * RANGE) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return float((luminance * structure).mean())
+
+
+def latent_error(latent: Tensor, reference: Tensor) -> float:
+    """Mean squared difference of two latents of any one shape. Raises ``ValueError`` for unequal shapes."""
+    if latent.shape != reference.shape:
+        raise ValueError(f"latents are {tuple(latent.shape)} and {tuple(reference.shape)}, expected equal shapes")
+    return float((latent.double() - reference.double()).square().mean())
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """Squared Frechet distance of two normal distributions fitted to features (n, D) and (m, D).
+
+    |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)): Dowson and Landau 1982; of pictures, Heusel et al. 2017. It is too
+    large for few samples, by an amount that depends on n and m: compare distances of equal n and m alone. Raises
+    ``ValueError`` for fewer than 2 samples and for unequal D.
+    """
+    if min(len(features), len(reference)) < 2 or features.shape[1:] != reference.shape[1:]:
+        raise ValueError(
+            f"features are {tuple(features.shape)} and {tuple(reference.shape)}, expected 2 or more rows, equally long"
+        )
+    means = [each.double().mean(dim=0) for each in (features, reference)]
+    factors = []  # R with R^T R = covariance
+    for each, mean in zip((features, reference), means, strict=True):
+        centered = (each.double() - mean) / math.sqrt(len(each) - 1)
+        factors.append(torch.linalg.qr(centered, mode="r").R)
+    # tr (C C')^(1/2) is the sum of the singular values of R R'^T: exact also where covariances have no full rank.
+    shared = torch.linalg.svdvals(factors[0] @ factors[1].T).sum()
+    spread = factors[0].square().sum() + factors[1].square().sum() - 2 * shared
+    return float((means[0] - means[1]).square().sum() + spread)
+
+
+@torch.no_grad()
+def vae_features(vae: VAE, pictures: Iterable[Picture]) -> Tensor:
+    """Features (n, D) float64 of pictures for :func:`frechet_distance`, from the encoder of the model's VAE.
+
+    It is the fixed network: every checkpoint has one, and it needs no further training. Features are, at each level of
+    the encoder, the mean and the standard deviation of every channel over the picture: colors, edges and surfaces at
+    several scales, not where they are, which the detector judges. Under other VAEs distances are other measures.
+    """
+    device = next(vae.parameters()).device
+    rows = []
+    for picture in pictures:
+        pixels = torch.tensor(picture, device=device).to(vae.dtype) / 127.5 - 1
+        x = vae.encoder.conv_in(rearrange(pixels, "h w c -> 1 c h w"))
+        parts = []
+        for level in vae.encoder.down.children():
+            x = level.get_submodule("block")(x)
+            channels = rearrange(x, "1 c h w -> c (h w)").double().cpu()
+            parts += [channels.mean(dim=1), channels.std(dim=1, correction=0)]
+            x = level.get_submodule("downsample")(x)
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
+
+
+def _check(picture: Picture, reference: Picture) -> None:
+    for each in (picture, reference):
+        if each.dtype != np.uint8 or each.ndim != 3 or each.shape != reference.shape:
+            raise ValueError(
+                f"pictures are {picture.dtype} {picture.shape} and {reference.dtype} {reference.shape}, "
+                "expected 8-bit RGB of one size: uint8 (H, W, 3)"
+            )
