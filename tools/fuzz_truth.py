@@ -99,7 +99,8 @@ def merge_lora(numbers: Tensor, found: Mapping[str, Tensor], dtype: torch.dtype)
     """All numbers with alpha / rank * up @ down added to those of some, and how far off they may be."""
     margins = torch.zeros_like(numbers)
     sizes = [tensor.numel() for tensor in weights().values()]
-    places = dict(zip(weights(), zip(torch.split(numbers, sizes), torch.split(margins, sizes), strict=True), strict=True))
+    views = zip(torch.split(numbers, sizes), torch.split(margins, sizes), strict=True)
+    places = dict(zip(weights(), views, strict=True))
     for module, official in LORA_MODULES.items():
         kinds = ("lora_down.weight", "lora_up.weight", "alpha")
         down, up, alpha = (found.get(f"{LORA}: {module}.{kind}") for kind in kinds)
