@@ -1,4 +1,4 @@
-"""What a CPU does faster than torch does when asked in the plain way. docs/performance.md has what it gains.
+"""What a CPU does faster than torch does when asked in the plain way. ``tools.bench`` measures what it gains.
 
 Linear maps run in oneDNN, as torch's convolutions do already, not in MKL; torch's own compiler calls the same operators
 (Inductor, since 2.0). Fused attention is the plain one, but says what it knows. No gradient goes through any of this.
