@@ -305,7 +305,9 @@ def test_a_busy_hub_is_asked_again(hub: Hub, tmp_path: Path, capsys: pytest.Capt
 
 def test_ctrl_c_leaves_what_came_for_the_next_run(hub: Hub, tmp_path: Path) -> None:
     """The command in a process of its own, with the hub's address from the environment."""
-    code = f"import minisdxl.download as d; d.TABLE = d.Path({str(download.TABLE)!r}); d.main()"
+    # What runs in the background, as this test may, ignores Ctrl-C unless told otherwise.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"import minisdxl.download as d; d.TABLE = d.Path({str(download.TABLE)!r}); d.main()"
     command = [sys.executable, "-c", code, "model", "--to", str(tmp_path)]
     environment = {**os.environ, "HF_ENDPOINT": hub.url("127.0.0.1"), "HF_HOME": str(tmp_path / "home")}
     hub.plan = ["stall"]
