@@ -48,7 +48,8 @@ def diffusers(weights: str, folder: str, dtype: str) -> dict[str, Any]:
     )
     called = _clocks()
     pipeline.vae.float()
-    return _loaded(began, imported, called, [pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2])
+    modules = [pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
+    return _loaded(began, imported, called, modules)
 
 
 def picture(

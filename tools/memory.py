@@ -116,7 +116,8 @@ def measure_loading(weights: Path, folder: Path, dtypes: Sequence[str], repeats:
                 runs[dtype, kind].append(run)
                 print(
                     f"{repeat + 1} of {repeats}, {dtype}, {kind}: {run['seconds']:.2f} s "
-                    f"(without imports {run['loading']:.2f} s, the call alone {run['called']:.2f} s, processor {run['processor']:.2f} s), "
+                    f"(without imports {run['loading']:.2f} s, "
+                    f"the call alone {run['called']:.2f} s, processor {run['processor']:.2f} s), "
                     f"peak {gib(run['peak'])} GiB",
                     file=sys.stderr,
                 )
@@ -131,7 +132,8 @@ def measure_loading(weights: Path, folder: Path, dtypes: Sequence[str], repeats:
                 "weights": mine[0]["weights"],
                 "runs": mine,
             }
-        row["ratio"] = {key: row["ours"][key] / row["diffusers"][key] for key in ("seconds", "loading", "processor", "peak")}
+        measured = ("seconds", "loading", "processor", "peak")
+        row["ratio"] = {key: row["ours"][key] / row["diffusers"][key] for key in measured}
         rows.append(row)
     return rows
 
@@ -164,7 +166,8 @@ def loading_table(rows: Sequence[Mapping[str, Any]]) -> str:
         ours, theirs, ratio = row["ours"], row["diffusers"], row["ratio"]
         lines.append(
             f"| {row['dtype']} | {ours['seconds']:.2f} | {theirs['seconds']:.2f} | {ratio['seconds']:.2f} "
-            f"| {ratio['loading']:.2f} | {ratio['processor']:.2f} | {gib(ours['peak'])} | {gib(theirs['peak'])} | {ratio['peak']:.2f} |"
+            f"| {ratio['loading']:.2f} | {ratio['processor']:.2f} "
+            f"| {gib(ours['peak'])} | {gib(theirs['peak'])} | {ratio['peak']:.2f} |"
         )
     return "\n".join(lines)
 
