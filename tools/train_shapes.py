@@ -47,7 +47,7 @@ from tools.check_shapes import check
 from tools.shapes import random_scene
 from tools.train_text import SeeingText, train_text
 from tools.train_vae import load_vae, train_vae
-from tools.training import Optimizer, batch_of_pictures, log, save_state, warm_then_decay
+from tools.training import Balance, Optimizer, batch_of_pictures, log, noise_levels, save_state, warm_then_decay
 
 TOKENIZER = Path(__file__).parents[1] / "weights" / "shapes" / "tokenizer"
 
@@ -101,8 +101,8 @@ class ProductAttention(TorchFunctionMode):
 def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokenizer: Tokenizer) -> None:
     """Trains U-Net and text encoders on latents of fresh pictures, small pictures first, then full-size ones.
 
-    The loss is the weighted squared error of the predicted noise (epsilon prediction), noise levels spread evenly over
-    each batch, and that of the text encoders' thumbnails. An exponential moving average of the weights is kept, a short
+    The loss is the squared error of the predicted noise (epsilon prediction), balanced over noise levels, and that of
+    the text encoders' thumbnails. An exponential moving average of the weights is kept, a short
     one, because weights from before a change of picture size do harm.
     """
     state_file = options.run / "unet.pt"
@@ -112,13 +112,14 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
     if options.init is not None:
         model.unet.load_state_dict(load(options.init)[1].unet.state_dict())
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = Optimizer(model)
+    optimizer, balance = Optimizer(model), Balance()
     step = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=options.device)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state(state["optimizer"])
+        balance.typical = state["typical"].cpu()
         step = state["step"]
     config = SHAPES
     levels = discrete_sigmas(config.noise).float().to(options.device)
@@ -133,7 +134,7 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
         images, captions = batch_of_pictures(rng, count, side)
         with torch.no_grad():
             latents = vae.encode(images.to(options.device))
-        share = (torch.randperm(count) + torch.rand(count)) / count
+        share = noise_levels(count)
         timestep = (share * config.noise.steps).long().to(options.device)
         # Offset noise (as in SDXL's own training, twice as strong): without it even the noisiest latent shows its mean,
         # the model reads the background off that, and at sampling, where the mean is 0, no caption makes it white.
@@ -146,14 +147,10 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
             words = model.text(ids, ids_2)
             predicted = model(noisy, timestep, words.zeroed(drop), side)
             seen = model.thumbnails.loss(words, images.to(options.device))
-        # What a noisy latent is to become is settled at high noise, where an error in the noise weighs little. By
-        # 1 + (sigma / deviation of the latents)^2 it weighs as an error of velocity does, up to where the caption
-        # leaves the picture open anyway.
         errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        weights = (1 + (sigma / config.vae.scale_factor).square()).clamp(max=(side / 16) ** 2)
-        loss = (errors * weights).mean() + seen
+        loss = balance(errors, share).mean() + seen
         losses.append(errors.mean().item())
-        optimizer.step(loss, warm_then_decay(step, steps, warm=50, decay=0.3))
+        optimizer.step(loss, warm_then_decay(step, steps, warm=50, decay=1.0))
         step += 1
         weight = 1 - min(0.99, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -166,7 +163,7 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
             losses = []
         if step % 100 == 0 or step == steps:
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state()}
-            save_state(state_file, state | {"step": step})
+            save_state(state_file, state | {"typical": balance.typical, "step": step})
             save(options.run / "shapes.safetensors", config, Modules(average.unet, vae, average.text))
         if step % options.grid_every == 0 or step == steps:
             obeyed = sample_grid(options, step, config, Modules(average.unet, vae, average.text), side)

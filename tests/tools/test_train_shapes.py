@@ -16,7 +16,7 @@ from minisdxl.vae import VAE
 from tools.shapes import held_out, parse_caption
 from tools.train_shapes import main, parse_stages
 from tools.train_vae import balance_latents
-from tools.training import batch_of_pictures, warm_then_decay
+from tools.training import Balance, batch_of_pictures, noise_levels, warm_then_decay
 
 
 def test_pictures_are_of_training_captions_and_repeatable() -> None:
@@ -55,6 +55,36 @@ def test_learning_rate_warms_up_stays_and_decays() -> None:
     assert factors[10:70] == [1.0] * 60
     assert factors[99] == pytest.approx(1 / 30)
     assert factors == sorted(factors[:50]) + sorted(factors[50:], reverse=True)
+
+
+def test_noise_levels_are_spread_over_all() -> None:
+    torch.manual_seed(0)
+    share = torch.cat([noise_levels(16) for _ in range(2000)])
+    counts = torch.histc(share, bins=8, min=0, max=1) / len(share)
+    print(f"shares of eighths: {counts.tolist()}")
+    assert share.min() >= 0
+    assert share.max() < 1
+    assert (counts - torch.tensor([1 / 16] * 2 + [7 / 48] * 6)).abs().max() <= 1e-3
+    assert all((noise_levels(16) < 0.25).sum() == 2 for _ in range(50))  # in every batch
+
+
+def test_errors_are_balanced_over_noise_levels() -> None:
+    """Errors of known typical values, 1e-4 to 1 from one level to the other, come out alike, around 1."""
+    torch.manual_seed(0)
+    balance = Balance()
+    for step in range(300):
+        share = torch.rand(32)
+        errors = 10 ** (-4 * share) * torch.empty(32).log_normal_(0, 0.5)
+        balanced = balance(errors, share)
+        if step == 0:
+            assert balanced.isfinite().all()
+        if step >= 250:
+            low, high = balanced[share < 0.5], balanced[share >= 0.5]
+            assert 0.5 < low.log().mean().exp() < 2
+            assert 0.5 < high.log().mean().exp() < 2
+    wanted = 10 ** (-4 * (torch.arange(20) + 0.5) / 20)
+    print(f"typical, of expected: {(balance.typical.exp() / wanted).tolist()}")
+    assert (balance.typical - wanted.log()).abs().max() < 0.4
 
 
 def test_stages_are_read_and_refused() -> None:
