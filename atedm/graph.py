@@ -11,9 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from atedm.fused import streamed_graph
 from atedm.held import HeldGraph
 from atedm.sketched import SketchedGraph
-from atedm.streamed import StreamedGraph
 
 GRAPHS = ("held", "streamed", "sketched")  # the names of the three ways to keep a graph
 
@@ -73,7 +73,7 @@ class AttentionInputs(NamedTuple):
             case "held":
                 return HeldGraph.from_qk(self.query, self.key, self.scale)
             case "streamed":
-                return StreamedGraph.from_qk(self.query, self.key, self.scale, self.log_sum_exp)
+                return streamed_graph(self.query, self.key, self.scale, self.log_sum_exp)
             case "sketched":
                 return SketchedGraph.from_qk(self.query, self.key, self.scale, log_sum_exp=self.log_sum_exp)
         raise ValueError(f"attention graph is {kind!r}, expected one of {', '.join(GRAPHS)}")

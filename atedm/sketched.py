@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atedm.fused import streamed_graph
 from atedm.held import HeldGraph
 from atedm.streamed import StreamedGraph, take_rows
 
@@ -78,7 +79,7 @@ class SketchedGraph:
     def strongest_query(self, among: Tensor, targets: Tensor) -> Tensor:
         """Which query attends most to each target, see :meth:`~atedm.graph.AttentionGraph.strongest_query`."""
         sums = None if self.log_sum_exp is None else self.log_sum_exp.take_along_dim(among.unsqueeze(1), dim=2)
-        rows = StreamedGraph.from_qk(take_rows(self.query, among), self.key, self.scale, sums)  # no others are needed
+        rows = streamed_graph(take_rows(self.query, among), self.key, self.scale, sums)  # no others are needed
         return rows.strongest_query(torch.arange(among.shape[1], device=among.device).expand_as(among), targets)
 
     def _exact(self) -> StreamedGraph:

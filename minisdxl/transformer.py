@@ -17,7 +17,7 @@ from atedm.graph import AttentionInputs
 from atedm.plan import UNTOUCHED, BlockPlan, LayerPlan
 from atedm.recovery import Restore
 from atedm.tokens import TokenSet
-from minisdxl import cpu
+from minisdxl import cpu, cuda
 
 
 class Linear(nn.Linear):
@@ -62,6 +62,8 @@ class Attention(nn.Module):
         k, v = context
         if cpu.usable(x):
             attended, log_sum_exp = cpu.attention(q, k, v, self.scale)
+        elif cuda.usable(q):
+            attended, log_sum_exp = cuda.attention(q, k, v, self.scale)
         else:
             attended, log_sum_exp = F.scaled_dot_product_attention(q, k, v, scale=self.scale), None
         return self.to_out(rearrange(attended, "b h n d -> b n (h d)")), AttentionInputs(q, k, self.scale, log_sum_exp)
