@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--tokenizer", metavar="DIR", help="of vocab.json and merges.txt (default: 'tokenizer' beside the weights)")
     add("--captions", type=int, default=8, metavar="N", help="how many, in one batch (default: %(default)s)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    add("--cfg", type=float, default=3.0, help="guidance scale (default: %(default)s)")
+    add("--cfg", type=float, default=4.0, help="guidance scale (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
     add("--device", choices=[name for name in DEVICES if name != "auto"], default="cpu", help="(default: %(default)s)")
     add("--out", type=Path, default="docs/results/attention.png", metavar="FILE.png", help="(default: %(default)s)")

@@ -75,7 +75,7 @@ def _parser() -> Parser:
     add("--share", type=float, help="of the dense FLOPs: solves the ratio of each preset for it, as 0.76")
     add("--share-for", choices=("average", "steady"), default="average", help="of all steps, or of the last one")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    add("--cfg", type=float, default=3.0, help="guidance scale (default: %(default)s)")
+    add("--cfg", type=float, default=4.0, help="guidance scale (default: %(default)s)")
     add("--split", choices=SPLITS, default="test", help="drawn captions: those that training never saw, or of all")
     add("--prompts", type=Path, metavar="FILE", help="captions from a .txt, .jsonl or .csv file, not of drawn scenes")
     add("--references", type=Path, metavar="DIR", help="pictures that FID is taken to; with --inception")

@@ -231,12 +231,12 @@ def main() -> None:
     parser.add_argument(
         "--stages",
         type=parse_stages,
-        default="128:1800,256:1000",
+        default="64:400,128:300,256:3000",
         metavar="SIDE:STEPS,...",
         help="U-Net steps at each picture side in pixels (default: %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=32, help="pictures a step; half of it at full size")
-    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the sample grids")
+    parser.add_argument("--cfg", type=float, default=4.0, help="guidance scale of the sample grids")
     parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids")
     options = parser.parse_args()
     tokenizer = Tokenizer.from_directory(TOKENIZER, SHAPES.text)

@@ -22,7 +22,7 @@ from tools.figures import attention_spread
 SETTINGS = {
     "prompts": ["a small red circle on a white background", "a big blue square on a black background"],
     "steps": 2,
-    "cfg": 3.0,
+    "cfg": 4.0,
     "seed": 0,
     "size": (64, 64),
 }

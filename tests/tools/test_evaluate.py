@@ -123,7 +123,7 @@ def rows_are_right(folder: Path, rows: list[Row]) -> None:
     for row in rows:
         latents, made = dict[str | None, Tensor](), dict[str | None, Any]()
         for prune in (None, PRESET):
-            settings: dict[str, Any] = {"steps": 2, "cfg": 3.0, "seed": row.seed, "size": (64, 64), "prune": prune}
+            settings: dict[str, Any] = {"steps": 2, "cfg": 4.0, "seed": row.seed, "size": (64, 64), "prune": prune}
             keep = partial(remember, latents, prune)
             made[prune] = np.asarray(sdxl.generate([row.caption], **settings, on_step=keep)[0])
         picture = made[None if row.preset == "dense" else PRESET]
@@ -158,7 +158,7 @@ def test_other_settings_and_bad_input_are_one_line(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     for arguments, named in (
         (["--steps", "3"], "steps 2, not 3"),
-        (["--cfg", "1"], "cfg 3.0, not 1.0"),
+        (["--cfg", "1"], "cfg 4.0, not 1.0"),
         (["--presets", "nonesuch"], "nonesuch"),
         (["--share", "0.1"], "out of reach"),
         (["--share", "2"], "share is 2.0"),
