@@ -33,7 +33,7 @@ def wilson(successes: int, trials: int) -> Estimate:
     share = successes / trials
     center = (share + Z * Z / (2 * trials)) / (1 + Z * Z / trials)
     half = Z / (1 + Z * Z / trials) * math.sqrt(share * (1 - share) / trials + Z * Z / (4 * trials**2))
-    return Estimate(share, max(0.0, center - half), min(1.0, center + half))  # rounding may go beyond
+    return Estimate(share, max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))  # rounding
 
 
 def paired_shares(ours: Sequence[bool], theirs: Sequence[bool]) -> Estimate:

@@ -30,6 +30,13 @@ def test_interval_of_a_share_is_wilsons(successes: int, trials: int, low: float,
     assert found[1:] == pytest.approx((peer.low, peer.high), abs=1e-7)
 
 
+@pytest.mark.parametrize("trials", range(1, 200))
+def test_a_share_of_none_or_all_is_within_its_interval(trials: int) -> None:
+    for successes in (0, trials):
+        found = wilson(successes, trials)
+        assert 0 <= found.low <= found.value <= found.high <= 1  # plots refuse bars of less than no length
+
+
 TABLES = [(36, 12, 2, 0), (1, 1, 7, 12), (400, 30, 18, 52), (0, 5, 0, 27), (3, 0, 0, 29), (0, 0, 0, 32), (10, 0, 0, 0)]
 
 
