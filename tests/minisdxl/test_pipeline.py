@@ -493,10 +493,11 @@ def test_overflow_names_the_part(part: str, weight: str) -> None:
 def test_half_precision_runs_with_the_vae_in_fp32(dtype: torch.dtype) -> None:
     half = minisdxl.load("shapes", dtype=dtype)
     assert (half.unet.dtype, half.vae.dtype) == (dtype, torch.float32)
-    full = minisdxl.load("shapes").generate([PROMPT], steps=2, size=(64, 64))[0]
-    error = np.abs(pixels(half.generate([PROMPT], steps=2, size=(64, 64))[0]) - pixels(full))
+    settings: dict[str, Any] = {"steps": 2, "size": (64, 64), "cfg": 1.0}  # guidance would multiply what rounding does
+    full = minisdxl.load("shapes").generate([PROMPT], **settings)[0]
+    error = np.abs(pixels(half.generate([PROMPT], **settings)[0]) - pixels(full))
     print(f"{dtype} and fp32: max error {error.max():.2e}, mean {error.mean():.2e}")
-    assert error.mean() <= 4e-2  # the VAE's scale factor of 0.25 makes an error of the latent four times as large
+    assert error.mean() <= 1e-2  # the VAE's scale factor of 0.25 makes an error of the latent four times as large
 
 
 def test_finite_counts_what_is_not() -> None:
