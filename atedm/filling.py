@@ -1,6 +1,6 @@
-"""The recoveries that the paper compares similarity-based copy with: zeros, bicubic interpolation, direct copy.
+"""The recoveries that put kept tokens among values of another kind: zeros, interpolated, old, or old and changed ones.
 
-Source: the AT-EDM paper, section 4.4, "Similarity-based Copy", and figure 9.
+Source: the AT-EDM paper, section 4.4, "Similarity-based Copy", and figure 9. :func:`add_change` is not in the paper.
 """
 
 from __future__ import annotations
@@ -52,6 +52,16 @@ def direct_copy(tokens: TokenSet, kept: Tensor) -> Fill:
     """
     before = tokens.values
     return Fill(kept, tokens.grid, tokens.positions, lambda _: before)
+
+
+def add_change(tokens: TokenSet, kept: Tensor, source: Tensor) -> Fill:
+    """Pruned tokens keep the value that they had when pruned, and take on what has changed in a kept token since.
+
+    ``source`` (B, n) names the kept token for each, as :class:`~atedm.recovery.Copy` has it. A residual stream is a sum
+    of changes: this stands in for the ones that a pruned token missed, and does not touch what it was already.
+    """
+    before, kept_before = tokens.values, take_tokens(tokens.values, kept)
+    return Fill(kept, tokens.grid, tokens.positions, lambda now: before + take_tokens(now - kept_before, source))
 
 
 def bicubic_interpolation(tokens: TokenSet, kept: Tensor) -> Fill:

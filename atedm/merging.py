@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from atedm.held import at_least_float32
+from atedm.similarity import nearest
 from atedm.tokens import TokenSet, take_tokens
 
 
@@ -125,14 +124,12 @@ def match_tokens(tokens: TokenSet, how: Merging) -> Merge:
     if not tokens.is_dense:
         raise ValueError(f"cannot match {tokens.count} of {tokens.size} tokens of grid {tokens.grid}, expected all")
     destinations, sources = _split(tokens.grid, how.stride, tokens.values.device)
-    # A token of zeros has no direction: the epsilon makes its similarity to all zero.
-    directions = F.normalize(at_least_float32(tokens.values), dim=-1, eps=1e-12)
-    best, nearest = (directions[:, sources] @ directions[:, destinations].mT).max(dim=-1)
+    best, like = nearest(tokens.values[:, sources], tokens.values[:, destinations])
     ranked = best.sort(dim=-1, descending=True, stable=True).indices
     go, stay = ranked[:, :removed], ranked[:, removed:]
 
     order = torch.cat([sources[stay], destinations.expand(len(stay), -1), sources[go]], dim=1)
-    target = nearest.gather(1, go) + stay.shape[1]
+    target = like.gather(1, go) + stay.shape[1]
     own = torch.arange(tokens.count - removed, device=target.device).expand(len(stay), -1)
     source = torch.empty_like(order).scatter(1, order, torch.cat([own, target], dim=1))
     return Matching(order, target, source)

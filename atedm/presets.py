@@ -57,6 +57,10 @@ PRESETS: dict[str, Preset] = dict(
             Schedule("one-vote", Pruning(RHO, ranking="one-vote")),
             "at-edm ranked by attention received, without iterating",
         ),
+        _preset(
+            Schedule("dissimilarity", Pruning(RHO, ranking="dissimilarity", recovery="nearest-change")),
+            "what is like others goes, and takes on the change of the nearest kept token; no attention map",
+        ),
     )
 )
 

@@ -96,5 +96,5 @@ def _prune(
     tokens: TokenSet, self_attention: AttentionInputs, cross_attention: AttentionInputs, how: Pruning, count: int
 ) -> tuple[TokenSet, Restore]:
     self_graph, cross_graph = LazyGraph(self_attention, how.graph), LazyGraph(cross_attention, how.graph)
-    kept = top_k(scores(how.ranking, self_graph, cross_graph, how.iterations, how.seed), count)
+    kept = top_k(scores(how.ranking, tokens, self_graph, cross_graph, how.iterations, how.seed), count)
     return tokens.keep(kept), recover(how.recovery, tokens, kept, self_graph)

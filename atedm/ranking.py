@@ -12,8 +12,10 @@ from torch import Tensor
 
 from atedm.graph import AttentionGraph, LazyGraph
 from atedm.held import HeldGraph
+from atedm.similarity import dissimilarity, spread
+from atedm.tokens import TokenSet
 
-RANKINGS = ("gwpr", "ca-wpr", "one-vote", "random")
+RANKINGS = ("gwpr", "ca-wpr", "one-vote", "lowest", "random", "spread", "dissimilarity")
 
 # The paper names a threshold epsilon and gives no number. Scores of a head sum to one, so this is a share of all votes.
 EPSILON = 1e-5
@@ -97,14 +99,20 @@ def gwpr(
 
 
 def scores(
-    name: str, self_attention: LazyGraph, cross_attention: LazyGraph, iterations: int | None = None, seed: int = 0
+    name: str,
+    tokens: TokenSet,
+    self_attention: LazyGraph,
+    cross_attention: LazyGraph,
+    iterations: int | None = None,
+    seed: int = 0,
 ) -> Tensor:
-    """Importance (B, N) of each token by the ranking called ``name``, one of ``RANKINGS``.
+    """Importance (B, n) of each of ``tokens`` by the ranking called ``name``, one of ``RANKINGS``.
 
     ``gwpr`` and ``ca-wpr`` are G-WPR on self-attention and on cross-attention to the text, until it settles, or for
     exactly ``iterations`` (see :func:`rank`). ``one-vote`` is its first iteration on self-attention: how much attention
-    a token receives. ``random`` draws scores from ``seed``, on any device the same and for each batch row the same.
-    No graph is built but the one that is read. Raises ``ValueError`` for another name.
+    a token receives. ``lowest`` turns ``gwpr`` around. ``random`` draws scores from ``seed``, on any device the same
+    and for each batch row the same. ``spread`` keeps a regular grid, ``dissimilarity`` what is unlike the rest, see
+    :mod:`atedm.similarity`. No graph is built but the one that is read. Raises ``ValueError`` for another name.
     """
     eps, limit = (EPSILON, MAX_ITERATIONS) if iterations is None else (0.0, iterations)
     match name:
@@ -114,10 +122,15 @@ def scores(
             return gwpr(cross_attention.graph, cross=True, eps=eps, max_iterations=limit)
         case "one-vote":
             return gwpr(self_attention.graph, eps=0.0, max_iterations=1)
+        case "lowest":
+            return -gwpr(self_attention.graph, eps=eps, max_iterations=limit)
         case "random":
-            query = self_attention.inputs.query
-            drawn = torch.rand(query.shape[2], generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-            return drawn.to(query.device).expand(query.shape[0], -1)
+            drawn = torch.rand(tokens.count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+            return drawn.to(tokens.values.device).expand(tokens.values.shape[0], -1)
+        case "spread":
+            return spread(tokens)
+        case "dissimilarity":
+            return dissimilarity(tokens)
     raise ValueError(f"ranking is {name!r}, expected one of {', '.join(RANKINGS)}")
 
 

@@ -5,17 +5,19 @@ Source: the AT-EDM paper, section 3.2, "Recovering Pruned Tokens" and figure 4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from atedm.filling import bicubic_interpolation, check_kept, direct_copy, zero_padding
+from atedm.filling import add_change, bicubic_interpolation, check_kept, direct_copy, zero_padding
 from atedm.graph import AttentionGraph, LazyGraph
+from atedm.similarity import nearest
 from atedm.tokens import TokenSet, take_tokens
 
-RECOVERIES = ("similarity", "zeros", "bicubic", "direct")
+RECOVERIES = ("similarity", "zeros", "bicubic", "direct", "similarity-change", "nearest", "nearest-change")
 
 
 class Restore(Protocol):
@@ -56,6 +58,12 @@ def recover(name: str, tokens: TokenSet, kept: Tensor, self_attention: LazyGraph
     match name:
         case "similarity":
             return similarity_copy(tokens, self_attention.graph, kept)
+        case "nearest":
+            return nearest_copy(tokens, kept)
+        case "similarity-change":
+            return add_change(tokens, kept, similarity_copy(tokens, self_attention.graph, kept).source)
+        case "nearest-change":
+            return add_change(tokens, kept, nearest_copy(tokens, kept).source)
         case "zeros":
             return zero_padding(tokens, kept)
         case "bicubic":
@@ -79,11 +87,22 @@ def similarity_copy(tokens: TokenSet, graph: AttentionGraph, kept: Tensor) -> Co
     receives, averaged over heads. ``tokens`` is the set before pruning, ``graph`` its self-attention, ``kept`` (B, k)
     the ascending indices of the tokens that stay.
     """
+    return _copy(tokens, kept, lambda pruned: graph.strongest_query(among=kept, targets=pruned))
+
+
+def nearest_copy(tokens: TokenSet, kept: Tensor) -> Copy:
+    """As :func:`similarity_copy`, but the most similar kept token is the one :func:`nearest` by its value."""
+    values = take_tokens(tokens.values, kept)
+    return _copy(tokens, kept, lambda pruned: nearest(take_tokens(tokens.values, pruned), values)[1])
+
+
+def _copy(tokens: TokenSet, kept: Tensor, find: Callable[[Tensor], Tensor]) -> Copy:
+    """The copy from what ``find`` gives for the indices of the pruned tokens (B, n - k): places among the kept ones."""
     batch, count = kept.shape
     is_pruned = torch.ones(batch, tokens.count, dtype=torch.int64, device=kept.device).scatter(1, kept, 0)
     pruned = is_pruned.argsort(dim=1, stable=True)[:, count:]
     own = torch.arange(count, device=kept.device).expand(batch, -1)
     source = torch.empty_like(is_pruned)
     source.scatter_(1, kept, own)
-    source.scatter_(1, pruned, graph.strongest_query(among=kept, targets=pruned))
+    source.scatter_(1, pruned, find(pruned))
     return Copy(source, count, tokens.grid, tokens.positions)

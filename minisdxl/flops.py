@@ -24,6 +24,7 @@ from atedm.presets import parse_preset
 from atedm.pruning import Pruning
 from atedm.ranking import MAX_ITERATIONS
 from atedm.schedule import Schedule
+from atedm.similarity import ANCHORS
 from atedm.sketched import SKETCH_STRIDE
 from minisdxl.command import Parser, add_pruning, parse_size
 from minisdxl.config import SDXL_BASE, SHAPES, AttentionSite, ModelConfig, UNetConfig
@@ -166,8 +167,9 @@ class _Formula:
 
     def ranking(self, how: Pruning, tokens: int, kept: int, channels: int) -> int:
         """Ranking and recovery: maps, since fused attention keeps its own to itself; votes; the search for sources."""
-        ranks, cross, searches = how.ranking != "random", how.ranking == "ca-wpr", how.recovery == "similarity"
-        iterations = {"one-vote": 1, "random": 0}.get(how.ranking, how.iterations or MAX_ITERATIONS)
+        ranks = how.ranking not in ("random", "spread", "dissimilarity")
+        cross, searches = how.ranking == "ca-wpr", how.recovery.startswith("similarity")
+        iterations = 0 if not ranks else 1 if how.ranking == "one-vote" else how.iterations or MAX_ITERATIONS
         keys = self.context_length if cross else tokens
         voters = -(-tokens // SKETCH_STRIDE) if how.graph == "sketched" else tokens
 
@@ -177,19 +179,23 @@ class _Formula:
         def weighted(rows: int) -> int:  # A^T s or A s, head by head
             return _product(channels // self.config.head_channels, 1, rows * keys)
 
+        anchors = max(1, tokens // ANCHORS) if how.ranking == "dissimilarity" else 0
+        found = kept if how.recovery.startswith("nearest") else 0
+        cosines = logits(tokens, anchors) + logits(tokens - kept, found)
+
         # Of each graph that is read, the map of those that vote; streamed graphs sum it up and forget it.
         read = [keys] * ranks + [tokens] * (searches and (cross or not ranks))
         built = sum(logits(voters, columns) for columns in read)
         match how.graph:
             case "held":  # votes, and in equation (1) their way back to the queries
-                return built + iterations * (1 + cross) * weighted(tokens)
+                return cosines + built + iterations * (1 + cross) * weighted(tokens)
             case "streamed":  # all logits again for each vote, way back and entropy
                 again = (iterations * (1 + cross) + cross) * logits(tokens, keys)
                 answers = again + cross * iterations * weighted(tokens)
             case _:  # sketched: equation (1) asks an exact graph, which is streamed and anew each time
                 exact = cross * (2 * (iterations + 1) * logits(tokens, keys) + iterations * weighted(tokens))
                 answers = iterations * weighted(voters) + exact + searches * logits(kept, tokens)
-        return built + answers + searches * logits(kept, tokens - kept)
+        return cosines + built + answers + searches * logits(kept, tokens - kept)
 
     def grid(self, level: int) -> tuple[int, int]:
         """(H, W) of a feature level: each halving rounds up, as -(-n >> 1) does."""

@@ -78,10 +78,11 @@ class Source:
         return list(dict.fromkeys(file.path for stored in self.stored.values() for file in stored.files))
 
     def load(self, dtypes: Mapping[str, torch.dtype], device: torch.device | str) -> dict[str, Tensor]:
-        """Tensors by official names, each in the dtype that is given for it; those of convolutions are channels-last.
+        """Tensors by official names, each in the dtype that is given for it.
 
-        On the CPU, large ones that a file has just so are mapped and not read: :meth:`TensorFile.map` says what must
-        not happen to the file then.
+        Those of convolutions are channels-last. On the CPU, large ones that a file has just so are mapped and not read
+        (those of convolutions in fp16 only, and as the file has them): :meth:`TensorFile.map` says what must not happen
+        to the file then.
 
         Raises:
             CheckpointError: if a file cannot be read or mapped, or has become shorter since it was opened.
@@ -108,8 +109,10 @@ class Source:
     def _can_map(self, name: str, dtype: torch.dtype) -> bool:
         """Whether a file has a tensor as it is to be in memory."""
         stored = self.stored[name]
-        if len(stored.files) > 1 or stored.place.transposed or _is_convolution(self.shapes[name]) or name == BIAS:
-            return False  # GUIDANCE is added to BIAS when that is read
+        if len(stored.files) > 1 or stored.place.transposed or name == BIAS:  # BIAS: GUIDANCE is added as it is read
+            return False
+        if _is_convolution(self.shapes[name]) and dtype != torch.float16:
+            return False  # to be channels-last; no CPU computes in fp16 fast enough for that to matter
         return stored.files[0].can_map(stored.place.names[0], dtype)
 
     def _empty(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -41,6 +41,10 @@ _RIVALS = (
     Claim("DSAP helps ToMe (figure 6)", "tome-dsap", "tome"),
 )
 _COMPARED = ("at-edm", "tome", "tome-dsap", "random")
+_RANKINGS = ("at-edm:ranking=lowest", "random", "at-edm:ranking=spread", "at-edm:ranking=dissimilarity")
+_RECOVERIES = tuple(
+    f"dissimilarity:recovery={name}" for name in ("nearest", "similarity-change", "direct", "similarity")
+)
 _ITERATIONS = ("at-edm", "at-edm:iterations=1", "at-edm:iterations=3", "at-edm:graph=sketched")
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -105,10 +109,36 @@ EXPERIMENTS: dict[str, Experiment] = {
             Claim(f"settled G-WPR beats {other.partition(':')[2]}", "at-edm", other) for other in _ITERATIONS[1:]
         ),
     ),
+    "rankings": Experiment(
+        "Which tokens stay, at equal FLOPs and with the paper's recovery: the sign of the ranking, and coverage.",
+        presets=("at-edm", *_RANKINGS),
+        claims=tuple(Claim(f"G-WPR beats {other.partition('=')[2] or other}", "at-edm", other) for other in _RANKINGS),
+    ),
+    "recoveries": Experiment(
+        "What pruned tokens come back as, at equal FLOPs, where the tokens stay that are unlike the rest.",
+        presets=("at-edm", "dissimilarity", *_RECOVERIES),
+        claims=tuple(
+            Claim(f"nearest-change beats {other.partition('=')[2]}", "dissimilarity", other) for other in _RECOVERIES
+        ),
+    ),
+    "better-method": Experiment(
+        "The preset dissimilarity beside AT-EDM and ToMe, each budget what AT-EDM costs with rho 0.3, 0.5, 0.63, 0.75.",
+        presets=("at-edm", "dissimilarity", "dissimilarity:tau=0", "tome", "tome-dsap"),
+        claims=(
+            Claim("dissimilarity beats AT-EDM", "dissimilarity", "at-edm"),
+            Claim("dissimilarity beats ToMe", "dissimilarity", "tome"),
+            Claim("DSAP helps dissimilarity", "dissimilarity", "dissimilarity:tau=0"),
+        ),
+        budgets=("at-edm:rho=0.3", "at-edm:rho=0.5", "at-edm", "at-edm:rho=0.75"),
+        axis="flops_share",
+    ),
     "few-steps": Experiment(
         "Sampling in 10 and 20 steps, against the dense model in as many.",
-        presets=("at-edm", "tome"),
-        claims=(Claim("AT-EDM beats ToMe", "at-edm", "tome"),),
+        presets=("at-edm", "dissimilarity", "tome"),
+        claims=(
+            Claim("AT-EDM beats ToMe", "at-edm", "tome"),
+            Claim("dissimilarity beats ToMe", "dissimilarity", "tome"),
+        ),
         steps=(10, 20, 50),
         axis="steps",
     ),

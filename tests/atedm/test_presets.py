@@ -21,10 +21,15 @@ PAPER = {
     "random": Schedule("random", Pruning(0.63, "random"), tau=15),
     "one-vote": Schedule("one-vote", Pruning(0.63, "one-vote"), tau=15),
 }
+OURS = {
+    "dissimilarity": Schedule(
+        "dissimilarity", Pruning(0.63, "dissimilarity", recovery="nearest-change"), tau=15, early="less"
+    ),
+}
 
 
-def test_presets_of_the_paper() -> None:
-    assert {name: preset.schedule for name, preset in PRESETS.items()} == PAPER
+def test_presets_of_the_paper_and_ours() -> None:
+    assert {name: preset.schedule for name, preset in PRESETS.items()} == PAPER | OURS
 
 
 def test_each_preset_has_a_line_of_its_own() -> None:
@@ -87,8 +92,8 @@ MERGING_SETTINGS = "r, tau, early, ends, spare, ratios"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tome-plus", f"unknown preset 'tome-plus', expected one of {', '.join(PAPER)}"),
-        ("", f"unknown preset '', expected one of {', '.join(PAPER)}"),
+        ("tome-plus", f"unknown preset 'tome-plus', expected one of {', '.join(PAPER | OURS)}"),
+        ("", f"unknown preset '', expected one of {', '.join(PAPER | OURS)}"),
         ("at-edm:", f"unknown setting '' of at-edm, expected one of {PRUNING_SETTINGS} or a budget, a, b, c, d"),
         (
             "at-edm:color=red",
@@ -144,12 +149,13 @@ MERGING_SETTINGS = "r, tau, early, ends, spare, ratios"
         ("at-edm:place=in-ff", "setting place of at-edm is 'in-ff': expected one of after-ff, before-ff"),
         (
             "at-edm:ranking=best",
-            "setting ranking of at-edm is 'best': ranking is 'best', expected one of gwpr, ca-wpr, one-vote, random",
+            "setting ranking of at-edm is 'best': ranking is 'best', expected one of gwpr, ca-wpr, "
+            "one-vote, lowest, random, spread, dissimilarity",
         ),
         (
             "at-edm:recovery=none",
             "setting recovery of at-edm is 'none': recovery is 'none', "
-            "expected one of similarity, zeros, bicubic, direct",
+            "expected one of similarity, zeros, bicubic, direct, similarity-change, nearest, nearest-change",
         ),
         (
             "at-edm:graph=dense",

@@ -14,6 +14,7 @@ from atedm import (
     AttentionInputs,
     HeldGraph,
     LazyGraph,
+    TokenSet,
     gwpr,
     kept_count,
     rank,
@@ -227,6 +228,13 @@ def random_inputs(queries: int, keys: int, seed: int, device: str = "cpu") -> At
     return AttentionInputs(q, k, 0.8)
 
 
+TOKENS = TokenSet(torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64), grid=(3, 4))
+GRAPHS_READ: dict[str, list[int]] = {
+    **{"gwpr": [0], "ca-wpr": [1], "one-vote": [0], "lowest": [0]},
+    **{"random": [], "spread": [], "dissimilarity": []},
+}
+
+
 def lazy_pair(device: str = "cpu") -> tuple[LazyGraph, LazyGraph]:
     return LazyGraph(random_inputs(12, 12, 0, device)), LazyGraph(random_inputs(12, 5, 1, device))
 
@@ -235,7 +243,7 @@ def lazy_pair(device: str = "cpu") -> tuple[LazyGraph, LazyGraph]:
 @pytest.mark.parametrize(("name", "cross"), [("gwpr", False), ("ca-wpr", True), ("one-vote", False)])
 def test_rankings_by_loops(name: str, cross: bool, iterations: int | None) -> None:
     pair = lazy_pair()
-    given = scores(name, *pair, iterations=iterations)
+    given = scores(name, TOKENS, *pair, iterations=iterations)
     inputs = pair[cross].inputs
     a = (0.8 * inputs.query @ inputs.key.mT).softmax(-1)
     eps, limit = (1e-5, 50) if iterations is None else (-1.0, iterations)
@@ -256,29 +264,34 @@ def test_one_vote_is_the_attention_received() -> None:
     graph = pair[0].graph
     assert isinstance(graph, HeldGraph)
     received = graph.map.mean(dim=2)  # over queries
-    assert torch.allclose(scores("one-vote", *pair), received.square().mean(1).sqrt(), rtol=0, atol=1e-16)
+    assert torch.allclose(scores("one-vote", TOKENS, *pair), received.square().mean(1).sqrt(), rtol=0, atol=1e-16)
+
+
+def test_lowest_turns_gwpr_around() -> None:
+    pair = lazy_pair()
+    assert torch.equal(scores("lowest", TOKENS, *pair), -scores("gwpr", TOKENS, *pair))
 
 
 def test_random_scores() -> None:
-    drawn = scores("random", *lazy_pair(), seed=3)
+    drawn = scores("random", TOKENS, *lazy_pair(), seed=3)
     assert drawn.shape == (2, 12)
     assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(scores("random", *lazy_pair(), seed=3), drawn)
-    assert not torch.equal(scores("random", *lazy_pair(), seed=4), drawn)
+    assert torch.equal(scores("random", TOKENS, *lazy_pair(), seed=3), drawn)
+    assert not torch.equal(scores("random", TOKENS, *lazy_pair(), seed=4), drawn)
     state = torch.get_rng_state()
-    scores("random", *lazy_pair(), seed=5)
+    scores("random", TOKENS, *lazy_pair(), seed=5)
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers change
 
 
 def test_random_scores_choose_each_position_as_often() -> None:
     pair = lazy_pair()
-    kept = torch.cat([top_k(scores("random", *pair, seed=seed)[:1], 4).flatten() for seed in range(600)])
+    kept = torch.cat([top_k(scores("random", TOKENS, *pair, seed=seed)[:1], 4).flatten() for seed in range(600)])
     often = kept.bincount(minlength=12) / 600
     print(f"random keep of 4 of 12: each position in {often.min():.3f} to {often.max():.3f} of draws, expected 0.333")
     assert (often - 1 / 3).abs().max() < 0.07  # 3.6 standard deviations
 
 
-@pytest.mark.parametrize(("name", "read"), [("gwpr", [0]), ("ca-wpr", [1]), ("one-vote", [0]), ("random", [])])
+@pytest.mark.parametrize(("name", "read"), GRAPHS_READ.items())
 def test_only_the_graph_that_is_read_is_built(name: str, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     pair = lazy_pair()
     built = []
@@ -289,7 +302,7 @@ def test_only_the_graph_that_is_read_is_built(name: str, read: list[int], monkey
         return build(inputs, kind)
 
     monkeypatch.setattr(AttentionInputs, "graph", spy)
-    scores(name, *pair)
+    scores(name, TOKENS, *pair)
     assert built == read
 
 
@@ -297,9 +310,11 @@ def test_only_the_graph_that_is_read_is_built(name: str, read: list[int], monkey
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_rankings_without_contents(name: str, kind: str) -> None:
     pair = [LazyGraph(lazy.inputs, kind) for lazy in lazy_pair("meta")]
-    assert scores(name, pair[0], pair[1], iterations=3).shape == (2, 12)
+    assert scores(name, TOKENS.with_values(TOKENS.values.to("meta")), pair[0], pair[1], iterations=3).shape == (2, 12)
 
 
 def test_unknown_ranking() -> None:
-    with pytest.raises(ValueError, match="ranking is 'pagerank', expected one of gwpr, ca-wpr, one-vote, random"):
-        scores("pagerank", *lazy_pair())
+    with pytest.raises(
+        ValueError, match="ranking is 'pagerank', expected one of gwpr, ca-wpr, one-vote, lowest, random"
+    ):
+        scores("pagerank", TOKENS, *lazy_pair())

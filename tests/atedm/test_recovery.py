@@ -223,7 +223,7 @@ def test_a_linear_layer_may_run_before_a_copy_only(recovery: str) -> None:
     after, before = layer(restore(few).values), restore(few.with_values(layer(few.values))).values
     error = (after - before).abs().max().item()
     print(f"{recovery}: layer before or after differs by {error:.1e}")
-    assert (error < 1e-14) == (recovery == "similarity")
+    assert (error < 1e-14) == (recovery in ("similarity", "nearest"))
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES)
@@ -234,8 +234,55 @@ def test_recovering_an_unpruned_set_is_the_identity(recovery: str) -> None:
     assert torch.equal(restored.to_feature_map(), tokens.to_feature_map())
 
 
-@pytest.mark.parametrize("recovery", ["zeros", "bicubic", "direct"])
-def test_fillings_refuse_other_tokens_and_need_no_graph(recovery: str) -> None:
+@pytest.mark.parametrize("recovery", ["nearest", "similarity-change", "nearest-change"])
+def test_nearest_and_change_by_loops(recovery: str) -> None:
+    tokens = random_tokens(2, 3, 4)
+    tokens = tokens.with_values(tokens.values.double())
+    kept = torch.tensor([[0, 3, 4, 9, 11], [1, 2, 6, 7, 10]])
+    attention = lazy(2, 12)
+    restore = recover(recovery, tokens, kept, attention)
+    generator = torch.Generator().manual_seed(6)
+    later = tokens.keep(kept).with_values(torch.randn(2, 5, 4, generator=generator, dtype=torch.float64))
+    restored = restore(later)
+    assert restored.is_dense
+    graph = attention.graph
+    assert isinstance(graph, HeldGraph)
+    worst = 0.0
+    for row in range(2):
+        held, before, after = kept[row].tolist(), tokens.values[row].tolist(), later.values[row].tolist()
+        alike = source_by_loops(graph.map[row], held)
+        for b in range(12):
+            if recovery.startswith("nearest") and b not in held:
+                cosines = [cosine(before[b], before[i]) for i in held]
+                alike[b] = cosines.index(max(cosines))
+            now, old = after[alike[b]], before[held[alike[b]]]
+            if recovery == "nearest" or b in held:
+                expected = now
+            else:
+                expected = [own + (new - was) for own, new, was in zip(before[b], now, old, strict=True)]
+            worst = max(worst, *(abs(x - y) for x, y in zip(restored.values[row, b].tolist(), expected, strict=True)))
+    print(f"{recovery}: max error {worst:.1e}")
+    assert worst < 1e-14
+
+
+def cosine(x: list[float], y: list[float]) -> float:
+    return sum(a * b for a, b in zip(x, y, strict=True)) / (math.hypot(*x) * math.hypot(*y))
+
+
+@pytest.mark.parametrize("recovery", ["similarity-change", "nearest-change"])
+def test_a_change_that_all_tokens_share_is_recovered_exactly(recovery: str) -> None:
+    tokens = random_tokens(2, 3, 4)
+    tokens = tokens.with_values(tokens.values.double())
+    kept = torch.tensor([[0, 3, 4, 9, 11], [1, 2, 6, 7, 10]])
+    few, shift = tokens.keep(kept), torch.arange(4.0, dtype=torch.float64)
+    restored = recover(recovery, tokens, kept, lazy(2, 12))(few.with_values(few.values + shift))
+    error = (restored.values - (tokens.values + shift)).abs().max().item()
+    print(f"{recovery}: a shared change comes back with an error of {error:.1e}")
+    assert error < 1e-14
+
+
+@pytest.mark.parametrize("recovery", ["zeros", "bicubic", "direct", "nearest", "nearest-change"])
+def test_these_refuse_other_tokens_and_need_no_graph(recovery: str) -> None:
     tokens = random_tokens(2, 3, 4)
     kept = torch.tensor([[0, 3, 4], [1, 2, 6]])
     q = torch.empty(0)
@@ -245,5 +292,5 @@ def test_fillings_refuse_other_tokens_and_need_no_graph(recovery: str) -> None:
 
 
 def test_unknown_recovery() -> None:
-    with pytest.raises(ValueError, match="recovery is 'nearest', expected one of similarity, zeros, bicubic, direct"):
-        recover("nearest", random_tokens(1, 2, 3), torch.tensor([[0]]), lazy(1, 6))
+    with pytest.raises(ValueError, match="recovery is 'mean', expected one of similarity, zeros, bicubic, direct"):
+        recover("mean", random_tokens(1, 2, 3), torch.tensor([[0]]), lazy(1, 6))

@@ -161,6 +161,9 @@ SETTINGS = [
     *((f"{name}:graph={graph}", 49) for name in PRUNING for graph in ("streamed", "sketched")),
     *((f"ca-wpr:recovery=zeros,graph={graph}", 49) for graph in ("held", "streamed", "sketched")),
     *((f"random:recovery=direct,graph={graph}", 49) for graph in ("held", "streamed", "sketched")),
+    *((f"at-edm:ranking=lowest,recovery=similarity-change,graph={graph}", 49) for graph in ("held", "streamed")),
+    ("random:ranking=spread,recovery=nearest", 49),
+    ("dissimilarity:layers=0+1,rho=0.4", 49),
     ("tome:r=0.75", 49),
     ("tome-dsap:r=0.1,ratios=0.7@mid+0@up.1.0", 0),
 ]

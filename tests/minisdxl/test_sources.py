@@ -152,6 +152,23 @@ def test_what_the_file_has_just_so_is_mapped_part_by_part(
     assert mappings(path) == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what is mapped from /proc")
+def test_convolutions_in_fp16_are_mapped_and_no_others(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minisdxl.tensorfile.MAPPED", 1)
+    kernels = {name for name, tensor in load_file(base).items() if tensor.ndim == 4 and tensor.shape[2:] != (1, 1)}
+    for dtype, mapped in ((torch.float16, 1), (torch.bfloat16, 0), (torch.float32, 0)):
+        path = tmp_path / f"{dtype}.safetensors"
+        expected = {name: tensor.to(dtype) for name, tensor in load_file(base).items()}
+        save_file(expected, path, {"minisdxl.config": json.dumps(TINY.to_dict())})
+        unet = {name for name in kernels if name.startswith(PREFIX["unet"])}
+        tensors = open_source(path).load(dict.fromkeys(unet, dtype), "cpu")
+        assert mappings(path) == mapped
+        assert all(torch.equal(tensors[name], expected[name]) for name in unet)
+        assert all(tensors[name].is_contiguous() == bool(mapped) for name in unet)
+
+
 def mappings(path: Path) -> int:
     """How many times a file is mapped into this process."""
     return Path("/proc/self/maps").read_text().count(str(path))
