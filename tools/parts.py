@@ -12,7 +12,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from atedm import merging, pruning, recovery
+from atedm import filling, merging, pruning, recovery
 from atedm.tokens import TokenSet
 from tools.contenders import Contender
 
@@ -36,6 +36,7 @@ LABELS: tuple[tuple[Any, str, str], ...] = (
     (merging.Matching, "merge", "gather"),
     (pruning, "recover", "recovery"),
     (recovery.Copy, "__call__", "recovery"),
+    (filling.Fill, "__call__", "recovery"),
     (pruning.RowByRow, "__call__", "recovery"),
     (merging.Matching, "unmerge", "recovery"),
 )
