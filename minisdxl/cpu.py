@@ -13,12 +13,12 @@ from torch import Tensor
 def usable(x: Tensor) -> bool:
     """Whether ``x`` can go this way: in fp32, on a CPU, with nothing to be differentiated or compiled."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: the compiler cannot trace what follows
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

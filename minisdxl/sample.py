@@ -72,6 +72,8 @@ def _sample(options: argparse.Namespace) -> None:
     )
     if options.low_memory:  # nothing else refers to the text encoders, which are gone then
         sdxl = sdxl.encode_ahead(list({job.prompt for job in jobs}), list({job.negative for job in jobs}))
+    if options.compile:
+        sdxl = sdxl.compile()
     loaded = time.perf_counter()
     settings = _settings(options, sdxl, source, weights.files)
     run = Run(sdxl, sampling, options, source, settings)
@@ -181,6 +183,7 @@ def _parser() -> Parser:
         action="store_true",
         help="let the text encoders go before sampling, and decode in strips: the same pictures but for rounding",
     )
+    add("--compile", action="store_true", help="compile the U-Net first: minutes, which pay from some pictures on")
     add("--dtype", choices=DTYPES, default="fp32", help="of all weights but the VAE's (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
     return parser
@@ -259,7 +262,10 @@ def _settings(options: argparse.Namespace, sdxl: SDXL, source: Source | None, fi
     for path in files:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
-    shared = {key: getattr(options, key) for key in ("sampling", "steps", "cfg", "prune", "compare", "batch", "dtype")}
+    shared = {
+        key: getattr(options, key)
+        for key in ("sampling", "steps", "cfg", "prune", "compare", "batch", "dtype", "compile")
+    }
     sizes = {
         "size": "{}x{}".format(*options.size),
         "original_size": "{}x{}".format(*(options.original_size or options.size)),

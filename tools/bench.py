@@ -1,7 +1,7 @@
 """How long one step of the U-Net takes, dense and with token plans, beside diffusers' on the same random weights.
 
     python -m tools.bench --device cpu                                    # SDXL, 1024 px, fp32: takes half an hour
-    python -m tools.bench --device cuda --batch 2                         # a guided pair, bf16
+    python -m tools.bench --device cuda --batch 2 --compile               # a guided pair, bf16, CUDA graphs
     python -m tools.bench --device cpu --scale small --size 256           # an idea of it
     python -m tools.bench --device cpu --block down.1.1 --presets dense at-edm at-edm:graph=sketched
 
@@ -125,7 +125,8 @@ def describe(options: argparse.Namespace, device: torch.device) -> str:
     else:
         where = f"{torch.get_num_threads()} threads"
     what = CONFIGS[options.scale].name + (f" {options.block}" if options.block else "")
-    return f"{machine()}; {where}\n{what}, {options.size} px, batch {options.batch}, {options.dtype}"
+    how = f"{options.dtype}{', compiled' if options.compile else ''}"
+    return f"{machine()}; {where}\n{what}, {options.size} px, batch {options.batch}, {how}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,12 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config.picture_size((options.size, options.size))
         if options.block and peers:
             raise ValueError(f"--peers are {', '.join(peers)} with --block, expected none: they run whole U-Nets")
+        if options.block and options.compile:
+            raise ValueError("--compile is given with --block, expected one of them: whole U-Nets are compiled")
         print(describe(options, device), file=sys.stderr)
         with torch.no_grad():
             made = (
                 blocks(config, options.block, options.size, options.batch, options.presets, device, dtype)
                 if options.block
-                else unets(config, options.size, options.batch, options.presets, peers, device, dtype)
+                else unets(config, options.size, options.batch, options.presets, peers, device, dtype, options.compile)
             )
             rows = measure(list(made), options.repeats, device)
     except (ValueError, ImportError) as error:
@@ -176,6 +179,7 @@ def _parser() -> Parser:
     add("--presets", nargs="+", default=presets, metavar="PRESET", help="(default: dense at-edm dissimilarity)")
     add("--peers", nargs="*", choices=PEERS, help="(default: all, and none with --block)")
     add("--block", metavar="NAME", help="time this attention block alone, such as down.1.1")
+    add("--compile", action="store_true", help="compile ours and theirs; with CUDA graphs on a GPU")
     add("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
     add("--json", action="store_true", help="every number, as JSON")
     return parser

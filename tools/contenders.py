@@ -17,6 +17,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from atedm.plan import DENSE, TokenPlan
 from atedm.presets import parse_preset
+from minisdxl.compiled import CompiledUNet
 from minisdxl.config import SDXL_BASE, ModelConfig
 from minisdxl.describe import json_files
 from minisdxl.layouts import unet_layout
@@ -67,11 +68,13 @@ def unets(
     peers: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
+    compile_all: bool = False,
 ) -> Iterator[Contender]:
     """One call of the U-Net each, for ``batch`` latents of pictures with ``size`` pixels on a side.
 
     What depends on the prompt alone is there already, as it is after the first step of a picture: here keys and values
-    of the text too, in diffusers its encoded words. Raises ``ValueError`` for no such preset.
+    of the text too, in diffusers its encoded words. ``compile_all`` has torch compile ours and theirs, for CUDA graphs
+    where there is a GPU. Raises ``ValueError`` for no such preset.
     """
     plans = {preset: plan_of(preset, config) for preset in presets}
     side = size // config.vae.downscale
@@ -87,8 +90,9 @@ def unets(
         )
         sizes = torch.tensor([[size, size, 0, 0, size, size]]).expand(batch, -1)
     vector, text = words.vector(sizes, config.size_channels).to(dtype), unet.read(words.context)
+    network = CompiledUNet(unet) if compile_all else unet
     for preset, plan in plans.items():
-        yield Contender(preset, lambda plan=plan: unet(x, timestep, text, vector, plan))  # type: ignore[misc]
+        yield Contender(preset, lambda plan=plan: network(x, timestep, text, vector, plan))  # type: ignore[misc]
     added = {"text_embeds": words.pooled, "time_ids": sizes}
     plain: dict[Tensor, Tensor] = {}  # convolutions with the channels outside, for two peers
     for name in peers:
@@ -97,6 +101,8 @@ def unets(
             import tomesd
 
             tomesd.apply_patch(peer, ratio=0.5, max_downsample=4)
+        if compile_all:
+            peer = torch.compile(peer, mode="reduce-overhead" if device.type == "cuda" else None)
         yield Contender(
             name,
             lambda peer=peer: peer(x, timestep, words.context, added_cond_kwargs=added, return_dict=False)[0],  # type: ignore[misc]

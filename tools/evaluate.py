@@ -26,6 +26,7 @@ from minisdxl.files import atomic_path
 from minisdxl.pipeline import SDXL, load, weights_path
 from minisdxl.report import versions, write_report
 from minisdxl.sample import DTYPES
+from minisdxl.samplings import SAMPLINGS
 from tools.crowd import REFERENCES, Crowd, Drawn
 from tools.evaluation import (
     SPLITS,
@@ -56,6 +57,7 @@ def model_options(parser: Parser, *, weights: str, out: Path) -> None:
     add("--tokenizer", metavar="DIR", help="of vocab.json and merges.txt (default: 'tokenizer' beside the weights)")
     add("--captions", type=int, default=200, metavar="N", help="how many, of seeds 0 to N - 1 (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
+    add("--sampling", choices=SAMPLINGS, default="euler", help="(default: %(default)s)")
     add("--batch", type=int, default=8, help="pictures at a time (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
     add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
@@ -93,6 +95,7 @@ def settings_of(
         "weights": weights_path(options.weights).name,
         "sha256": weights_sha256(options.weights, DTYPES[options.dtype]),
         "captions": captions,
+        "sampling": options.sampling,
         "steps": steps,
         "cfg": cfg,
         "size": "{}x{}".format(*size),
@@ -120,7 +123,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     clip = ClipScore(options.clip, sdxl.device) if options.clip else None
     settings = settings_of(options, sdxl, size, options.steps, options.cfg, source)
     folder = Folder(options.out, settings)
-    evaluation = Evaluation(sdxl, captions, folder, options.steps, options.cfg, size, options.batch)
+    evaluation = Evaluation(sdxl, captions, folder, options.steps, options.cfg, size, options.batch, options.sampling)
     presets = list(solved.values())
     if not options.table:
         evaluation.run(presets, options.shard)

@@ -131,6 +131,7 @@ class Evaluation:
     cfg: float
     size: tuple[int, int]
     batch: int
+    sampling: str = "euler"
 
     def __post_init__(self) -> None:
         if self.batch < 1 or not self.captions.texts:
@@ -167,6 +168,7 @@ class Evaluation:
         began = time.perf_counter()
         images = self.sdxl.generate(
             captions,
+            sampling=self.sampling,
             steps=self.steps,
             cfg=self.cfg,
             seed=numbers.start,

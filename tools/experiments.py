@@ -69,8 +69,8 @@ def make(
     """Makes the pictures of each part that are not there yet, unless the options say not to."""
     for part in parts:
         settings = settings_of(options, sdxl, size, part.steps, part.cfg, "drawn, test")
-        folder = Folder(options.out / f"{part.steps}-steps-cfg-{part.cfg:g}", settings)
-        evaluation = Evaluation(sdxl, captions, folder, part.steps, part.cfg, size, options.batch)
+        folder = Folder(options.out / f"{options.sampling}-{part.steps}-steps-cfg-{part.cfg:g}", settings)
+        evaluation = Evaluation(sdxl, captions, folder, part.steps, part.cfg, size, options.batch, options.sampling)
         if not options.table:
             print(part.label, flush=True)
             evaluation.run(list(part.presets.values()), options.shard)

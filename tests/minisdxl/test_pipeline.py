@@ -508,3 +508,29 @@ def test_finite_counts_what_is_not() -> None:
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=r"nowhere\.safetensors"):
         minisdxl.load(tmp_path / "nowhere.safetensors")
+
+
+def test_a_compiled_model_makes_the_same_picture(sdxl: SDXL) -> None:
+    compiled = sdxl.compile(backend="eager")
+    settings: dict[str, Any] = {"steps": 1, "cfg": 3.0, "size": (64, 64)}
+    plain, ours = (pixels(each.generate([PROMPT], **settings)[0]) for each in (sdxl, compiled))
+    error = float(np.abs(plain - ours).max())
+    print(f"largest difference of a compiled model's picture: {error:.4f} in [0, 1]")
+    assert error < 1.5 / 255
+    assert compiled.compiled is not None
+    assert len(compiled.compiled.graphs) == 1
+
+
+def test_loading_leaves_garbage_collection_as_it_was(tmp_path: Path) -> None:
+    assert gc.isenabled()
+    minisdxl.load("shapes")
+    assert gc.isenabled()
+    with pytest.raises(FileNotFoundError):
+        minisdxl.load(tmp_path / "missing.safetensors", tokenizer=tmp_path)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        minisdxl.load("shapes")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
