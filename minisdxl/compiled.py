@@ -40,7 +40,10 @@ class CompiledUNet:
         return self.unet.read(context)
 
     def __call__(self, x: Tensor, c_noise: Tensor, text: Text, vector: Tensor, plan: TokenPlan = DENSE) -> Tensor:
-        """As :meth:`UNet.forward`, of what :meth:`read` gave; also raises ``ValueError`` where the compiler fails, such as without ``g++``."""
+        """As :meth:`UNet.forward`, of what :meth:`read` gave.
+
+        Raises ``ValueError`` where the compiler fails too, such as without ``g++``.
+        """
         if plan not in self.graphs:
             self.graphs[plan] = torch.compile(self._with(plan), backend=self.backend, mode=self.mode)
         # The last step's output is no longer needed.
