@@ -1,6 +1,6 @@
 """Which tokens are alike, by their values: what ranks tokens as redundant, and where a pruned one finds its like.
 
-Attention says which tokens ask for which; that is not the same. ``docs/better-method.md`` has the measurements.
+Attention says which tokens ask for which; that is not the same. ``python -m tools.one_call`` measures the difference.
 """
 
 from __future__ import annotations
