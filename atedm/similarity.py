@@ -52,7 +52,6 @@ def dissimilarity(tokens: TokenSet) -> Tensor:
     order = spread(tokens)
     anchors = order.topk(max(1, tokens.count // ANCHORS), dim=-1).indices
     best, _ = nearest(tokens.values, take_tokens(tokens.values, anchors))
-    first = 2 + order.gather(1, anchors) / (
-        2 * 4 ** (max(tokens.grid) - 1).bit_length()
-    )  # from 1.5 to 2, evenly spread
+    places = 4 ** (max(tokens.grid) - 1).bit_length()
+    first = 2 + order.gather(1, anchors) / (2 * places)  # 1.5 to 2: above all others, in the order of the grid
     return (-best).scatter(1, anchors, first.to(best.dtype))

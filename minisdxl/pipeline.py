@@ -271,7 +271,7 @@ def load(
 def _no_garbage_collection() -> Iterator[None]:
     """Puts the collector off, which would look through all objects of torch and transformers again and again.
 
-    Loading makes objects by the hundred thousand and drops hardly any. A full-size model in fp16 takes a fifth less.
+    Loading makes objects by the hundred thousand and drops hardly any.
     """
     was_enabled = gc.isenabled()
     gc.disable()
