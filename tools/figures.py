@@ -217,7 +217,7 @@ def draw_tau(figure: Figure, options: argparse.Namespace) -> None:
     """Figure 10: dense, and each number of prune-less steps."""
     base, (sdxl, settings) = parse_preset(options.prune), _prepare(options)
     found = tau_schedules(sdxl.config, base, settings, options.budget)
-    made = compare(sdxl, settings, {f"tau {one.tau}, rho {one.method.ratio:.3f}": one for one in found})
+    made = compare(sdxl, settings, {f"tau {one.tau}, ratio {one.method.ratio:.3f}": one for one in found})
     title = f"the first tau of every 50 steps prune-less; average U-Net call within {options.budget}"
     draw_row(figure, made, f"{title}{' of dense' if '%' in title else ''}\n{_title(sdxl, options)}")
 
