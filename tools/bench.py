@@ -1,9 +1,9 @@
 """How long one step of the U-Net takes, dense and with token plans, beside diffusers' on the same random weights.
 
-    python -m tools.bench --device cpu                                    # SDXL, 1024 px, fp32: takes half an hour
-    python -m tools.bench --device cuda --batch 2 --compile               # a guided pair, bf16, CUDA graphs
-    python -m tools.bench --device cpu --scale small --size 256           # an idea of it
-    python -m tools.bench --device cpu --block down.1.1 --presets dense at-edm at-edm:graph=sketched
+    python tools/bench.py --device cpu                                    # SDXL, 1024 px, fp32: takes half an hour
+    python tools/bench.py --device cuda --batch 2 --compile               # a guided pair, bf16, CUDA graphs
+    python tools/bench.py --device cpu --scale small --size 256           # an idea of it
+    python tools/bench.py --device cpu --block down.1.1 --presets dense at-edm at-edm:graph=sketched
 
 All contenders take turns, each with the last of 50 steps, which prunes most. Ratios are of times in one round. Memory
 is what a call needs beside everything that is there before the first one.
@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+if __name__ == "__main__":  # run as a file, Python looks for imports in tools/ and not in the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minisdxl.command import Parser
 from minisdxl.sample import DTYPES

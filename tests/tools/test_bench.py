@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from tools.contenders import CONFIGS, PEERS, Contender, blocks, unets
 from tools.memory import machine
 from tools.parts import PARTS, spent
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 TINY = replace(
     SDXL_BASE,
@@ -158,3 +162,12 @@ def test_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         assert min(row["seconds"]) > 0
         assert row["parts"]["projections"] > 0
         assert row["memory"] > 0
+
+
+@pytest.mark.parametrize("way", [["tools/bench.py"], ["-m", "tools.bench"]])
+def test_command_runs_both_ways(way: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *way, "--device", "cpu", "--size", "9"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "width is 9 pixels, expected a multiple of 8" in done.stderr.splitlines()[-1]
