@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as tensor_bytes
 
 from minisdxl.checkpoint import CONFIG_KEY, file_metadata
-from tools.fuzz_forms import CONFIG, Files, Node, bytes_of, forms
+from tools.fuzz_forms import CONFIG, Files, Node, bytes_of, file_bytes, forms, tensors_of
 
 COMMAND = 0.02  # share of the cases that the command line gets too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -175,7 +173,7 @@ def change_entries(rng: random.Random, header: bytes) -> bytes:
 def change_tensors(rng: random.Random, content: bytes) -> bytes:
     """Changes tensors or metadata of a safetensors file that is sound after that."""
     try:
-        tensors = read_tensors(content)
+        tensors = tensors_of(content)
         metadata = json.loads(split(content)[0]).get("__metadata__") or {}
         name, other = rng.choice(list(tensors)), rng.choice(list(tensors))
         tensor = tensors[name]
@@ -203,7 +201,7 @@ def change_tensors(rng: random.Random, content: bytes) -> bytes:
             case _:
                 key = rng.choice(("modelspec.prediction_type", "modelspec.predict_key", "format", *WORDS))
                 metadata = {**metadata, key: rng.choice(("v", "epsilon", *WORDS))}
-        return tensor_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+        return file_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError, SafetensorError):  # damaged before, or odd
         return change_bytes(rng, content)
 
@@ -215,7 +213,7 @@ def change_config(rng: random.Random, content: bytes) -> bytes:
         text = metadata.get(CONFIG_KEY) or file_metadata(CONFIG)[CONFIG_KEY]
         change = change_values if rng.random() < 0.9 else change_bytes
         metadata = {**metadata, CONFIG_KEY: change(rng, text.encode()).decode("utf-8", "replace")}
-        return tensor_bytes(read_tensors(content), metadata)
+        return file_bytes(tensors_of(content), metadata)
     except (ValueError, TypeError, AttributeError, RuntimeError, SafetensorError):  # damaged before
         return change_bytes(rng, content)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as tensor_bytes
+from safetensors.torch import load, save
 from torch import Tensor
 
 from minisdxl.checkpoint import file_metadata, official_shapes, open_source, without_memory
@@ -96,6 +95,29 @@ def weights() -> dict[str, Tensor]:
     return {name: piece.reshape(shape) for (name, shape), piece in pieces}
 
 
+def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file, the same in every process: the library has fields of metadata in any order.
+
+    Raises what the library raises.
+    """
+    content = save(dict(tensors), dict(metadata) if metadata else None)
+    length = 8 + int.from_bytes(content[:8], "little")
+    table = json.loads(content[8:length])
+    if metadata:
+        table["__metadata__"] = dict(sorted(metadata.items()))
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at multiples of 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[length:]
+
+
+def tensors_of(content: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, in alphabetical order; the library has them in any.
+
+    Raises what the library raises.
+    """
+    return dict(sorted(load(content).items()))
+
+
 @cache
 def forms() -> dict[str, Form]:
     """The model in all its forms."""
@@ -107,48 +129,48 @@ def forms() -> dict[str, Form]:
     }
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        (place / single).write_bytes(tensor_bytes(official, metadata))
+        (place / single).write_bytes(file_bytes(official, metadata))
         write_folder(open_source(place / single), place / "model", VOCABULARY)
         paths = [path for path in sorted((place / "model").rglob("*")) if path.is_file()]
         folder: Files = {str(path.relative_to(place)): path.read_bytes() for path in paths}
     tokenizer: Files = {f"tokenizer/{name}": folder[f"model/tokenizer/{name}"] for name in ("vocab.json", "merges.txt")}
     files = {part: f"model/{part}/{PARTS[part].weights}" for part in PARTS}
-    parts = {part: read_tensors(bytes_of(folder[f"{path}.safetensors"])) for part, path in files.items()}
+    parts = {part: tensors_of(bytes_of(folder[f"{path}.safetensors"])) for part, path in files.items()}
     described = {path: content for path, content in folder.items() if not path.endswith(".safetensors")}
 
     def beside(part: str) -> Files:
         """A model with nothing but zeros in a part, which is to come from elsewhere."""
         prefix = PARTS[part].prefix
         zeros = {name: torch.zeros_like(tensor) for name, tensor in official.items() if name.startswith(prefix)}
-        return {single: tensor_bytes({**official, **zeros}, metadata), **tokenizer}
+        return {single: file_bytes({**official, **zeros}, metadata), **tokenizer}
 
     shards: Files = {path: content for path, content in folder.items() if path != f"{files['unet']}.safetensors"}
     table: dict[str, str] = {}
     for number in (1, 2):
         shard = f"{files['unet']}-{number:05}-of-00002.safetensors"
         names = sorted(parts["unet"])[number - 1 :: 2]
-        shards[shard] = tensor_bytes({name: parts["unet"][name] for name in names}, {"format": "pt"})
+        shards[shard] = file_bytes({name: parts["unet"][name] for name in names}, {"format": "pt"})
         table |= dict.fromkeys(names, Path(shard).name)
     shards[f"{files['unet']}.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": table}).encode()
-    variants = described | {f"{files[part]}.fp16.safetensors": tensor_bytes(parts[part]) for part in PARTS}
+    variants = described | {f"{files[part]}.fp16.safetensors": file_bytes(parts[part]) for part in PARTS}
     for part in ("unet", "text_encoder"):
-        variants[f"{files[part]}.safetensors"] = tensor_bytes({name: t.float() for name, t in parts[part].items()})
+        variants[f"{files[part]}.safetensors"] = file_bytes({name: t.float() for name, t in parts[part].items()})
     codes = (torch.float32, torch.float16, torch.float64)
     mixed = {name: tensor.to(codes[index % 3]) for index, (name, tensor) in enumerate(official.items())}
     vae, unet = "vae.safetensors", "unet.safetensors"
-    vae_file = tensor_bytes({name: t.float() for name, t in official.items() if name.startswith(PARTS["vae"].prefix)})
+    vae_file = file_bytes({name: t.float() for name, t in official.items() if name.startswith(PARTS["vae"].prefix)})
     vae_folder = {path.removeprefix("model/"): folder[path] for path in folder if path.startswith("model/vae/")}
     return {
-        "single file": Form({single: tensor_bytes(mixed | extras, metadata), **tokenizer}, single, {}, single),
-        "official file": Form({single: tensor_bytes(official | extras), **tokenizer}, single, {}, single, True),
+        "single file": Form({single: file_bytes(mixed | extras, metadata), **tokenizer}, single, {}, single),
+        "official file": Form({single: file_bytes(official | extras), **tokenizer}, single, {}, single, True),
         "folder": Form(folder, "model", {}, "model/"),
         "shards": Form(shards, "model", {}, "model/unet/"),
         "fp16 variant": Form(variants, "model", {}, "model/"),
         "--vae file": Form({**beside("vae"), vae: vae_file}, single, {"vae": vae}, vae),
         "--vae folder": Form({**beside("vae"), **vae_folder}, single, {"vae": "vae"}, "vae/"),
-        "--unet file": Form({**beside("unet"), unet: tensor_bytes(parts["unet"])}, single, {"unet": unet}, unet),
+        "--unet file": Form({**beside("unet"), unet: file_bytes(parts["unet"])}, single, {"unet": unet}, unet),
         "--lora file": Form(
-            {single: tensor_bytes(official, metadata), **tokenizer, LORA: lora_file()}, single, {"lora": LORA}, LORA
+            {single: file_bytes(official, metadata), **tokenizer, LORA: lora_file()}, single, {"lora": LORA}, LORA
         ),
     }
 
@@ -162,7 +184,7 @@ def lora_file() -> bytes:
         tensors[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator)
         tensors[f"{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator).half()
         tensors[f"{name}.alpha"] = torch.tensor(1.5)
-    return tensor_bytes(tensors, {"ss_network_dim": "2"})
+    return file_bytes(tensors, {"ss_network_dim": "2"})
 
 
 def bytes_of(content: bytes | Node) -> bytes:

@@ -52,7 +52,7 @@ class Origins:
     """Where the weights of a sound model are stored."""
 
     names: set[str]  # of all its tensors
-    shapes: dict[str, tuple[int, ...]]  # of those that are not all zeros, which stand for what is not to be read
+    shapes: dict[str, tuple[int, ...]]  # of those that are to be read; others are zeros, or number positions
     places: Tensor  # among all numbers of these, of each number of the weights
 
 
@@ -60,7 +60,11 @@ class Origins:
 def origins(form: str) -> Origins:
     """Where the weights of the sound model are in one of its forms."""
     found = stored(forms()[form].files, variant=False)
-    tensors = {name: tensor for name, tensor in found.items() if tensor.any() and not name.startswith(LORA)}
+    tensors = {
+        name: tensor
+        for name, tensor in found.items()
+        if tensor.any() and not name.startswith(LORA) and not name.endswith("position_ids")
+    }
     numbers, order = flat(tensors.values()).sort()
     wanted = flat(weights().values())
     places = torch.searchsorted(numbers, wanted)
