@@ -94,6 +94,6 @@ def test_cheaper_rankings_and_what_they_agree_on(attention: dict[str, AttentionI
         sketches.append(shares[strides.index(SKETCH_STRIDE)])
         three_votes.append(shares[-1])
     # Loose, since they depend on the weights: random sets of this size share 0.37.
-    assert min(sketches) > 0.6
+    assert min(sketches) > 0.5
     assert sum(sketches) / len(sketches) > 0.8
     assert min(three_votes) > 0.6
