@@ -5,6 +5,7 @@ Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph`; d is the number of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -52,6 +53,10 @@ class FusedGraph:
         """(B, heads, M, N)."""
         batch, heads, queries, _ = self.query.shape
         return batch, heads, queries, self.key.shape[2]
+
+    def parts(self) -> Iterator[FusedGraph]:
+        """Itself, all heads at once, see :meth:`~atedm.graph.AttentionGraph.parts`."""
+        yield self
 
     def uniform(self) -> Tensor:
         """Equal scores for all queries, see :meth:`~atedm.graph.AttentionGraph.uniform`."""

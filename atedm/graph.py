@@ -6,16 +6,16 @@ are the same tokens and M = N.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from atedm.fused import streamed_graph
 from atedm.held import HeldGraph
 from atedm.sketched import SketchedGraph
 
-GRAPHS = ("held", "streamed", "sketched")  # the names of the three ways to keep a graph
+GRAPHS = ("held", "streamed", "sketched", "whole")  # the names of the ways to keep a graph
 
 
 class AttentionGraph(Protocol):
@@ -24,6 +24,12 @@ class AttentionGraph(Protocol):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, heads, M, N)."""
+
+    def parts(self) -> Iterator[AttentionGraph]:
+        """The graph, or parts of it that are (b, 1, M, N) each, in the order of (B, heads), to be ranked one by one.
+
+        A part may be built when its turn comes, and its memory used again for the next one.
+        """
 
     def uniform(self) -> Tensor:
         """Equal scores for all queries, (B, heads, M), each head's sum is one: where ranking starts."""
@@ -58,20 +64,17 @@ class AttentionInputs(NamedTuple):
     scale: float
     log_sum_exp: Tensor | None = None
 
-    def split(self, rows: int) -> list[AttentionInputs]:
-        """The inputs in parts of ``rows`` batch rows each, the last one of those that are left."""
-        queries, keys = torch.split(self.query, rows), torch.split(self.key, rows)
-        sums = [None] * len(keys) if self.log_sum_exp is None else torch.split(self.log_sum_exp, rows)
-        return [AttentionInputs(q, k, self.scale, s) for q, k, s in zip(queries, keys, sums, strict=True)]
-
     def graph(self, kind: str = "held") -> AttentionGraph:
         """Build the attention graph of the ``kind``, one of ``GRAPHS``. Raises ``ValueError`` for any other.
 
-        ``held`` and ``streamed`` give the same answers, at other costs; ``sketched`` lets some of the queries vote.
+        ``whole`` has the whole map in memory, ``held`` those of some heads while they are ranked, ``streamed`` none: it
+        computes them anew for each answer. All three give the same answers. ``sketched`` lets some of the queries vote.
         """
         match kind:
-            case "held":
+            case "whole":
                 return HeldGraph.from_qk(self.query, self.key, self.scale)
+            case "held":
+                return SketchedGraph.from_qk(self.query, self.key, self.scale, stride=1, log_sum_exp=self.log_sum_exp)
             case "streamed":
                 return streamed_graph(self.query, self.key, self.scale, self.log_sum_exp)
             case "sketched":

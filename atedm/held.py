@@ -5,6 +5,7 @@ Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,22 +45,23 @@ class HeldGraph:
         return cls(held)
 
     @classmethod
-    def from_qk(cls, q: Tensor, k: Tensor, scale: float, log_sum_exp: Tensor | None = None) -> HeldGraph:
+    def from_qk(cls, q: Tensor, k: Tensor, scale: float) -> HeldGraph:
         """The graph softmax(scale * q k^T) of queries (B, heads, M, d) and keys (B, heads, N, d).
 
-        Logits and softmax are computed in float32 at least, as fused attention does inside. What that knows of each
-        row, ``log_sum_exp`` (B, heads, M), spares the search for it; weights are then off by rounding, rows' sums too.
+        Logits and softmax are computed in float32 at least, as fused attention does inside.
         """
         logits = (at_least_float32(q) * scale) @ at_least_float32(k).mT
-        if log_sum_exp is None:
-            return cls(logits.softmax(dim=-1))
-        return cls(logits.sub_(log_sum_exp.unsqueeze(-1)).exp_())
+        return cls(logits.softmax(dim=-1))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, heads, M, N)."""
         batch, heads, queries, keys = self.map.shape
         return batch, heads, queries, keys
+
+    def parts(self) -> Iterator[HeldGraph]:
+        """Itself: what is in memory is not cut, see :meth:`~atedm.graph.AttentionGraph.parts`."""
+        yield self
 
     def uniform(self) -> Tensor:
         """Equal scores for all queries, see :meth:`~atedm.graph.AttentionGraph.uniform`."""

@@ -9,10 +9,6 @@ from atedm.ranking import RANKINGS, check_ratio, kept_count, scores, top_k
 from atedm.recovery import RECOVERIES, Restore, identity, recover
 from atedm.tokens import TokenSet
 
-# Numbers of attention maps held at a time on a CPU, 8 MiB in float32: more would leave the caches, and each iteration
-# of the ranking would wait for memory.
-CACHED = 2**21
-
 
 @dataclass(frozen=True)
 class Pruning:
@@ -63,38 +59,7 @@ def prune(
     count = kept_count(held, how.ratio)
     if count == held:
         return tokens, identity(tokens)
-    rows = _rows_at_once(self_attention)
-    if rows >= batch:
-        return _prune(tokens, self_attention, cross_attention, how, count)
-    groups = zip(tokens.split(rows), self_attention.split(rows), cross_attention.split(rows), strict=True)
-    kept, restores = zip(*(_prune(*group, how, count) for group in groups), strict=True)
-    return TokenSet.join(kept), RowByRow(restores, rows)
-
-
-@dataclass(frozen=True, eq=False)
-class RowByRow:
-    """The restore of prunings that took ``rows`` batch rows at a time."""
-
-    restores: tuple[Restore, ...]
-    rows: int
-
-    def __call__(self, tokens: TokenSet) -> TokenSet:
-        """Each part by its own restore, see :class:`~atedm.recovery.Restore`."""
-        parts = zip(self.restores, tokens.split(self.rows), strict=True)
-        return TokenSet.join([restore(part) for restore, part in parts])
-
-
-def _rows_at_once(attention: AttentionInputs) -> int:
-    """How many batch rows are ranked together: all, or on a CPU as many as its caches hold the maps of."""
-    batch, heads, queries, _ = attention.query.shape
-    if attention.query.device.type != "cpu":
-        return batch
-    return max(1, CACHED // (heads * queries * attention.key.shape[2]))
-
-
-def _prune(
-    tokens: TokenSet, self_attention: AttentionInputs, cross_attention: AttentionInputs, how: Pruning, count: int
-) -> tuple[TokenSet, Restore]:
-    self_graph, cross_graph = LazyGraph(self_attention, how.graph), LazyGraph(cross_attention, how.graph)
+    self_graph = LazyGraph(self_attention, how.graph)
+    cross_graph = LazyGraph(cross_attention, "whole" if how.graph == "held" else how.graph)  # keys are words, and few
     kept = top_k(scores(how.ranking, tokens, self_graph, cross_graph, how.iterations, how.seed), count)
     return tokens.keep(kept), recover(how.recovery, tokens, kept, self_graph)

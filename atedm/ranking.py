@@ -5,6 +5,7 @@ Source: the AT-EDM paper, section 3.2, Algorithm 1 and equation (1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,19 @@ class Ranking:
     iterations: Tensor
     converged: Tensor
 
+    @classmethod
+    def join(cls, parts: Sequence[Ranking], batch: int, heads: int) -> Ranking:
+        """The ranking whose heads are those of ``parts``, in order."""
+
+        def joined(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([x.flatten(0, 1) for x in tensors]).unflatten(0, (batch, heads))
+
+        return cls(
+            joined([part.heads for part in parts]),
+            joined([part.iterations for part in parts]),
+            joined([part.converged for part in parts]),
+        )
+
     @property
     def scores(self) -> Tensor:
         """(B, M): root mean square over heads, which rewards tokens that a few heads rate very high (section 3.2)."""
@@ -70,6 +84,14 @@ def rank(
     if max_iterations < 1:
         raise ValueError(f"max_iterations is {max_iterations}, expected 1 or more")
 
+    if cross:  # where keys are words, the map is small
+        return _rank(graph, cross, eps, max_iterations)
+    parts = [_rank(part, cross, eps, max_iterations) for part in graph.parts()]
+    return Ranking.join(parts, *graph.shape[:2])
+
+
+def _rank(graph: AttentionGraph, cross: bool, eps: float, max_iterations: int) -> Ranking:
+    """The ranking of all heads of ``graph`` side by side."""
     entropy = graph.entropy().clamp_min(ENTROPY_FLOOR) if cross else None
     s_q = graph.uniform()
     iterations = torch.zeros(s_q.shape[:2], dtype=torch.int64, device=s_q.device)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atedm.held import at_least_float32
+from atedm.streamed import PIECE_BYTES
 from atedm.tokens import TokenSet, take_tokens
 
 ANCHORS = 4  # one token in so many is what the others are compared with
@@ -18,10 +19,13 @@ ANCHORS = 4  # one token in so many is what the others are compared with
 def nearest(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """The largest cosine similarity (B, n) of each of ``values`` (B, n, C) to ``others`` (B, m, C), and to which.
 
-    In float32 at least. A value of zeros has no direction: its similarity to all is zero. Of equals the first counts.
+    In float32 at least, and in pieces of the (n, m) similarities. A value of zeros has no direction: its similarity to
+    all is zero. Of equals the first counts.
     """
     directions, theirs = (F.normalize(at_least_float32(each), dim=-1, eps=1e-12) for each in (values, others))
-    best, index = (directions @ theirs.mT).max(dim=-1)
+    rows = max(1, PIECE_BYTES // (theirs[..., 0].numel() * theirs.element_size()))
+    pieces = [(piece @ theirs.mT).max(dim=-1) for piece in directions.split(rows, dim=1)]
+    best, index = (torch.cat(each, dim=-1) for each in zip(*pieces, strict=True))
     return best, index
 
 

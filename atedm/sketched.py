@@ -1,30 +1,37 @@
-"""An attention graph in which every s-th query votes: a cheap estimate of the votes of all.
+"""An attention graph that holds some heads at a time, and lets all queries vote, or every s-th: a sketch of the votes.
 
 Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from atedm.fused import streamed_graph
-from atedm.held import HeldGraph
+from atedm.held import HeldGraph, at_least_float32
 from atedm.streamed import StreamedGraph, take_rows
 
 # One query in five votes. An odd stride walks across the columns of a grid of even width, where 4 would ask the same
 # few columns in every row.
 SKETCH_STRIDE = 5
 
+# Maps held together while they are ranked: as many as fit into the caches of a CPU, or into a small part of a GPU's
+# memory, and one alone if it has at most as much as that: SDXL's largest at 1024 px takes 64 MiB.
+CACHE_BYTES = 8 * 2**20
+MAPS_BYTES = 256 * 2**20
+
 
 @dataclass(frozen=True, eq=False)
 class SketchedGraph:
-    """Votes from the queries 0, stride, 2 * stride, ... alone; all other answers are exact, and streamed.
+    """Votes from the queries 0, stride, 2 * stride, ... alone; with a stride of 1 from all, which is exact.
 
-    ``query`` (B, heads, M, d) and ``key`` (B, heads, N, d) are those of the whole map, ``voters`` is the graph of the
-    queries that vote: it holds M / stride x N numbers.
+    ``query`` (B, heads, M, d) and ``key`` (B, heads, N, d) are those of the whole map, ``log_sum_exp`` (B, heads, M)
+    is that of its rows if known. ``voters`` is the graph of the queries that vote, in memory: a part of this graph has
+    it (:meth:`parts`). Without, and for all answers but votes, the map is streamed.
 
     The sketch stride * sum_{i votes} A_ij s_i is an unbiased estimate of one vote (A^T s)_j: its mean over the
     ``stride`` places at which counting could start is exactly that. From 0 it is one draw, the same every time. Power
@@ -35,9 +42,9 @@ class SketchedGraph:
     query: Tensor
     key: Tensor
     scale: float
-    voters: HeldGraph
     stride: int
     log_sum_exp: Tensor | None = None
+    voters: HeldGraph | None = None
 
     @classmethod
     def from_qk(
@@ -50,9 +57,7 @@ class SketchedGraph:
         """
         if stride < 1:
             raise ValueError(f"sketch stride is {stride}, expected 1 or more")
-        voting = None if log_sum_exp is None else log_sum_exp[:, :, ::stride]
-        voters = HeldGraph.from_qk(q[:, :, ::stride], k, scale, voting)
-        return cls(q, k, scale, voters, stride, log_sum_exp)
+        return cls(q, k, scale, stride, log_sum_exp)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -60,13 +65,43 @@ class SketchedGraph:
         batch, heads, queries, _ = self.query.shape
         return batch, heads, queries, self.key.shape[2]
 
+    def parts(self) -> Iterator[SketchedGraph]:
+        """Some heads at a time, with their voters in memory; itself, where one head's would take too much of it.
+
+        See :meth:`~atedm.graph.AttentionGraph.parts`. All parts share their memory: on a CPU it takes longer to get
+        than to fill. No gradient goes through them.
+        """
+        batch, heads, _, keys = self.shape
+        query = at_least_float32(self._voting(self.query.detach())) * self.scale
+        voters = query.shape[2]
+        of_head = voters * keys * query.element_size()
+        if self.voters is not None or torch.compiler.is_compiling() or of_head > MAPS_BYTES:
+            yield self
+            return
+        together = min(max(1, (CACHE_BYTES if query.device.type == "cpu" else MAPS_BYTES) // of_head), batch * heads)
+        each = [x.detach().flatten(0, 1).unsqueeze(1) for x in (query, self.query, self.key)]
+        sums = memory = None
+        if self.log_sum_exp is not None:
+            sums = self._voting(self.log_sum_exp).flatten(0, 1)[:, None, :, None]
+            memory = query.new_empty(together, 1, voters, keys)
+        for start in range(0, batch * heads, together):
+            heads_now = slice(start, start + together)
+            voting, q, k = (x[heads_now] for x in each)
+            if sums is None or memory is None:
+                held = HeldGraph.from_qk(voting, k, 1.0)
+            else:
+                held = _filled(memory[: len(q)], voting, at_least_float32(k), sums[heads_now])
+            yield replace(self, query=q, key=k, log_sum_exp=None, voters=held)
+
     def uniform(self) -> Tensor:
         """Equal scores for all queries, see :meth:`~atedm.graph.AttentionGraph.uniform`."""
-        return self.voters.map.new_full(self.shape[:3], 1 / self.shape[2])
+        return torch.full_like(at_least_float32(self.query[..., 0]), 1 / self.shape[2])
 
     def votes(self, s_q: Tensor) -> Tensor:
         """The sketch of A^T s, see :meth:`~atedm.graph.AttentionGraph.votes`."""
-        return self.stride * self.voters.votes(s_q[:, :, :: self.stride])
+        sums = None if self.log_sum_exp is None else self._voting(self.log_sum_exp)
+        voters = self.voters or streamed_graph(self._voting(self.query), self.key, self.scale, sums)
+        return self.stride * voters.votes(self._voting(s_q))
 
     def gather(self, s_k: Tensor) -> Tensor:
         """A s, see :meth:`~atedm.graph.AttentionGraph.gather`."""
@@ -82,6 +117,21 @@ class SketchedGraph:
         rows = streamed_graph(take_rows(self.query, among), self.key, self.scale, sums)  # no others are needed
         return rows.strongest_query(torch.arange(among.shape[1], device=among.device).expand_as(among), targets)
 
+    def _voting(self, x: Tensor) -> Tensor:
+        """The rows of ``x`` (B, heads, M, ...) that vote."""
+        return x[:, :, :: self.stride]
+
     def _exact(self) -> StreamedGraph:
         # Anew each time: cross-attention asks, whose keys are few; self-attention, which does not, would pay for it.
         return StreamedGraph.from_qk(self.query, self.key, self.scale, self.log_sum_exp)
+
+
+def _filled(memory: Tensor, query: Tensor, key: Tensor, log_sum_exp: Tensor) -> HeldGraph:
+    """The graph exp(query key^T - log_sum_exp) in ``memory`` (b, 1, m, N), made a few rows at a time, in cache.
+
+    Its weights are off by rounding, the sums of its rows too, which no vote notices.
+    """
+    rows = max(1, CACHE_BYTES // (memory[:, :, 0].numel() * memory.element_size()))
+    for piece, q, sums in zip(*(x.split(rows, dim=2) for x in (memory, query, log_sum_exp)), strict=True):
+        torch.matmul(q, key.mT, out=piece).sub_(sums).exp_()
+    return HeldGraph(memory)

@@ -57,6 +57,10 @@ class StreamedGraph:
         batch, heads, queries, _ = self.query.shape
         return batch, heads, queries, self.key.shape[2]
 
+    def parts(self) -> Iterator[StreamedGraph]:
+        """Itself, all heads at once, see :meth:`~atedm.graph.AttentionGraph.parts`."""
+        yield self
+
     def uniform(self) -> Tensor:
         """Equal scores for all queries, see :meth:`~atedm.graph.AttentionGraph.uniform`."""
         return torch.full_like(self.log_sum_exp, 1 / self.shape[2])
@@ -94,24 +98,29 @@ class StreamedGraph:
             key=take_rows(self.key, targets),
             log_sum_exp=torch.take_along_dim(self.log_sum_exp, among.unsqueeze(1), dim=2),
         )
-        bias = part.log_sum_exp.unsqueeze(-1)
+        heads = [x.unbind(1) for x in (part.query, part.key, part.log_sum_exp.unsqueeze(-1))]
         strongest = []
-        for columns in part._pieces(along=3, across=2):
-            weights = (part.query @ part.key[:, :, columns].mT).sub_(bias).exp_()
-            strongest.append(weights.mean(dim=1).argmax(dim=1))  # torch documents: the first of equal maxima
+        for columns in part._pieces(along=3, across=2, heads=1):
+            weights = part.query.new_zeros(among.shape[0], among.shape[1], part.key[0, 0, columns].shape[0])
+            for query, key, bias in zip(*heads, strict=True):
+                weights += (query @ key[:, columns].mT).sub_(bias).exp_()
+            strongest.append(weights.argmax(dim=1))  # torch documents: the first of equal maxima
         return torch.cat(strongest, dim=-1)
 
     def _logits(self, rows: slice) -> Tensor:
         return self.query[:, :, rows] @ self.key.mT
 
-    def _pieces(self, along: int, across: int) -> Iterator[slice]:
-        """Cut axis ``along`` of the map so that two pieces fit into ``piece_bytes``; they are whole ``across``."""
-        batch, heads = self.shape[:2]
-        step = max(1, self.piece_bytes // (2 * self.query.element_size() * batch * heads * self.shape[across]))
+    def _pieces(self, along: int, across: int, heads: int | None = None) -> Iterator[slice]:
+        """Cut axis ``along`` of the map so that two pieces fit into ``piece_bytes``; they are whole ``across``.
+
+        Of all heads, or of so many ``heads``.
+        """
+        numbers = self.shape[0] * (heads or self.shape[1]) * self.shape[across]
+        step = max(1, self.piece_bytes // (2 * self.query.element_size() * numbers))
         for start in range(0, max(1, self.shape[along]), step):  # an empty axis is one empty piece
             yield slice(start, start + step)
 
 
 def take_rows(x: Tensor, indices: Tensor) -> Tensor:
     """Queries or keys (B, heads, m, d) at ``indices`` (B, m) of ``x`` (B, heads, M, d)."""
-    return torch.take_along_dim(x, indices[:, None, :, None], dim=2)
+    return x.gather(2, indices[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -5,10 +5,8 @@ Shapes here and in the whole package: B batch, C channels, H x W grid, N = H * W
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -77,22 +75,6 @@ class TokenSet:
         """The tokens at ``indices`` (B, k), which count among the n tokens held now and are ascending."""
         positions = indices if self.positions is None else self.positions.gather(1, indices)
         return TokenSet(take_tokens(self.values, indices), self.grid, positions)
-
-    def split(self, rows: int) -> list[TokenSet]:
-        """The set in parts of ``rows`` batch rows each, the last one of those that are left."""
-        values = torch.split(self.values, rows)
-        positions = [None] * len(values) if self.positions is None else torch.split(self.positions, rows)
-        return [TokenSet(v, self.grid, p) for v, p in zip(values, positions, strict=True)]
-
-    @classmethod
-    def join(cls, parts: Sequence[TokenSet]) -> TokenSet:
-        """The inverse of :meth:`split`. Raises ``ValueError`` for no parts, and for parts on different grids."""
-        grids = {part.grid for part in parts}
-        if len(grids) != 1:
-            raise ValueError(f"token sets have grids {sorted(grids)}, expected one and the same")
-        positions = [part.positions for part in parts if part.positions is not None]
-        values = torch.cat([part.values for part in parts])
-        return cls(values, parts[0].grid, torch.cat(positions) if positions else None)
 
 
 def take_tokens(values: Tensor, indices: Tensor) -> Tensor:

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 
-def usable(x: Tensor) -> bool:
-    """Whether ``x`` can go this way: in fp32, on a CPU, with nothing to be differentiated or compiled."""
+def attends(x: Tensor) -> bool:
+    """Whether :func:`attention` can have ``x``: on a CPU, with nothing to be differentiated or compiled."""
     return (
         not torch.compiler.is_compiling()  # first: the compiler cannot trace what follows
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def usable(x: Tensor) -> bool:
+    """Whether linear maps of ``x`` can go this way: as :func:`attends`, and in fp32."""
+    return (
+        attends(x) and x.dtype == torch.float32 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     )
 
 

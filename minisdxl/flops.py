@@ -166,7 +166,11 @@ class _Formula:
         return _product(height * width - destinations, channels, destinations)
 
     def ranking(self, how: Pruning, tokens: int, kept: int, channels: int) -> int:
-        """Ranking and recovery: maps, since fused attention keeps its own to itself; votes; the search for sources."""
+        """Ranking and recovery: maps, since fused attention keeps its own to itself; votes; the search for sources.
+
+        Without what is spared where the sums of the map's rows are known, as they are on a CPU; maps of over
+        ``MAPS_BYTES`` a head are streamed instead of held, which is not in here.
+        """
         ranks = how.ranking not in ("random", "spread", "dissimilarity")
         cross, searches = how.ranking == "ca-wpr", how.recovery.startswith("similarity")
         iterations = 0 if not ranks else 1 if how.ranking == "one-vote" else how.iterations or MAX_ITERATIONS
@@ -183,19 +187,25 @@ class _Formula:
         found = kept if how.recovery.startswith("nearest") else 0
         cosines = logits(tokens, anchors) + logits(tokens - kept, found)
 
-        # Of each graph that is read, the map of those that vote; streamed graphs sum it up and forget it.
-        read = [keys] * ranks + [tokens] * (searches and (cross or not ranks))
-        built = sum(logits(voters, columns) for columns in read)
         match how.graph:
-            case "held":  # votes, and in equation (1) their way back to the queries
-                return cosines + built + iterations * (1 + cross) * weighted(tokens)
-            case "streamed":  # all logits again for each vote, way back and entropy
+            case "streamed":  # all logits for the sums of rows, and again for each vote, way back and entropy
+                read = [keys] * ranks + [tokens] * (searches and (cross or not ranks))
+                sums = sum(logits(tokens, columns) for columns in read)
                 again = (iterations * (1 + cross) + cross) * logits(tokens, keys)
-                answers = again + cross * iterations * weighted(tokens)
-            case _:  # sketched: equation (1) asks an exact graph, which is streamed and anew each time
-                exact = cross * (2 * (iterations + 1) * logits(tokens, keys) + iterations * weighted(tokens))
-                answers = iterations * weighted(voters) + exact + searches * logits(kept, tokens)
-        return cosines + built + answers + searches * logits(kept, tokens - kept)
+                answers = sums + again + cross * iterations * weighted(tokens)
+            case "sketched" if cross:  # equation (1) asks an exact graph, which is streamed and anew each time
+                exact = (iterations + 1) * logits(tokens, keys)
+                answers = 2 * (iterations * logits(voters, keys) + exact) + iterations * weighted(tokens)
+            case _:  # one map of those that vote; votes, and in equation (1) their way back to the queries
+                answers = ranks * logits(voters, keys) + iterations * (1 + cross) * weighted(voters)
+        match how.graph:
+            case "whole":  # searched as it is, if there for the ranking
+                search = (cross or not ranks) * logits(tokens, tokens)
+            case "streamed":
+                search = logits(kept, tokens - kept)
+            case _:  # of the kept tokens first the sums of rows
+                search = logits(kept, tokens) + logits(kept, tokens - kept)
+        return cosines + answers + searches * search
 
     def grid(self, level: int) -> tuple[int, int]:
         """(H, W) of a feature level: each halving rounds up, as -(-n >> 1) does."""

@@ -60,7 +60,7 @@ class Attention(nn.Module):
         """The attended values (B, n, C), and what the attention map is made of, for whoever ranks tokens by it."""
         q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
         k, v = context
-        if cpu.usable(x):
+        if cpu.attends(q):
             attended, log_sum_exp = cpu.attention(q, k, v, self.scale)
         elif cuda.usable(q):
             attended, log_sum_exp = cuda.attention(q, k, v, self.scale)

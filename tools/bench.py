@@ -178,8 +178,8 @@ def _parser() -> Parser:
     add("--size", type=int, default=1024, help="side of the picture in pixels (default: %(default)s)")
     add("--batch", type=int, default=1, help="latents in a call; guidance has two a picture (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="(default: fp32 on a CPU, bf16 on a GPU)")
-    presets = ["dense", "at-edm", "dissimilarity"]
-    add("--presets", nargs="+", default=presets, metavar="PRESET", help="(default: dense at-edm dissimilarity)")
+    presets = ["dense", "at-edm", "at-edm-sketched", "dissimilarity"]
+    add("--presets", nargs="+", default=presets, metavar="PRESET", help=f"(default: {' '.join(presets)})")
     add("--peers", nargs="*", choices=PEERS, help="(default: all, and none with --block)")
     add("--block", metavar="NAME", help="time this attention block alone, such as down.1.1")
     add("--compile", action="store_true", help="compile ours and theirs; with CUDA graphs on a GPU")

@@ -32,12 +32,10 @@ LABELS: tuple[tuple[Any, str, str], ...] = (
     (pruning, "top_k", "ranking"),
     (merging, "match_tokens", "ranking"),
     (TokenSet, "keep", "gather"),
-    (TokenSet, "join", "gather"),
     (merging.Matching, "merge", "gather"),
     (pruning, "recover", "recovery"),
     (recovery.Copy, "__call__", "recovery"),
     (filling.Fill, "__call__", "recovery"),
-    (pruning.RowByRow, "__call__", "recovery"),
     (merging.Matching, "unmerge", "recovery"),
 )
 PARTS = (*dict.fromkeys(OPERATORS.values()), "ranking", "gather", "recovery", "rest")
@@ -57,12 +55,7 @@ def labelled() -> Iterator[None]:
 
     with ExitStack() as stack:
         for owner, name, part in LABELS:
-            function = owner.__dict__[name]
-            inner = function.__func__ if isinstance(function, classmethod) else function
-            replacement = mark(inner, part)
-            stack.enter_context(
-                patch.object(owner, name, classmethod(replacement) if inner is not function else replacement)
-            )
+            stack.enter_context(patch.object(owner, name, mark(getattr(owner, name), part)))
         yield
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from atedm import GRAPHS, AttentionGraph, AttentionInputs, HeldGraph, LazyGraph, SketchedGraph, StreamedGraph
+from atedm.sketched import SKETCH_STRIDE
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 5, 7
 
@@ -144,10 +145,11 @@ def test_graphs_by_name() -> None:
     q, k = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 7, 4)
     inputs = AttentionInputs(q, k, 0.5)
     graphs = [inputs.graph(kind) for kind in GRAPHS]
-    assert [type(graph) for graph in graphs] == [HeldGraph, StreamedGraph, SketchedGraph]
+    assert [type(graph) for graph in graphs] == [SketchedGraph, StreamedGraph, SketchedGraph, HeldGraph]
     assert all(graph.shape == (2, 3, 9, 7) for graph in graphs)
-    assert isinstance(inputs.graph(), HeldGraph)
-    with pytest.raises(ValueError, match="attention graph is 'hold', expected one of held, streamed, sketched"):
+    assert [graph.stride for graph in graphs if isinstance(graph, SketchedGraph)] == [1, SKETCH_STRIDE]
+    assert isinstance(inputs.graph(), SketchedGraph)
+    with pytest.raises(ValueError, match="attention graph is 'hold', expected one of held, streamed, sketched, whole"):
         inputs.graph("hold")
 
 

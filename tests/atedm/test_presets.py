@@ -22,6 +22,7 @@ PAPER = {
     "one-vote": Schedule("one-vote", Pruning(0.63, "one-vote"), tau=15),
 }
 OURS = {
+    "at-edm-sketched": Schedule("at-edm-sketched", Pruning(0.63, graph="sketched"), tau=15),
     "dissimilarity": Schedule(
         "dissimilarity", Pruning(0.63, "dissimilarity", recovery="nearest-change"), tau=15, early="less"
     ),
@@ -159,7 +160,7 @@ MERGING_SETTINGS = "r, tau, early, ends, spare, ratios"
         ),
         (
             "at-edm:graph=dense",
-            "setting graph of at-edm is 'dense': graph is 'dense', expected one of held, streamed, sketched",
+            "setting graph of at-edm is 'dense': graph is 'dense', expected one of held, streamed, sketched, whole",
         ),
         ("at-edm:iterations=many", "setting iterations of at-edm is 'many': expected a whole number"),
         (

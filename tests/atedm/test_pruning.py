@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from atedm import GRAPHS, RANKINGS, RECOVERIES, AttentionInputs, Pruning, TokenSet, prune
-from atedm.pruning import RowByRow
 
 Layer = tuple[TokenSet, AttentionInputs, AttentionInputs]
 CHOICES = list(itertools.product(RANKINGS, GRAPHS, RECOVERIES))
@@ -170,7 +169,7 @@ def test_seed_chooses_the_random_positions() -> None:
     [
         ({"ratio": 1.0}, r"rho is 1\.0, expected 0 <= rho < 1"),
         ({"ranking": "wpr"}, "ranking is 'wpr', expected one of gwpr, ca-wpr, one-vote, lowest, random"),
-        ({"graph": "stream"}, "graph is 'stream', expected one of held, streamed, sketched"),
+        ({"graph": "stream"}, "graph is 'stream', expected one of held, streamed, sketched, whole"),
         ({"recovery": "copy"}, "recovery is 'copy', expected one of similarity, zeros, bicubic, direct"),
         ({"iterations": 0}, "iterations is 0, expected 1 or more, or None"),
     ],
@@ -211,18 +210,16 @@ def test_compiles_without_a_break() -> None:
 
 @pytest.mark.parametrize("recovery", RECOVERIES)
 @pytest.mark.parametrize("batch", [3, 4])
-def test_a_few_rows_at_a_time_change_nothing(batch: int, recovery: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_heads_at_a_time_change_nothing(batch: int, recovery: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, self_attention, cross_attention = random_layer(batch, 4, 5)
     how = Pruning(0.5, recovery=recovery)
     kept, restore = prune(tokens, self_attention, cross_attention, how)
-    assert not isinstance(restore, RowByRow)
-    monkeypatch.setattr("atedm.pruning.CACHED", 2 * 2 * 20 * 20)  # maps of two rows
+    monkeypatch.setattr("atedm.sketched.CACHE_BYTES", 3 * 20 * 20 * 8)
     kept_2, restore_2 = prune(tokens, self_attention, cross_attention, how)
-    assert isinstance(restore_2, RowByRow)
     torch.testing.assert_close(kept_2.positions, kept.positions)
     twice = kept.with_values(3 * kept.values)
     error = (restore_2(twice).values - restore(twice).values).abs().max().item()
-    print(f"largest difference between all rows and two at a time: {error}")
+    print(f"largest difference between all heads and three at a time: {error}")
     assert error == 0
     again, undo = prune(kept_2, take(self_attention, kept_2), take(cross_attention, kept_2), how)  # of a sparse set
     torch.testing.assert_close(undo(again).positions, kept.positions)

@@ -261,7 +261,7 @@ def test_rankings_by_loops(name: str, cross: bool, iterations: int | None) -> No
 
 def test_one_vote_is_the_attention_received() -> None:
     pair = lazy_pair()
-    graph = pair[0].graph
+    graph = pair[0].inputs.graph("whole")
     assert isinstance(graph, HeldGraph)
     received = graph.map.mean(dim=2)  # over queries
     assert torch.allclose(scores("one-vote", TOKENS, *pair), received.square().mean(1).sqrt(), rtol=0, atol=1e-16)

@@ -245,7 +245,7 @@ def test_nearest_and_change_by_loops(recovery: str) -> None:
     later = tokens.keep(kept).with_values(torch.randn(2, 5, 4, generator=generator, dtype=torch.float64))
     restored = restore(later)
     assert restored.is_dense
-    graph = attention.graph
+    graph = attention.inputs.graph("whole")
     assert isinstance(graph, HeldGraph)
     worst = 0.0
     for row in range(2):

@@ -81,9 +81,36 @@ def test_everything_but_votes_is_exact(keys: int) -> None:
     assert torch.equal(sketched.strongest_query(among, targets), held.strongest_query(among, targets))
 
 
-def test_holds_a_part_of_the_map() -> None:
-    q, k = random_qk(40, 30)
-    assert SketchedGraph.from_qk(q, k, 0.5, 8).voters.map.shape == (2, 3, 5, 30)
+@pytest.mark.parametrize("stride", [1, 8])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("heads", [1, 4, 6])
+def test_heads_are_held_a_few_at_a_time(stride: int, known: bool, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever their number, and whether or not there is memory for one: the scores of the whole map's voters."""
+    q, k = random_qk(40, 40)
+    whole = HeldGraph.from_qk(q, k, 0.5)
+    sums = (0.5 * q @ k.mT).logsumexp(dim=-1) if known else None
+    graph = SketchedGraph.from_qk(q, k, 0.5, stride, sums)
+    of_head = -(-40 // stride) * 40 * 8
+    monkeypatch.setattr("atedm.sketched.CACHE_BYTES", heads * of_head)
+    sizes = [part.voters.map.shape for part in graph.parts() if part.voters is not None]
+    assert sizes == [(size, 1, -(-40 // stride), 40) for size in {1: [1] * 6, 4: [4, 2], 6: [6]}[heads]]
+    by_parts = rank(graph)
+    monkeypatch.setattr("atedm.sketched.MAPS_BYTES", of_head - 1)
+    assert list(graph.parts()) == [graph]
+    streamed = rank(graph)
+    assert torch.equal(by_parts.iterations, streamed.iterations) and by_parts.iterations.shape == (2, 3)
+    error = (by_parts.heads - streamed.heads).abs().max().item()
+    if stride == 1:
+        error = max(error, (by_parts.heads - rank(whole).heads).abs().max().item())
+        assert torch.equal(by_parts.converged, rank(whole).converged)
+    print(f"stride {stride}, {heads} heads at a time: max error {error:.1e}")
+    assert error < 1e-14
+
+
+def test_no_gradient_goes_through_parts() -> None:
+    """Ranking inside training: scores say which tokens stay, and nothing is learned from that."""
+    q, k = (x.requires_grad_() for x in random_qk(12, 12))
+    assert not rank(SketchedGraph.from_qk(q, k, 0.5, 1)).heads.requires_grad
 
 
 def test_stride_below_one() -> None:

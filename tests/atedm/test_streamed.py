@@ -12,7 +12,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atedm import AttentionGraph, AttentionInputs, HeldGraph, StreamedGraph, rank, top_k
+from atedm import (
+    AttentionGraph,
+    AttentionInputs,
+    HeldGraph,
+    Pruning,
+    StreamedGraph,
+    TokenSet,
+    parse_preset,
+    prune,
+    rank,
+    top_k,
+)
 
 Shape = tuple[int, int, int, int]
 PIECES = [1, 1000, 2**30]  # bytes: a row at a time, a few, all at once
@@ -151,7 +162,7 @@ def split_heads(count: int, device: str) -> Tensor:
                        device=device).transpose(1, 2)  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["held", "streamed"])
+@pytest.mark.parametrize("kind", ["whole", "streamed"])
 def test_memory_at_4096_tokens(kind: str) -> None:
     """The largest map of SDXL at 1024 px. The meta device makes the same tensors without contents."""
     q, k = split_heads(4096, "meta"), split_heads(4096, "meta")
@@ -160,7 +171,7 @@ def test_memory_at_4096_tokens(kind: str) -> None:
         ask_everything(AttentionInputs(q, k, 0.125).graph(kind))
     print(f"{kind}: peak {live.peak / 2**20:.0f} MiB, largest tensor {live.largest / 2**20:.0f} MiB, "
           f"map {of_map / 2**20:.0f} MiB")  # fmt: skip
-    if kind == "held":
+    if kind == "whole":
         assert live.peak > of_map  # the instrument sees a map where there is one
     else:
         assert live.peak < of_map / 10
@@ -181,3 +192,20 @@ def test_memory_that_is_really_allocated() -> None:
     rows = 768 * 10 * 64 * 4  # bytes of all queries, and of all keys
     print(f"allocated {peak / 2**20:.1f} MiB: map {768 * 768 * 40 / 2**20:.1f} MiB, queries {rows / 2**20:.1f} MiB")
     assert peak < budget + 4 * rows
+
+
+@pytest.mark.parametrize("preset", ["at-edm", "at-edm-sketched", "dissimilarity"])
+def test_memory_of_pruning_never_grows_with_the_square(preset: str) -> None:
+    """Four times the tokens, as on twice the side, whose map has 16 times as many numbers: 5 GiB a head."""
+    how = parse_preset(f"{preset}:iterations=2").method
+    assert isinstance(how, Pruning)
+    peaks = []
+    for side in (96, 192):
+        q, text = (torch.empty(1, 1, count, 64, device="meta") for count in (side**2, 77))
+        tokens = TokenSet(torch.empty(1, side**2, 64, device="meta"), (side, side))
+        with LiveTensors() as live:
+            kept, restore = prune(tokens, AttentionInputs(q, q, 0.125), AttentionInputs(q, text, 0.125), how)
+            restore(kept)
+        peaks.append(live.peak)
+    print(f"{preset}: {peaks[0] / 2**20:.0f} MiB, with four times the tokens {peaks[1] / 2**20:.0f} MiB")
+    assert peaks[1] < 5 * peaks[0]

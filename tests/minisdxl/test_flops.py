@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from atedm import DENSE, PRESETS, AttentionInputs, BlockPlan, Merging, Pruning, TokenPlan, parse_preset, rank
+from atedm import DENSE, GRAPHS, PRESETS, AttentionInputs, BlockPlan, Merging, Pruning, TokenPlan, parse_preset, rank
 from atedm.ranking import MAX_ITERATIONS
 from minisdxl.checkpoint import Modules, save
 from minisdxl.config import SDXL_BASE, SHAPES, Level, UNetConfig
@@ -158,10 +158,10 @@ SETTINGS = [
     ("at-edm:early=more", 0),
     ("at-edm:early=more,ends=mid+up.2.1", 49),
     ("at-edm-dagger:spare=mid", 0),
-    *((f"{name}:graph={graph}", 49) for name in PRUNING for graph in ("streamed", "sketched")),
-    *((f"ca-wpr:recovery=zeros,graph={graph}", 49) for graph in ("held", "streamed", "sketched")),
-    *((f"random:recovery=direct,graph={graph}", 49) for graph in ("held", "streamed", "sketched")),
-    *((f"at-edm:ranking=lowest,recovery=similarity-change,graph={graph}", 49) for graph in ("held", "streamed")),
+    *((f"{name}:graph={graph}", 49) for name in PRUNING for graph in ("streamed", "sketched", "whole")),
+    *((f"ca-wpr:recovery=zeros,graph={graph}", 49) for graph in GRAPHS),
+    *((f"random:recovery=direct,graph={graph}", 49) for graph in GRAPHS),
+    *((f"at-edm:ranking=lowest,recovery=similarity-change,graph={graph}", 49) for graph in GRAPHS),
     ("random:ranking=spread,recovery=nearest", 49),
     ("dissimilarity:layers=0+1,rho=0.4", 49),
     ("tome:r=0.75", 49),
@@ -201,7 +201,9 @@ def test_fixed_iterations_are_the_ones_asked_for(small: UNet) -> None:
         plan = parse_preset(fixed("at-edm", iterations)).plan(49, 50, SMALL_SITES)
         ranking.append(measure(small, 16, 16, plan)["mid", "ranking and recovery"])
     vote = 2 * (4 * 4) ** 2 * 8  # 16 tokens, 8 heads
-    assert ranking == [2 * 16**2 * 128 + iterations * vote for iterations in (1, 2, 7)]
+    kept = 16 - 10  # rho 0.63
+    search = 2 * (kept * 16 + kept * (16 - kept)) * 128
+    assert ranking == [2 * 16**2 * 128 + search + iterations * vote for iterations in (1, 2, 7)]
 
 
 SHAPES_SITES = {site.name: site for site in SHAPES.unet.attention_sites()}
@@ -247,8 +249,9 @@ def test_pruned_shapes_to_the_flop(plan: TokenPlan, height: int, width: int) -> 
             if kept < tokens:
                 iterations = int(rank(seen[name, index].graph()).iterations.max())
                 print(f"{name}, layer {index}: {tokens} tokens, {iterations} iterations of at most {MAX_ITERATIONS}")
-                cost += 2 * tokens**2 * site.channels + iterations * vote
-                spared += (MAX_ITERATIONS - iterations) * vote
+                search = 2 * kept * (tokens - kept) * site.channels  # the sums of rows are known
+                cost += 2 * tokens**2 * site.channels + iterations * vote + search
+                spared += (MAX_ITERATIONS - iterations) * vote + 2 * kept * tokens * site.channels
             tokens = kept
         assert measured[name, "ranking and recovery"] == cost
         assert pieces.pop((name, "ranking and recovery"), 0) == cost + spared
