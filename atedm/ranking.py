@@ -44,7 +44,8 @@ class Ranking:
         """The ranking whose heads are those of ``parts``, in order."""
 
         def joined(tensors: list[Tensor]) -> Tensor:
-            return torch.cat([x.flatten(0, 1) for x in tensors]).unflatten(0, (batch, heads))
+            all_heads = torch.cat([x.flatten(0, 1) for x in tensors])
+            return all_heads.view(batch, heads, *all_heads.shape[1:])
 
         return cls(
             joined([part.heads for part in parts]),

@@ -24,7 +24,7 @@ def nearest(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """
     directions, theirs = (F.normalize(at_least_float32(each), dim=-1, eps=1e-12) for each in (values, others))
     rows = max(1, PIECE_BYTES // (theirs[..., 0].numel() * theirs.element_size()))
-    pieces = [(piece @ theirs.mT).max(dim=-1) for piece in directions.split(rows, dim=1)]
+    pieces = [(piece @ theirs.mT).max(dim=-1) for piece in torch.split(directions, rows, dim=1)]
     best, index = (torch.cat(each, dim=-1) for each in zip(*pieces, strict=True))
     return best, index
 

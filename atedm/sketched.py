@@ -132,6 +132,6 @@ def _filled(memory: Tensor, query: Tensor, key: Tensor, log_sum_exp: Tensor) -> 
     Its weights are off by rounding, the sums of its rows too, which no vote notices.
     """
     rows = max(1, CACHE_BYTES // (memory[:, :, 0].numel() * memory.element_size()))
-    for piece, q, sums in zip(*(x.split(rows, dim=2) for x in (memory, query, log_sum_exp)), strict=True):
+    for piece, q, sums in zip(*(torch.split(x, rows, dim=2) for x in (memory, query, log_sum_exp)), strict=True):
         torch.matmul(q, key.mT, out=piece).sub_(sums).exp_()
     return HeldGraph(memory)
