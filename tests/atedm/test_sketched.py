@@ -83,17 +83,19 @@ def test_everything_but_votes_is_exact(keys: int) -> None:
 
 @pytest.mark.parametrize("stride", [1, 8])
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("heads", [1, 4, 6])
-def test_heads_are_held_a_few_at_a_time(stride: int, known: bool, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heads", [0.3, 1, 4, 6])  # less than one is filled a few rows at a time
+def test_heads_are_held_a_few_at_a_time(
+    stride: int, known: bool, heads: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever their number, and whether or not there is memory for one: the scores of the whole map's voters."""
     q, k = random_qk(40, 40)
     whole = HeldGraph.from_qk(q, k, 0.5)
     sums = (0.5 * q @ k.mT).logsumexp(dim=-1) if known else None
     graph = SketchedGraph.from_qk(q, k, 0.5, stride, sums)
     of_head = -(-40 // stride) * 40 * 8
-    monkeypatch.setattr("atedm.sketched.CACHE_BYTES", heads * of_head)
+    monkeypatch.setattr("atedm.sketched.CACHE_BYTES", int(heads * of_head))
     sizes = [part.voters.map.shape for part in graph.parts() if part.voters is not None]
-    assert sizes == [(size, 1, -(-40 // stride), 40) for size in {1: [1] * 6, 4: [4, 2], 6: [6]}[heads]]
+    assert sizes == [(size, 1, -(-40 // stride), 40) for size in {0.3: [1] * 6, 1: [1] * 6, 4: [4, 2], 6: [6]}[heads]]
     by_parts = rank(graph)
     monkeypatch.setattr("atedm.sketched.MAPS_BYTES", of_head - 1)
     assert list(graph.parts()) == [graph]
