@@ -1,6 +1,7 @@
 """Token sets, ranking, pruning and recovery: AT-EDM as ordinary layers, for any model that attends over a grid."""
 
 from atedm.graph import GRAPHS, AttentionGraph, AttentionInputs, LazyGraph
+from atedm.headwise import HeadwiseGraph
 from atedm.held import HeldGraph
 from atedm.merging import Merge, Merging, match_tokens
 from atedm.plan import DENSE, BlockPlan, LayerPlan, Site, TokenPlan
@@ -9,7 +10,6 @@ from atedm.pruning import Pruning, prune
 from atedm.ranking import RANKINGS, Ranking, gwpr, kept_count, rank, scores, top_k
 from atedm.recovery import RECOVERIES, Restore, recover, similarity_copy
 from atedm.schedule import Schedule
-from atedm.sketched import SketchedGraph
 from atedm.streamed import StreamedGraph
 from atedm.tokens import TokenSet
 
@@ -22,6 +22,7 @@ __all__ = [
     "AttentionGraph",
     "AttentionInputs",
     "BlockPlan",
+    "HeadwiseGraph",
     "HeldGraph",
     "LayerPlan",
     "LazyGraph",
@@ -32,7 +33,6 @@ __all__ = [
     "Restore",
     "Schedule",
     "Site",
-    "SketchedGraph",
     "StreamedGraph",
     "TokenPlan",
     "TokenSet",

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from atedm.fused import streamed_graph
+from atedm.headwise import HeadwiseGraph
 from atedm.held import HeldGraph
-from atedm.sketched import SketchedGraph
 
 GRAPHS = ("held", "streamed", "sketched", "whole")  # the names of the ways to keep a graph
 
@@ -74,11 +74,11 @@ class AttentionInputs(NamedTuple):
             case "whole":
                 return HeldGraph.from_qk(self.query, self.key, self.scale)
             case "held":
-                return SketchedGraph.from_qk(self.query, self.key, self.scale, stride=1, log_sum_exp=self.log_sum_exp)
+                return HeadwiseGraph.from_qk(self.query, self.key, self.scale, stride=1, log_sum_exp=self.log_sum_exp)
             case "streamed":
                 return streamed_graph(self.query, self.key, self.scale, self.log_sum_exp)
             case "sketched":
-                return SketchedGraph.from_qk(self.query, self.key, self.scale, log_sum_exp=self.log_sum_exp)
+                return HeadwiseGraph.from_qk(self.query, self.key, self.scale, log_sum_exp=self.log_sum_exp)
         raise ValueError(f"attention graph is {kind!r}, expected one of {', '.join(GRAPHS)}")
 
 

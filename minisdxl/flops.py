@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from atedm.headwise import SKETCH_STRIDE
 from atedm.merging import Merging
 from atedm.plan import DENSE, UNTOUCHED, TokenPlan
 from atedm.presets import parse_preset
@@ -25,7 +26,6 @@ from atedm.pruning import Pruning
 from atedm.ranking import MAX_ITERATIONS
 from atedm.schedule import Schedule
 from atedm.similarity import ANCHORS
-from atedm.sketched import SKETCH_STRIDE
 from minisdxl.command import Parser, add_pruning, parse_size
 from minisdxl.config import SDXL_BASE, SHAPES, AttentionSite, ModelConfig, UNetConfig
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from atedm import GRAPHS, AttentionGraph, AttentionInputs, HeldGraph, LazyGraph, SketchedGraph, StreamedGraph
-from atedm.sketched import SKETCH_STRIDE
+from atedm import GRAPHS, AttentionGraph, AttentionInputs, HeadwiseGraph, HeldGraph, LazyGraph, StreamedGraph
+from atedm.headwise import SKETCH_STRIDE
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 5, 7
 
@@ -145,10 +145,10 @@ def test_graphs_by_name() -> None:
     q, k = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 7, 4)
     inputs = AttentionInputs(q, k, 0.5)
     graphs = [inputs.graph(kind) for kind in GRAPHS]
-    assert [type(graph) for graph in graphs] == [SketchedGraph, StreamedGraph, SketchedGraph, HeldGraph]
+    assert [type(graph) for graph in graphs] == [HeadwiseGraph, StreamedGraph, HeadwiseGraph, HeldGraph]
     assert all(graph.shape == (2, 3, 9, 7) for graph in graphs)
-    assert [graph.stride for graph in graphs if isinstance(graph, SketchedGraph)] == [1, SKETCH_STRIDE]
-    assert isinstance(inputs.graph(), SketchedGraph)
+    assert [graph.stride for graph in graphs if isinstance(graph, HeadwiseGraph)] == [1, SKETCH_STRIDE]
+    assert isinstance(inputs.graph(), HeadwiseGraph)
     with pytest.raises(ValueError, match="attention graph is 'hold', expected one of held, streamed, sketched, whole"):
         inputs.graph("hold")
 

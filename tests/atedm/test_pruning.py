@@ -214,7 +214,7 @@ def test_a_few_heads_at_a_time_change_nothing(batch: int, recovery: str, monkeyp
     tokens, self_attention, cross_attention = random_layer(batch, 4, 5)
     how = Pruning(0.5, recovery=recovery)
     kept, restore = prune(tokens, self_attention, cross_attention, how)
-    monkeypatch.setattr("atedm.sketched.CACHE_BYTES", 3 * 20 * 20 * 8)
+    monkeypatch.setattr("atedm.headwise.CACHE_BYTES", 3 * 20 * 20 * 8)
     kept_2, restore_2 = prune(tokens, self_attention, cross_attention, how)
     torch.testing.assert_close(kept_2.positions, kept.positions)
     twice = kept.with_values(3 * kept.values)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import minisdxl
-from atedm import AttentionInputs, SketchedGraph, gwpr, kept_count, rank, top_k
-from atedm.sketched import SKETCH_STRIDE
+from atedm import AttentionInputs, HeadwiseGraph, gwpr, kept_count, rank, top_k
+from atedm.headwise import SKETCH_STRIDE
 
 RHO = 0.63
 TIE = 1e-4  # relative difference of scores that are a tie for float32
@@ -87,7 +87,7 @@ def test_cheaper_rankings_and_what_they_agree_on(attention: dict[str, AttentionI
         graph = inputs.graph()
         ranking = rank(graph)
         exact = kept_by(ranking.scores)
-        shares = [overlap(kept_by(gwpr(SketchedGraph.from_qk(*inputs[:3], stride))), exact) for stride in strides] + [
+        shares = [overlap(kept_by(gwpr(HeadwiseGraph.from_qk(*inputs[:3], stride))), exact) for stride in strides] + [
             overlap(kept_by(gwpr(graph, eps=0.0, max_iterations=votes)), exact) for votes in (1, 3)
         ]
         print(f"{name:>49}" + "".join(f"{share:7.3f}" for share in shares) + f"{ranking.iterations.max():>11}")

@@ -1,4 +1,4 @@
-"""An attention graph that holds some heads at a time, and lets all queries vote, or every s-th: a sketch of the votes.
+"""The attention graph that holds some heads at a time, and lets all queries vote, or every s-th: a sketch of the votes.
 
 Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph`.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from atedm.fused import streamed_graph
+from atedm.fused import FusedGraph, streamed_graph
 from atedm.held import HeldGraph, at_least_float32
 from atedm.streamed import StreamedGraph, take_rows
 
@@ -26,12 +26,12 @@ MAPS_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
-class SketchedGraph:
+class HeadwiseGraph:
     """Votes from the queries 0, stride, 2 * stride, ... alone; with a stride of 1 from all, which is exact.
 
     ``query`` (B, heads, M, d) and ``key`` (B, heads, N, d) are those of the whole map, ``log_sum_exp`` (B, heads, M)
-    is that of its rows if known. ``voters`` is the graph of the queries that vote, in memory: a part of this graph has
-    it (:meth:`parts`). Without, and for all answers but votes, the map is streamed.
+    is that of its rows if known. ``voters`` is the graph of the queries that vote: a part of this graph has it
+    (:meth:`parts`). Without, it is built for each answer. All answers but votes are streamed.
 
     The sketch stride * sum_{i votes} A_ij s_i is an unbiased estimate of one vote (A^T s)_j: its mean over the
     ``stride`` places at which counting could start is exactly that. From 0 it is one draw, the same every time. Power
@@ -44,12 +44,12 @@ class SketchedGraph:
     scale: float
     stride: int
     log_sum_exp: Tensor | None = None
-    voters: HeldGraph | None = None
+    voters: HeldGraph | StreamedGraph | FusedGraph | None = None
 
     @classmethod
     def from_qk(
         cls, q: Tensor, k: Tensor, scale: float, stride: int = SKETCH_STRIDE, log_sum_exp: Tensor | None = None
-    ) -> SketchedGraph:
+    ) -> HeadwiseGraph:
         """A sketch of the graph softmax(scale * q k^T) of queries (B, heads, M, d) and keys (B, heads, N, d).
 
         ``log_sum_exp`` (B, heads, M) is what fused attention knows of each row, if it is at hand.
@@ -65,18 +65,21 @@ class SketchedGraph:
         batch, heads, queries, _ = self.query.shape
         return batch, heads, queries, self.key.shape[2]
 
-    def parts(self) -> Iterator[SketchedGraph]:
-        """Some heads at a time, with their voters in memory; itself, where one head's would take too much of it.
+    def parts(self) -> Iterator[HeadwiseGraph]:
+        """Some heads at a time, with their voters in memory; all and streamed, where one head's would take too much.
 
         See :meth:`~atedm.graph.AttentionGraph.parts`. All parts share their memory: on a CPU it takes longer to get
         than to fill. No gradient goes through them.
         """
+        if self.voters is not None:
+            yield self
+            return
         batch, heads, _, keys = self.shape
         query = at_least_float32(self._voting(self.query.detach())) * self.scale
         voters = query.shape[2]
         of_head = voters * keys * query.element_size()
-        if self.voters is not None or torch.compiler.is_compiling() or of_head > MAPS_BYTES:
-            yield self
+        if torch.compiler.is_compiling() or of_head > MAPS_BYTES:
+            yield replace(self, voters=self._streamed_voters())
             return
         together = min(max(1, (CACHE_BYTES if query.device.type == "cpu" else MAPS_BYTES) // of_head), batch * heads)
         each = [x.detach().flatten(0, 1).unsqueeze(1) for x in (query, self.query, self.key)]
@@ -99,8 +102,7 @@ class SketchedGraph:
 
     def votes(self, s_q: Tensor) -> Tensor:
         """The sketch of A^T s, see :meth:`~atedm.graph.AttentionGraph.votes`."""
-        sums = None if self.log_sum_exp is None else self._voting(self.log_sum_exp)
-        voters = self.voters or streamed_graph(self._voting(self.query), self.key, self.scale, sums)
+        voters = self.voters or self._streamed_voters()
         return self.stride * voters.votes(self._voting(s_q))
 
     def gather(self, s_k: Tensor) -> Tensor:
@@ -120,6 +122,10 @@ class SketchedGraph:
     def _voting(self, x: Tensor) -> Tensor:
         """The rows of ``x`` (B, heads, M, ...) that vote."""
         return x[:, :, :: self.stride]
+
+    def _streamed_voters(self) -> StreamedGraph | FusedGraph:
+        sums = None if self.log_sum_exp is None else self._voting(self.log_sum_exp)
+        return streamed_graph(self._voting(self.query), self.key, self.scale, sums)
 
     def _exact(self) -> StreamedGraph:
         # Anew each time: cross-attention asks, whose keys are few; self-attention, which does not, would pay for it.

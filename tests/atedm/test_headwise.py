@@ -1,4 +1,4 @@
-"""The sketched graph: what it estimates, in which sense, and that everything else is exact."""
+"""The graph of heads in turn, and its sketch: what that estimates, in which sense, and that all else is exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from atedm import HeldGraph, SketchedGraph, rank
+from atedm import HeadwiseGraph, HeldGraph, StreamedGraph, rank
 
 
 def random_qk(queries: int, keys: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def test_votes_by_loops(stride: int) -> None:
     q, k = random_qk(23, 11)
     a = HeldGraph.from_qk(q, k, 0.5).map
     s = random_scores(23)
-    votes = SketchedGraph.from_qk(q, k, 0.5, stride).votes(s)
+    votes = HeadwiseGraph.from_qk(q, k, 0.5, stride).votes(s)
     worst = 0.0
     for b in range(2):
         for h in range(3):
@@ -45,7 +45,7 @@ def test_the_mean_over_all_starts_is_exact(queries: int, stride: int) -> None:
     exact = HeldGraph.from_qk(q, k, 0.5).votes(s)
     mean = torch.zeros_like(exact)
     for start in range(min(stride, queries)):
-        mean += SketchedGraph.from_qk(q[:, :, start:], k, 0.5, stride).votes(s[:, :, start:]) / stride
+        mean += HeadwiseGraph.from_qk(q[:, :, start:], k, 0.5, stride).votes(s[:, :, start:]) / stride
     error = (mean - exact).abs().max().item()
     print(f"mean of sketches, {queries} queries, stride {stride}: max error {error:.1e}")
     assert error < 1e-13
@@ -55,7 +55,7 @@ def test_iteration_is_that_of_the_voters_among_each_other() -> None:
     """Loops over the voters' part of the map, then one vote of theirs for all."""
     q, k = random_qk(20, 20)
     a = HeldGraph.from_qk(q, k, 0.5).map[1, 2].tolist()
-    ranking = rank(SketchedGraph.from_qk(q, k, 0.5, 3), eps=1e-15, max_iterations=200)
+    ranking = rank(HeadwiseGraph.from_qk(q, k, 0.5, 3), eps=1e-15, max_iterations=200)
     voters = range(0, 20, 3)
     s = dict.fromkeys(voters, 1.0)
     for _ in range(200):
@@ -70,7 +70,7 @@ def test_iteration_is_that_of_the_voters_among_each_other() -> None:
 @pytest.mark.parametrize("keys", [40, 9])
 def test_everything_but_votes_is_exact(keys: int) -> None:
     q, k = random_qk(40, keys)
-    held, sketched = HeldGraph.from_qk(q, k, 0.5), SketchedGraph.from_qk(q, k, 0.5, 4)
+    held, sketched = HeldGraph.from_qk(q, k, 0.5), HeadwiseGraph.from_qk(q, k, 0.5, 4)
     s_k = random_scores(keys)
     assert sketched.shape == held.shape
     assert torch.equal(sketched.uniform(), held.uniform())
@@ -91,14 +91,15 @@ def test_heads_are_held_a_few_at_a_time(
     q, k = random_qk(40, 40)
     whole = HeldGraph.from_qk(q, k, 0.5)
     sums = (0.5 * q @ k.mT).logsumexp(dim=-1) if known else None
-    graph = SketchedGraph.from_qk(q, k, 0.5, stride, sums)
+    graph = HeadwiseGraph.from_qk(q, k, 0.5, stride, sums)
     of_head = -(-40 // stride) * 40 * 8
-    monkeypatch.setattr("atedm.sketched.CACHE_BYTES", int(heads * of_head))
-    sizes = [part.voters.map.shape for part in graph.parts() if part.voters is not None]
+    monkeypatch.setattr("atedm.headwise.CACHE_BYTES", int(heads * of_head))
+    sizes = [part.voters.map.shape for part in graph.parts() if isinstance(part.voters, HeldGraph)]
     assert sizes == [(size, 1, -(-40 // stride), 40) for size in {0.3: [1] * 6, 1: [1] * 6, 4: [4, 2], 6: [6]}[heads]]
     by_parts = rank(graph)
-    monkeypatch.setattr("atedm.sketched.MAPS_BYTES", of_head - 1)
-    assert list(graph.parts()) == [graph]
+    monkeypatch.setattr("atedm.headwise.MAPS_BYTES", of_head - 1)
+    (part,) = graph.parts()
+    assert type(part.voters) is StreamedGraph and part.shape == graph.shape
     streamed = rank(graph)
     assert torch.equal(by_parts.iterations, streamed.iterations) and by_parts.iterations.shape == (2, 3)
     error = (by_parts.heads - streamed.heads).abs().max().item()
@@ -109,22 +110,41 @@ def test_heads_are_held_a_few_at_a_time(
     assert error < 1e-14
 
 
+@pytest.mark.parametrize("memory", [0, 2**20])
+def test_sums_of_rows_are_computed_once(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a head votes, held or streamed, and also where attention does not tell them."""
+    q, k = random_qk(40, 40)
+    calls = 0
+    logsumexp = Tensor.logsumexp
+
+    def counted(x: Tensor, dim: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return logsumexp(x, dim)
+
+    monkeypatch.setattr(Tensor, "logsumexp", counted)
+    monkeypatch.setattr("atedm.headwise.MAPS_BYTES", memory)
+    iterations = rank(HeadwiseGraph.from_qk(q, k, 0.5, 1)).iterations.max().item()
+    print(f"{iterations} votes, sums of rows computed {calls} times")
+    assert iterations > 2 and calls == (memory == 0)  # in memory, softmax does it
+
+
 def test_no_gradient_goes_through_parts() -> None:
     """Ranking inside training: scores say which tokens stay, and nothing is learned from that."""
     q, k = (x.requires_grad_() for x in random_qk(12, 12))
-    assert not rank(SketchedGraph.from_qk(q, k, 0.5, 1)).heads.requires_grad
+    assert not rank(HeadwiseGraph.from_qk(q, k, 0.5, 1)).heads.requires_grad
 
 
 def test_stride_below_one() -> None:
     with pytest.raises(ValueError, match="sketch stride is 0, expected 1 or more"):
-        SketchedGraph.from_qk(*random_qk(4, 4), 0.5, stride=0)
+        HeadwiseGraph.from_qk(*random_qk(4, 4), 0.5, stride=0)
 
 
 def test_known_sums_of_rows_are_not_computed_again() -> None:
     """Fused attention knows the log-sum-exp of each row: the same answers, and shifted ones for shifted sums."""
     q, k = random_qk(23, 23)
     known = (0.5 * q @ k.mT).logsumexp(dim=-1)
-    computed, given = SketchedGraph.from_qk(q, k, 0.5, 4), SketchedGraph.from_qk(q, k, 0.5, 4, known)
+    computed, given = HeadwiseGraph.from_qk(q, k, 0.5, 4), HeadwiseGraph.from_qk(q, k, 0.5, 4, known)
     s, among = random_scores(23), torch.tensor([[0, 3, 4, 22], [1, 2, 17, 20]])
     targets = torch.arange(1, 23, 2).expand(2, -1)
     error = (given.votes(s) - computed.votes(s)).abs().max()
@@ -132,8 +152,8 @@ def test_known_sums_of_rows_are_not_computed_again() -> None:
     assert error < 1e-14
     assert (given.gather(s) - computed.gather(s)).abs().max() < 1e-14
     assert torch.equal(given.strongest_query(among, targets), computed.strongest_query(among, targets))
-    halved = SketchedGraph.from_qk(q, k, 0.5, 4, known + math.log(2))
+    halved = HeadwiseGraph.from_qk(q, k, 0.5, 4, known + math.log(2))
     assert (halved.votes(s) - computed.votes(s) / 2).abs().max() < 1e-14
     known[:, :, 3] -= 100  # the strongest of all, if it is believed
-    believed = SketchedGraph.from_qk(q, k, 0.5, 4, known).strongest_query(among[:1].expand(2, -1), targets)
+    believed = HeadwiseGraph.from_qk(q, k, 0.5, 4, known).strongest_query(among[:1].expand(2, -1), targets)
     assert bool((believed == 1).all())
