@@ -28,10 +28,9 @@ from tools.bench import forget_peak, memory, seconds
 from tools.contenders import CONFIGS, plan_of, unets
 from tools.memory import gib, machine
 
-# What runs at one speed: convolutions; large matrix products; attention, whose work grows with the square.
+# What grows alike is fitted with one speed: convolutions and linear maps with the pixels, attention with their square.
 SPEEDS = {
-    "convolution": (Kind.CONVOLUTION,),
-    "linear": (Kind.PROJECTIONS, Kind.FEED_FORWARD),
+    "convolution and linear": (Kind.CONVOLUTION, Kind.PROJECTIONS, Kind.FEED_FORWARD),
     "attention": (Kind.SELF_ATTENTION, Kind.CROSS_ATTENTION),
 }
 
@@ -75,29 +74,28 @@ def fit(config: ModelConfig, points: Sequence[Point]) -> NDArray[np.float64]:
 @torch.no_grad()
 def measure(
     config: ModelConfig,
-    where: Sequence[tuple[int, int]],
+    size: int,
+    batch: int,
     presets: Sequence[str],
     repeats: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Point]:
-    """Every preset at every (size, batch); presets take turns. The first call of each is not counted."""
-    points = []
-    for size, batch in where:
-        contenders = list(unets(config, size, batch, presets, [], device, dtype))
-        times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-        peaks = dict.fromkeys(times, 0)
-        before = memory(device, "VmRSS")
-        for repeat in range(repeats + 1):
-            for contender in contenders:
-                forget_peak(device)
-                taken = seconds(contender, device)
-                if repeat:
-                    times[contender.name].append(taken)
-                    peaks[contender.name] = max(peaks[contender.name], memory(device, "VmHWM") - before)
-        for name, mine in times.items():
-            points.append(Point(name, size, batch, tuple(mine), peaks[name]))
-            print(f"{size} px, batch {batch}, {name}: {points[-1].seconds:.3f} s", file=sys.stderr)
+    """Every preset in turn, with a U-Net that is gone afterwards. The first call of each is not counted."""
+    contenders = list(unets(config, size, batch, presets, [], device, dtype))
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    peaks = dict.fromkeys(times, 0)
+    before = memory(device, "VmRSS")
+    for repeat in range(repeats + 1):
+        for contender in contenders:
+            forget_peak(device)
+            taken = seconds(contender, device)
+            if repeat:
+                times[contender.name].append(taken)
+                peaks[contender.name] = max(peaks[contender.name], memory(device, "VmHWM") - before)
+    points = [Point(name, size, batch, tuple(mine), peaks[name]) for name, mine in times.items()]
+    for point in points:
+        print(f"{size} px, batch {batch}, {point.preset}: {point.seconds:.3f} s", file=sys.stderr)
     return points
 
 
@@ -137,7 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = [(size, 1) for size in options.sizes]
         where += [(options.sizes[0], batch) for batch in options.batches if batch > 1]
         presets = ["dense", *(preset for preset in options.presets if preset != "dense")]
-        points = measure(config, where, presets, options.repeats, device, dtype)
+        points = [
+            point
+            for size, batch in where
+            for point in measure(config, size, batch, presets, options.repeats, device, dtype)
+        ]
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from minisdxl.config import SDXL_BASE
 from minisdxl.flops import count
 from tools.scaling import SPEEDS, Point, fit, main, table, work
 
-TRUE = np.array([2e-12, 1e-12, 3e-12, 0.05])
+TRUE = np.array([2e-12, 4e-12, 0.05])
 
 
 def point(size: int, batch: int, speeds: NDArray[np.float64], preset: str = "dense") -> Point:
@@ -29,10 +29,10 @@ def test_work_is_all_flops_of_the_batch() -> None:
 
 
 def test_fit_finds_the_speeds_that_times_were_made_with() -> None:
-    found = fit(SDXL_BASE, [point(size, 1, TRUE) for size in (512, 768, 1024, 1536, 2048)] + [point(512, 4, TRUE)])
+    found = fit(SDXL_BASE, [point(512, 1, TRUE), point(512, 2, TRUE), point(768, 1, TRUE), point(1024, 1, TRUE)])
     error = np.abs(found / TRUE - 1).max()
     print(f"speeds found to {error:.1e}")
-    assert error < 1e-6
+    assert error < 1e-9
 
 
 def test_table_shows_what_leaves_the_fit() -> None:
@@ -41,7 +41,7 @@ def test_table_shows_what_leaves_the_fit() -> None:
     assert "| 2.00 |" in lines[2]
     assert lines[2].endswith("| 1.00 |")
     assert "| 1.00 |" in lines[3]
-    assert lines[-1].endswith("convolution 500 GFLOP/s, linear 1e+03 GFLOP/s, attention 333 GFLOP/s, 50 ms a call")
+    assert lines[-1].endswith("convolution and linear 500 GFLOP/s, attention 250 GFLOP/s, 50 ms a call")
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +52,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     places = [(64, 1), (128, 1), (64, 2)]
     assert measured == [(preset, *place) for place in places for preset in ("dense", "dissimilarity")]
     assert all(time > 0 for each in report["points"] for time in each["times"])
+    by_place = {(each["size"], each["batch"]): each["memory"] for each in report["points"]}
+    assert by_place[128, 1] > 0  # also in a process that has measured something before
     assert min(report["fit"]) >= 0
 
 
