@@ -6,7 +6,12 @@ import argparse
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
+
+# What bad input and missing packages raise, here and in the libraries that read files.
+FAILURES: tuple[type[Exception], ...] = (ValueError, OSError, ArithmeticError, ImportError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,6 +20,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the program."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    @contextmanager
+    def one_line(self, left: str, *more: type[Exception]) -> Iterator[None]:
+        """What goes wrong inside ends the program with a line: :data:`FAILURES` and ``more`` as :meth:`error`.
+
+        So does Ctrl-C, with exit code 130, and a line that says what is ``left`` behind.
+        """
+        failures = FAILURES + more
+        try:
+            yield
+        except failures as error:
+            self.error(str(error))
+        except KeyboardInterrupt:
+            self.exit(130, f"interrupted: {left}\n")
 
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     single = options.to == "single" if options.to else options.target.suffix == ".safetensors"
     dtype = DTYPES[options.dtype] if options.dtype else None
-    try:
+    with parser.one_line("nothing was written"):
         path = weights_path(options.source)
         source = open_source(path, dtype or torch.float32, vae=options.vae, unet=options.unet)
         for note in source.notes:
@@ -55,10 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vocabulary = load_vocabulary(path, options.tokenizer)
             scheduler = Fields.read(path / SCHEDULER).values if path.is_dir() else None
             write_folder(source, options.target, vocabulary, dtype, scheduler)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted: nothing was written\n")
     kind = "one file; the vocabulary is not in it" if single else "a diffusers folder"
     print(f"{options.target}  {source.config.name}, {kind}")
 

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 0 on success, 2 with one line when something cannot be had, 130 after Ctrl-C."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
+    with parser.one_line("what has arrived is kept, the same command goes on from there", DownloadError):
         table = read_table()
         if options.names == ["list"]:
             for name, entry in table.items():
@@ -81,11 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_room(missing, options.to)
         for file in missing:
             fetch(file, options.to, options.retries)
-    # ImportError: what the connection says of a proxy that needs one more package.
-    except (DownloadError, ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted: what has arrived is kept, the same command goes on from there\n")
 
 
 def _parser() -> Parser:

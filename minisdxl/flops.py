@@ -303,15 +303,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_pruning(parser)
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    try:
+    with parser.one_line("nothing was printed"):
         config = find_config(options.model)
         size = config.picture_size(options.size)
         prune = settle_preset(config, options)
         schedule = parse_preset(prune) if prune is not None else None
         width, height = (side // config.vae.downscale for side in size)
         calls, dense = (summary(config, height, width, asked, options.steps) for asked in (schedule, None))
-    except ValueError as error:
-        parser.error(str(error))
     title = f"{config.name}, {size[0]}x{size[1]} pixels, {options.steps} steps, {prune or 'dense'}"
     text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}"
     try:

@@ -37,12 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)  # prompts and options in any order
     plain_warnings()
-    try:
+    with parser.one_line("no partial picture was left"):
         _sample(options)
-    except (ValueError, OSError, ArithmeticError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted: no partial picture was left\n")
 
 
 def _sample(options: argparse.Namespace) -> None:

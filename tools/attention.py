@@ -140,12 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, default="docs/results/attention.png", metavar="FILE.png", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     plain_warnings()
-    try:
+    with parser.one_line("no partial figure was left"):
         _attention(options)
-    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted: no partial figure was left\n")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     peers = ([] if options.block else list(PEERS)) if options.peers is None else options.peers
     config, device, dtype = CONFIGS[options.scale], torch.device(options.device), DTYPES[options.dtype]
-    try:
+    with parser.one_line("nothing was written"):
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device is 'cuda', torch finds none here; expected cpu")
         if options.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
@@ -160,10 +160,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 else unets(config, options.size, options.batch, options.presets, peers, device, dtype, options.compile)
             )
             rows = measure(list(made), options.repeats, device)
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted\n")
     report = {"machine": describe(options, device), **vars(options), "peers": peers, "rows": rows}
     print(json.dumps(report, indent=1) if options.json else f"{describe(options, device)}\n\n{table(rows)}")
 

@@ -12,7 +12,6 @@ evaluation, which --table shows.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -180,12 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     plain_warnings()
-    try:
+    with parser.one_line("what was made so far is kept"):
         _evaluate(options)
-    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError, json.JSONDecodeError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted: what was made so far is kept\n")
 
 
 if __name__ == "__main__":

@@ -182,12 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     plain_warnings()
-    try:
+    with parser.one_line("what was made so far is kept"):
         _experiment(options)
-    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted: what was made so far is kept\n")
 
 
 if __name__ == "__main__":

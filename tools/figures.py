@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     plain_warnings()
-    try:
+    with parser.one_line("no partial figure was left"):
         import matplotlib  # not a dependency of the package but of its extra "figures"
         from matplotlib.figure import Figure
 
@@ -289,10 +289,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figure = Figure(layout="constrained")
             options.draw(figure, options)
             figure.savefig(path, dpi=100, metadata={"Software": None})
-    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted: no partial figure was left\n")
     print(options.out)
 
 

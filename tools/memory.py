@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 2 with one line for what cannot be measured."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
+    with parser.one_line("no file was left", RuntimeError):
         if not Path("/proc/self/status").exists():
             raise OSError("there is no /proc/self/status on this system, which says how much memory a process has had")
         if options.command == "write":
@@ -227,10 +227,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 report |= measure("picture", {"weights": str(weights), "folder": str(folder), **dtype, **settings})
                 table = picture_table(report)
         print(json.dumps(report, indent=2) if options.json else f"{report['machine']}\n\n{table}")
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted: no file was left\n")
 
 
 def _parser() -> Parser:

@@ -182,12 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path("docs/results/one-call.csv"), metavar="FILE.csv", help="(default: %(default)s)"
     )
     options = parser.parse_args(arguments)
-    try:
+    with parser.one_line("nothing was written"):
         _one_call(options)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted: nothing was written\n")
 
 
 if __name__ == "__main__":

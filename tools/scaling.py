@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     config, device = CONFIGS[options.scale], torch.device(options.device)
     dtype = DTYPES[options.dtype or ("bf16" if options.device == "cuda" else "fp32")]
-    try:
+    with parser.one_line("nothing was written"):
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device is 'cuda', torch finds none here; expected cpu")
         for name in ("repeats", "batches"):
@@ -140,10 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for size, batch in where
             for point in measure(config, size, batch, presets, options.repeats, device, dtype)
         ]
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted\n")
     speeds = fit(config, [point for point in points if point.preset == "dense"])
     what = f"{machine()}; {config.name}, {options.device}, {str(dtype)[6:]}"
     report: Mapping[str, Any] = {"machine": what, "points": [asdict(point) for point in points], "fit": list(speeds)}

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 2 with one line for what cannot be measured."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
+    with parser.one_line("no file was left", RuntimeError):
         for name in ("steps", "repeats"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} is {getattr(options, name)}, expected 1 or more")
@@ -71,10 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parse_preset(preset)
         with prepared(options) as (weights, folder):
             runs = measure_pictures(weights, folder, options)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted: no file was left\n")
     size = "x".join(map(str, options.size))
     what = f"{machine()}\n{size} px, {options.steps} steps, CFG {options.cfg:g}, {options.dtype}"
     report = {"machine": what, "runs": runs}
