@@ -15,7 +15,7 @@ __all__ = ["SDXL", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used: the text encoders' library takes seconds, and counting FLOPs has no need of it.
+    # Imported when first used: counting FLOPs has no need of the model.
     if name in __all__:
         from minisdxl import pipeline
 

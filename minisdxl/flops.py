@@ -286,7 +286,7 @@ def find_config(model: str) -> ModelConfig:
         raise ValueError(
             f"unknown model {model!r}, expected {', '.join(MODELS)}, or the path of a .safetensors file or of a folder"
         )
-    from minisdxl.checkpoint import read_config  # imports transformers, which takes longer than all else here
+    from minisdxl.checkpoint import read_config  # the whole model, of which nothing else here has need
 
     return read_config(model)
 

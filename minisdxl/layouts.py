@@ -2,7 +2,7 @@
 
 Both hold the same numbers in four parts. A table pairs the names of modules, made by a few loops over the config; what
 follows a module's name (``.weight``, or the insides of a transformer layer) is the same in both. Three kinds of tensors
-have another form too, which :class:`Place` knows. The ``transformers`` library names the text encoders as diffusers.
+have another form too, which :class:`Place` knows. Inside, the text encoders are named as in diffusers.
 """
 
 from __future__ import annotations

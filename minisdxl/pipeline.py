@@ -269,7 +269,7 @@ def load(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Puts the collector off, which would look through all objects of torch and transformers again and again.
+    """Puts the collector off, which would look through all objects of torch again and again.
 
     Loading makes objects by the hundred thousand and drops hardly any.
     """

@@ -17,7 +17,7 @@ from minisdxl.files import atomic_path
 def versions() -> dict[str, str | None]:
     """Of Python and of the packages that make the numbers; ``None`` for a source tree that was never installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("minisdxl", "torch", "transformers", "pillow"):
+    for package in ("minisdxl", "torch", "tokenizers", "pillow"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

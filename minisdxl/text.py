@@ -1,7 +1,7 @@
 """Token ids to what the U-Net is told: the context it attends to, and one vector of pooled text and picture sizes.
 
-Two text encoders: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 in the published model. ``transformers`` has the layers; which
-of their states are used is written here, and what the official checkpoint calls their weights in ``layouts``.
+Two text encoders: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 in the published model. Their layers are in ``clip``; which of
+their states are used is written here, and what the official checkpoint calls their weights in ``layouts``.
 
 Shapes: B prompts, L tokens (``context_length``), C channels of both encoders together, P channels of the pooled text.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from minisdxl.clip import TextTransformer
 from minisdxl.config import TextConfig
 from minisdxl.embedding import sinusoidal_embedding
 from minisdxl.layouts import CLIP_LAYOUT, PARTS, Place, openclip_layout
@@ -65,22 +65,7 @@ class TextEncoder(nn.Module):
         """Random weights, as CLIP starts them."""
         super().__init__()
         self.end_token = config.end_token
-        self.transformer = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=config.vocabulary,
-                hidden_size=config.width,
-                intermediate_size=4 * config.width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                max_position_embeddings=config.context_length,
-                hidden_act=config.activation,
-                layer_norm_eps=1e-5,
-                attention_dropout=0.0,
-                bos_token_id=config.start_token,
-                eos_token_id=config.end_token,
-                pad_token_id=config.pad_token,
-            )
-        )
+        self.text_model = TextTransformer(config)
         self.text_projection: nn.Linear | None = None
         if config.projection is not None:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
@@ -96,8 +81,7 @@ class TextEncoder(nn.Module):
         Raises:
             ValueError: if a row has no end token to pool at.
         """
-        output = self.transformer(input_ids=ids, output_hidden_states=True)
-        hidden = output.hidden_states[-2]
+        hidden = self.text_model(ids)
         if self.text_projection is None:
             return hidden, None
         ends = ids == self.end_token
@@ -105,15 +89,7 @@ class TextEncoder(nn.Module):
             raise ValueError(f"token ids have a row without the end token {self.end_token}, expected one in each row")
         first_end = ends.int().argmax(dim=1)
         rows = torch.arange(len(ids), device=ids.device)
-        return hidden, self.text_projection(output.last_hidden_state[rows, first_end])
-
-    def fill_buffers(self) -> None:
-        """Gives position indices, which are in no checkpoint, to an encoder that was built on the meta device."""
-        for module in self.transformer.modules():
-            if "position_ids" in dict(module.named_buffers(recurse=False)):
-                weight = module.get_parameter("position_embedding.weight")
-                positions = torch.arange(len(weight), device=weight.device)[None]
-                module.register_buffer("position_ids", positions, persistent=False)
+        return hidden, self.text_projection(self.text_model.finish(hidden)[rows, first_end])
 
 
 class TextEncoders(nn.Module):
@@ -146,7 +122,7 @@ class TextEncoders(nn.Module):
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names and in the layout of the official single file."""
-        state = {_diffusers_name(name): tensor for name, tensor in self.state_dict().items()}
+        state = {_part_and_name(name): tensor for name, tensor in self.state_dict().items()}
         return {
             PARTS[part].prefix + name: place.join([state[part, theirs] for theirs in place.names])
             for part, name, place in self._places(state)
@@ -159,7 +135,7 @@ class TextEncoders(nn.Module):
             ValueError: for missing or unexpected names.
             RuntimeError: for tensors of another shape, from ``load_state_dict``.
         """
-        ours = {_diffusers_name(name): name for name in self.state_dict()}
+        ours = {_part_and_name(name): name for name in self.state_dict()}
         places = {PARTS[part].prefix + name: (part, place) for part, name, place in self._places(ours)}
         missing, unexpected = sorted(places.keys() - official.keys()), sorted(official.keys() - places.keys())
         if missing or unexpected:
@@ -173,8 +149,6 @@ class TextEncoders(nn.Module):
             for theirs, tensor in zip(place.names, tensors, strict=True):
                 state[ours[part, theirs]] = tensor.contiguous()
         self.load_state_dict(state, strict=True, assign=True)
-        for encoder in (self.clip, self.openclip):
-            encoder.fill_buffers()
 
     def _places(self, names: Iterable[tuple[str, str]]) -> list[tuple[str, str, Place]]:
         """Part, official name and place of each official tensor that the parts' diffusers names make up."""
@@ -183,9 +157,7 @@ class TextEncoders(nn.Module):
         return [(part, name, layouts[part].place(name)) for part, name in official]
 
 
-def _diffusers_name(name: str) -> tuple[str, str]:
-    """Part and diffusers name of a weight of ``TextEncoders``; some releases of transformers omit ``text_model.``."""
+def _part_and_name(name: str) -> tuple[str, str]:
+    """The part that a weight of ``TextEncoders`` belongs to, and its name there, in diffusers' layout."""
     encoder, _, rest = name.partition(".")
-    if rest.startswith("transformer."):
-        rest = "text_model." + rest.removeprefix("transformer.").removeprefix("text_model.")
     return "text_encoder" if encoder == "clip" else "text_encoder_2", rest

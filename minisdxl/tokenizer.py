@@ -11,10 +11,10 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tokenizers
 import torch
-from huggingface_hub import try_to_load_from_cache
+from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from minisdxl.config import TextConfig
 
@@ -22,6 +22,10 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 FILES = ("vocab.json", "merges.txt")
 HUB_FOLDERS = (("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/"), ("openai/clip-vit-large-patch14", ""))
 PACKAGE = "instant-clip-tokenizer"  # on PyPI; the extra ``tokenizer`` installs it
+
+
+# What is merged by itself (Radford et al. 2021): English endings, words, single digits, runs of other signs.
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class Vocabulary(NamedTuple):
@@ -35,8 +39,8 @@ class Tokenizer:
     """Turns prompts into the ids of both text encoders.
 
     The encoders share one vocabulary and differ in padding only (``TextConfig.pad_token``), so a prompt is encoded once
-    and padded twice. ``transformers`` splits and merges; padding happens here, on ids. A pad token declared to the
-    library would be special to it: the published tokenizer of encoder 2 declares "!" and so loses every "!" of a
+    and padded twice. The library ``tokenizers`` splits and merges; padding happens here, on ids. A pad token declared
+    to the library would be special to it: the published tokenizer of encoder 2 declares "!" and so loses every "!" of a
     prompt. Here it stays the ordinary token "!</w>", as in Stability AI's own code.
 
     A literal ``<|startoftext|>`` or ``<|endoftext|>`` in a prompt becomes that special token, as in the published
@@ -62,7 +66,7 @@ class Tokenizer:
         if configs[0].context_length != configs[1].context_length:
             raise ValueError(f"text encoders take {[c.context_length for c in configs]} tokens, expected one length")
         self.configs = configs
-        self._encoder = CLIPTokenizer(vocab=vocabulary, merges=merges)
+        self._encoder = byte_pair_encoder(vocabulary, merges)
 
     @classmethod
     def from_directory(cls, directory: str | Path, configs: tuple[TextConfig, TextConfig]) -> Tokenizer:
@@ -88,8 +92,8 @@ class Tokenizer:
         return first, second
 
     def _encode(self, prompt: str) -> list[int]:
-        encoded = self._encoder(prompt, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        encoded = self._encoder.encode(prompt, add_special_tokens=False)
+        ids, offsets = encoded.ids, encoded.offsets
         room = self.configs[0].context_length - 2
         if len(ids) > room:
             lost = prompt[offsets[room][0] :]
@@ -102,6 +106,18 @@ class Tokenizer:
         for target, row in zip(padded, rows, strict=True):
             target[: len(row)] = torch.tensor(row)
         return padded
+
+
+def byte_pair_encoder(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's own encoding of lower-case text, as of one line, without special tokens around it."""
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END)
+    encoder = tokenizers.Tokenizer(model)
+    encoder.add_special_tokens([START, END])
+    spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    encoder.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return encoder
 
 
 def load_vocabulary(weights: Path, directory: str | Path | None) -> Vocabulary:
@@ -136,6 +152,8 @@ def find_vocabulary(weights: Path, directory: str | Path | None) -> Path:
     for folder in (weights / "tokenizer", weights.parent / "tokenizer"):
         if folder.is_dir():
             return folder
+    from huggingface_hub import try_to_load_from_cache  # not above: it takes longer to import than all else here
+
     for repository, folder_name in HUB_FOLDERS:
         cached = [try_to_load_from_cache(repository, folder_name + name) for name in FILES]
         if all(isinstance(path, str) for path in cached):

@@ -550,7 +550,7 @@ def test_a_model_without_a_vocabulary_is_one_line(
 ) -> None:
     file = tiny_file(tmp_path / "model.safetensors")
     monkeypatch.setattr("minisdxl.tokenizer.find_spec", lambda _: None)  # the package is not installed
-    monkeypatch.setattr("minisdxl.tokenizer.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     said = refused(capsys, PROMPT, *QUICK, "--weights", str(file), "--out", str(tmp_path / "x.png"))
     assert "no CLIP vocabulary (vocab.json and merges.txt)" in said
     for way in ("a folder tokenizer in or beside it", "minisdxl.download tokenizer", "--tokenizer", "pip install"):

@@ -213,25 +213,6 @@ def test_names_and_shapes_are_those_of_the_official_file() -> None:
     assert ours == expected and len(ours) == 585
 
 
-@pytest.mark.parametrize("prefix", ["", "text_model."], ids=["new names", "old names"])
-def test_names_of_any_transformers_release(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same official tensors, whether a release's CLIPTextModel says ``text_model.`` in its state dict or not."""
-    encoders = random_encoders()
-    official = encoders.official_state_dict()
-    state = {name.replace("text_model.", ""): value for name, value in encoders.state_dict().items()}
-    state = {name.replace("transformer.", f"transformer.{prefix}"): value for name, value in state.items()}
-    monkeypatch.setattr(encoders, "state_dict", lambda: state)
-    renamed = encoders.official_state_dict()
-    assert renamed.keys() == official.keys()
-    assert all(torch.equal(renamed[name], official[name]) for name in official)
-    restored: dict[str, Tensor] = {}
-    monkeypatch.setattr(encoders, "load_state_dict", lambda new, **_: restored.update(new))
-    encoders.load_official_state_dict(official)
-    assert restored.keys() == state.keys()
-    for name, value in restored.items():
-        assert torch.equal(value, state[name])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_loads_into_encoders_on_the_meta_device(tokenizer: Tokenizer, dtype: torch.dtype) -> None:
@@ -293,7 +274,7 @@ def test_gradients_reach_every_weight_that_is_used(tokenizer: Tokenizer) -> None
     torch.autograd.backward(conditioning.context.square().mean() + conditioning.pooled.square().mean())
     unused = {n for n, p in encoders.named_parameters() if p.grad is None or not p.grad.any()}
     # The context is taken before the last layer: encoder 1, which gives no pooled output, never uses its own.
-    last = tuple(f"clip.transformer.{prefix}encoder.layers.2." for prefix in ("", "text_model."))
+    last = "clip.text_model.encoder.layers.2."
     expected = {n for n, _ in encoders.named_parameters() if n.startswith(last)}
     expected |= {n for n, _ in encoders.named_parameters() if n.startswith("clip.") and "final_layer_norm" in n}
     assert unused == expected and len(expected) == 18
