@@ -45,6 +45,10 @@ _RANKINGS = ("at-edm:ranking=lowest", "random", "at-edm:ranking=spread", "at-edm
 _RECOVERIES = tuple(
     f"dissimilarity:recovery={name}" for name in ("nearest", "similarity-change", "direct", "similarity")
 )
+_RANKED_WITH_CHANGE = tuple(
+    f"{name}recovery=nearest-change"
+    for name in ("at-edm:", "at-edm:ranking=lowest,", "random:", "at-edm:ranking=spread,")
+)
 _ITERATIONS = ("at-edm", "at-edm:iterations=1", "at-edm:iterations=3", "at-edm:graph=sketched")
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -119,6 +123,22 @@ EXPERIMENTS: dict[str, Experiment] = {
         presets=("at-edm", "dissimilarity", *_RECOVERIES),
         claims=tuple(
             Claim(f"nearest-change beats {other.partition('=')[2]}", "dissimilarity", other) for other in _RECOVERIES
+        ),
+    ),
+    "rankings-with-change": Experiment(
+        "Which tokens stay, at equal FLOPs, where pruned tokens take on the change of the nearest one that stayed.",
+        presets=("dissimilarity", *_RANKED_WITH_CHANGE),
+        claims=(
+            *(
+                Claim(f"G-WPR beats {name}", _RANKED_WITH_CHANGE[0], other)
+                for name, other in zip(
+                    ("its reverse", "drawing by lot", "a grid"), _RANKED_WITH_CHANGE[1:], strict=True
+                )
+            ),
+            *(
+                Claim(f"dissimilarity beats {name}", "dissimilarity", other)
+                for name, other in zip(("G-WPR", "its reverse", "lots", "a grid"), _RANKED_WITH_CHANGE, strict=True)
+            ),
         ),
     ),
     "better-method": Experiment(
