@@ -147,6 +147,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         claims=(
             Claim("dissimilarity beats AT-EDM", "dissimilarity", "at-edm"),
             Claim("dissimilarity beats ToMe", "dissimilarity", "tome"),
+            Claim("dissimilarity beats ToMe with DSAP", "dissimilarity", "tome-dsap"),
             Claim("DSAP helps dissimilarity", "dissimilarity", "dissimilarity:tau=0"),
         ),
         budgets=("at-edm:rho=0.3", "at-edm:rho=0.5", "at-edm", "at-edm:rho=0.75"),
