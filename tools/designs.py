@@ -22,7 +22,8 @@ class Experiment:
     """Presets under every combination of budget, CFG scale and number of steps, with the dense model beside them.
 
     A budget is a share of the dense FLOPs, average of all steps, or a preset that all are to cost as much as. ``axis``
-    is what the plot goes over (``AXES`` of :mod:`tools.plots`), ``None`` where presets stand side by side.
+    is what the plot goes over (``AXES`` of :mod:`tools.plots`), ``None`` where presets stand side by side: then there
+    are pictures, too.
     """
 
     about: str
@@ -127,7 +128,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "rankings-with-change": Experiment(
         "Which tokens stay, at equal FLOPs, where pruned tokens take on the change of the nearest one that stayed.",
-        presets=("dissimilarity", *_RANKED_WITH_CHANGE),
+        presets=("at-edm", "dissimilarity", *_RANKED_WITH_CHANGE),
         claims=(
             *(
                 Claim(f"G-WPR beats {name}", _RANKED_WITH_CHANGE[0], other)

@@ -1,8 +1,8 @@
 """The paper's comparisons on the bundled model, or on any other: ``python -m tools.experiments NAME``.
 
 Each leaves its rows in runs/experiments/NAME.csv, and in docs/results its table and verdicts (NAME.md), all numbers
-(NAME.json) and its plot (NAME.png). Pictures are shared: what two experiments have in common is made once. A run that
-was stopped goes on where it was; --captions 32 is the fast setting.
+(NAME.json), its plot (NAME.png), and some pictures (NAME-pictures.png) where presets stand side by side. Pictures are
+shared: what two experiments have in common is made once. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from tools.crowd import REFERENCES, Crowd, Drawn
 from tools.designs import BASELINE, EXPERIMENTS, Experiment
 from tools.evaluate import INTERVALS, model_options, settings_of
 from tools.evaluation import Captions, Evaluation, average_share, drawn_captions, solve
-from tools.plots import LATENT_ERROR, OBEYED, save_figure
+from tools.plots import LATENT_ERROR, OBEYED, save_figure, save_pictures
 from tools.rows import DENSE, Folder, Row, write_rows
 from tools.summaries import Summary, Verdict, as_json, common_rows, judge, markdown_table, summarize, verdict_table
+
+SHOWN = 8  # captions whose pictures are shown
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def page(name: str, findings: Findings, notes: Sequence[str], command: str, sett
     parts += ["\n".join(f"- {note}" for note in notes)] if notes else []
     parts += [verdict_table(findings.verdicts)] if findings.verdicts else []
     parts += [f"![{name}]({name}.png)"]
+    parts += [f"![pictures of {name}]({name}-pictures.png)"] if EXPERIMENTS[name].axis is None else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -168,6 +171,11 @@ def _experiment(options: argparse.Namespace) -> None:
     }
     write_report(str(options.results / f"{name}.json"), report)
     save_figure(options.results / f"{name}.png", findings.summaries, [OBEYED, LATENT_ERROR], experiment.axis)
+    if experiment.axis is None:
+        folder, numbers = evaluations[0].folder, sorted({row.number for row in findings.rows})[:SHOWN]
+        presets = dict.fromkeys([DENSE, *parts[0].presets.values()])
+        rows = {preset: [folder.picture(preset, number) for number in numbers] for preset in presets}
+        save_pictures(options.results / f"{name}-pictures.png", rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

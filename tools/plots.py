@@ -1,13 +1,16 @@
-"""Plots of summaries: a measure with its intervals against the cost, a setting, or preset by preset."""
+"""Plots of summaries: a measure with its intervals against the cost, a setting, or preset by preset; and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image, ImageDraw
+
 from minisdxl.files import atomic_path
+from tools.metrics import Picture
 from tools.paired import Estimate
 from tools.rows import DENSE
 from tools.summaries import Summary
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 12, 5  # inches of 100 pixels
+THUMBNAIL, LABEL = 128, 18  # pixels
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,20 @@ def save_figure(path: Path, summaries: Sequence[Summary], measures: Sequence[Mea
         first = summaries[0]
         figure.suptitle(f"{first.captions} captions, bars are intervals of 95 %")
         figure.savefig(temporary, dpi=100, metadata={"Software": None})
+
+
+def save_pictures(path: Path, rows: Mapping[str, Sequence[Picture]]) -> None:
+    """Small pictures in a PNG file of 256 colors: a row for each preset, under its name. Raises ``OSError``."""
+    columns, height = max(map(len, rows.values())), THUMBNAIL + LABEL
+    sheet = Image.new("RGB", (columns * THUMBNAIL, len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (preset, pictures) in enumerate(rows.items()):
+        draw.text((4, row * height + LABEL // 2), preset, "black", anchor="lm", font_size=12)
+        for column, picture in enumerate(pictures):
+            small = Image.fromarray(picture).resize((THUMBNAIL, THUMBNAIL))
+            sheet.paste(small, (column * THUMBNAIL, row * height + LABEL))
+    with atomic_path(path) as temporary:
+        sheet.quantize(256).save(temporary, optimize=True)
 
 
 def _bars(estimates: Sequence[Estimate]) -> tuple[list[float], list[float]]:

@@ -16,7 +16,7 @@ from minisdxl.flops import summary
 from minisdxl.pipeline import SDXL, load
 from tools.designs import BASELINE, EXPERIMENTS, Claim, Experiment
 from tools.experiments import main, plan
-from tools.plots import AXES, family
+from tools.plots import AXES, LABEL, THUMBNAIL, family
 from tools.rows import Row, read_rows
 from tools.summaries import judge, summarize
 
@@ -88,12 +88,16 @@ def test_a_run_leaves_table_verdicts_numbers_and_plot(
     assert len(report["presets"]) == 6
     assert [each["claim"].partition(":")[0] for each in report["verdicts"]] == ["copies beat zeros"] * 2
     assert np.asarray(Image.open(tmp_path / "results" / "tiny.png").convert("L")).std() > 5
+    assert "tiny-pictures" not in text and not (tmp_path / "results" / "tiny-pictures.png").exists()  # along an axis
 
     made: list[Any] = []
     monkeypatch.setattr(SDXL, "generate", lambda *call, **_: made.append(call))
     main(["other", *RUN, *folders])  # of pictures that are there
     assert made == []
     assert len(read_rows(tmp_path / "runs" / "other.csv")) == 4
+    assert "![pictures of other](other-pictures.png)" in (tmp_path / "results" / "other.md").read_text()
+    sheet = Image.open(tmp_path / "results" / "other-pictures.png")
+    assert sheet.size == (2 * THUMBNAIL, 2 * (THUMBNAIL + LABEL))  # dense and at-edm, of both captions
 
 
 def row(preset: str, number: int, obeyed: bool, error: float, held_out: bool = True) -> Row:
