@@ -52,9 +52,11 @@ def draw_against(panel: Any, summaries: Sequence[Summary], measure: Measure, axi
         found = measure.of(each)
         if found is not None and not (each.preset == DENSE and measure.field == "latent_error"):  # always 0
             lines.setdefault(family(each.preset), []).append((getattr(each, axis), found))
+    order = list(dict.fromkeys(family(each.preset) for each in summaries))  # one color in all panels
     for name, points in lines.items():
         xs, estimates = zip(*sorted(points), strict=True)
-        panel.errorbar(xs, [e.value for e in estimates], _bars(estimates), marker="o", capsize=3, label=name)
+        style = {"marker": "o", "capsize": 3, "color": f"C{order.index(name)}"}
+        panel.errorbar(xs, [e.value for e in estimates], _bars(estimates), label=name, **style)
     panel.set(xlabel=AXES[axis], ylabel=measure.label)
     panel.legend()
 
