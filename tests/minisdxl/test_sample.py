@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -383,7 +383,7 @@ def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         report
     )
     assert report["versions"]["torch"] == torch.__version__
-    assert report["versions"]["transformers"] == transformers.__version__
+    assert report["versions"]["tokenizers"] == tokenizers.__version__
     assert [(each["prompt"], each["seed"]) for each in report["pictures"]] == [(PROMPT, 8), ("ein grünes Dreieck", 9)]
     for picture in report["pictures"]:
         record = record_of(picture["path"])
