@@ -52,8 +52,6 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     places = [(64, 1), (128, 1), (64, 2)]
     assert measured == [(preset, *place) for place in places for preset in ("dense", "dissimilarity")]
     assert all(time > 0 for each in report["points"] for time in each["times"])
-    by_place = {(each["size"], each["batch"]): each["memory"] for each in report["points"]}
-    assert by_place[128, 1] > 0  # also in a process that has measured something before
     assert min(report["fit"]) >= 0
 
 
