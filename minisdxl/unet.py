@@ -17,6 +17,7 @@ from atedm.plan import DENSE, TokenPlan
 from minisdxl.config import AttentionSite, UNetConfig
 from minisdxl.embedding import sinusoidal_embedding
 from minisdxl.transformer import AttentionBlock, KeysValues
+from minisdxl.winograd import Conv3x3
 
 # What each attention block, by its name, reads in a prompt, layer by layer. It is the same at every step.
 Text = Mapping[str, Sequence[KeysValues]]
@@ -28,7 +29,7 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, groups: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, in_channels, eps=1e-5), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            nn.GroupNorm(groups, in_channels, eps=1e-5), nn.SiLU(), Conv3x3(in_channels, out_channels)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, out_channels))
         # Index 2 is the official code's dropout, which is 0.
@@ -36,7 +37,7 @@ class ResBlock(nn.Module):
             nn.GroupNorm(groups, out_channels, eps=1e-5),
             nn.SiLU(),
             nn.Identity(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            Conv3x3(out_channels, out_channels),
         )
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -66,7 +67,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         """(B, C, h, w) -> (B, C, *size); the size is twice h and w, or one less where the way down rounded up."""

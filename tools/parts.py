@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from atedm import filling, merging, pruning, recovery
 from atedm.tokens import TokenSet
+from minisdxl import winograd
 from tools.contenders import Contender
 
 # Of operators within operators the outermost counts.
@@ -26,8 +27,9 @@ OPERATORS = {
     "aten::group_norm": "normalization",
     "aten::layer_norm": "normalization",
 }
-# What a token plan adds to the layers, wherever the operators are that it calls.
+# What is made of several operators: convolutions in few multiplications, and what a token plan adds to the layers.
 LABELS: tuple[tuple[Any, str, str], ...] = (
+    (winograd, "convolve", "convolution"),
     (pruning, "scores", "ranking"),
     (pruning, "top_k", "ranking"),
     (merging, "match_tokens", "ranking"),
@@ -43,7 +45,7 @@ PARTS = (*dict.fromkeys(OPERATORS.values()), "ranking", "gather", "recovery", "r
 
 @contextmanager
 def labelled() -> Iterator[None]:
-    """Tells the profiler where ranking, gather and recovery begin and end."""
+    """Tells the profiler where each of ``LABELS`` begins and ends."""
 
     def mark(function: Callable[..., Any], part: str) -> Callable[..., Any]:
         @functools.wraps(function)

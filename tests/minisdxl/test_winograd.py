@@ -1,0 +1,161 @@
+"""Convolutions in few multiplications, beside the plain ones in float64, and what a layer keeps for them."""
+
+from __future__ import annotations
+
+import copy
+from fractions import Fraction
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from minisdxl import cpu, winograd
+from minisdxl.winograd import INPUTS, OUTPUT, OUTPUTS, TILE, WEIGHT, Conv3x3, convolve, transform
+from tests.minisdxl.test_cpu import needs_onednn, relative_error
+from tests.minisdxl.test_unet import SMALL, random_inputs, random_unet
+
+
+def plain(layer: Conv3x3, x: Tensor) -> Tensor:
+    assert layer.bias is not None
+    return F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+
+
+def layer_and_input(
+    channels: tuple[int, int], size: tuple[int, int], batch: int, scale: float
+) -> tuple[Conv3x3, Tensor]:
+    torch.manual_seed(0)
+    layer = Conv3x3(*channels).requires_grad_(False)
+    convert_conv2d_weight_memory_format(layer, torch.channels_last)
+    x = scale * torch.randn(batch, channels[0], *size)
+    return layer, x.contiguous(memory_format=torch.channels_last)
+
+
+def test_the_three_transforms_are_a_convolution_exactly() -> None:
+    """Output p of a tile is the sum of weights times inputs at p, p + 1, p + 2, in fractions."""
+    for output, weight, tile in product(range(OUTPUTS), range(3), range(INPUTS)):
+        found = sum(
+            Fraction(OUTPUT[output][point]) * Fraction(WEIGHT[point][weight], 15) * Fraction(TILE[point][tile], 2)
+            for point in range(INPUTS)
+        )
+        assert found == (tile == output + weight)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["ordinary", "small"])
+@pytest.mark.parametrize(
+    ("channels", "size", "batch"),
+    [((320, 320), (40, 52), 1), ((960, 320), (33, 18), 2), ((64, 640), (64, 64), 1), ((5, 3), (1, 1), 3)],
+    ids=str,
+)
+@torch.no_grad()
+def test_it_is_the_convolution(channels: tuple[int, int], size: tuple[int, int], batch: int, scale: float) -> None:
+    layer, x = layer_and_input(channels, size, batch, scale)
+    assert layer.bias is not None
+    layer.bias.mul_(scale)
+    exact = plain(layer, x)
+    ours = relative_error(convolve(x, transform(layer.weight), layer.bias), exact)
+    direct = relative_error(F.conv2d(x, layer.weight, layer.bias, padding=1), exact)
+    double = relative_error(convolve(x.double(), transform(layer.weight.double()), layer.bias.double()), exact)
+    print(f"{channels} {size}: max error {ours:.1e} of the largest, direct {direct:.1e}, in float64 {double:.1e}")
+    assert ours < 1e-5 and double < 1e-13
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    channels=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    size=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    batch=st.integers(1, 3),
+    tiles=st.integers(1, 40),
+    last=st.booleans(),
+)
+def test_any_size_in_any_strips(
+    channels: tuple[int, int], size: tuple[int, int], batch: int, tiles: int, last: bool
+) -> None:
+    """Maps that are no whole number of tiles, strips that do not divide them, channels outside or last."""
+    layer, x = layer_and_input(channels, size, batch, 1.0)
+    x = x if last else x.contiguous()
+    assert layer.bias is not None
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(winograd, "TILES", tiles)
+        y = convolve(x.double(), transform(layer.weight.double()), layer.bias.double())
+    assert y.shape == (batch, channels[1], *size)
+    assert channels[1] == 1 or y.stride(1) == 1  # channels last
+    torch.testing.assert_close(y, plain(layer, x), rtol=0, atol=1e-13)
+
+
+@needs_onednn
+@pytest.mark.parametrize("scale", [1.0, 1e-2], ids=["ordinary", "small"])
+@pytest.mark.parametrize("size", [(16, 24), (13, 19)], ids=["even", "odd"])
+@torch.no_grad()
+def test_the_unet_is_the_same_without_it(scale: float, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, inputs = random_unet(SMALL, torch.float32, scale), random_inputs(SMALL, size, torch.float32, scale)
+    direct = unet(*inputs)
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
+    error = relative_error(unet(*inputs), direct.double())
+    print(f"few multiplications and direct, scale {scale:g}: max error {error:.1e} of the largest")
+    assert 0 < error < 1e-5
+
+
+@needs_onednn
+@torch.no_grad()
+def test_what_it_keeps_follows_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
+    layer, x = layer_and_input((8, 12), (20, 24), 1, 1.0)
+    made = 0
+
+    def counted(weight: Tensor) -> Tensor:
+        nonlocal made
+        made += 1
+        return transform(weight)
+
+    monkeypatch.setattr(winograd, "transform", counted)
+
+    def right(layer: Conv3x3) -> bool:
+        return relative_error(layer(x), plain(layer, x)) < 1e-5
+
+    assert right(layer) and right(layer) and made == 1  # kept
+    layer.weight.mul_(2)  # as a LoRA is merged
+    assert right(layer) and made == 2
+    layer.load_state_dict({name: torch.randn_like(tensor) for name, tensor in layer.state_dict().items()})
+    assert right(layer) and made == 3
+    layer.load_state_dict({name: -tensor for name, tensor in layer.state_dict().items()}, assign=True)
+    assert right(layer) and made == 4
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
+    assert right(layer) and made == 5
+    layer.bfloat16().float()  # through weight.data, which no version counts
+    assert right(layer) and made == 6
+    twin = copy.deepcopy(layer)
+    assert right(twin)
+    twin.weight.mul_(3)
+    assert right(twin) and right(layer)
+    assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+def test_it_stays_away_where_it_does_not_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_and_input((256, 256), (4, 4), 1, 1.0)
+    small, _ = layer_and_input((255, 256), (4, 4), 1, 1.0)
+
+    def forbidden(*_: Tensor) -> Tensor:
+        raise AssertionError("in few multiplications")
+
+    monkeypatch.setattr(winograd, "convolve", forbidden)
+    layer.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        small(x[:, :255])
+        layer.double()(x.double())
+        layer.bfloat16()(x.bfloat16())
+        layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        monkeypatch.setattr(winograd, "LARGEST", 256 * 256 - 1)
+        layer(x)  # its matrices would take too much memory
+        if cpu.usable(x):
+            monkeypatch.setattr(winograd, "LARGEST", 256 * 256)
+            with pytest.raises(AssertionError, match="few"):
+                layer(x)
