@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Picture = NDArray[np.uint8]
 RGB = tuple[int, int, int]
 
-# Any two of these nine colors are at least 108 apart in RGB: the detector's room for a model's color error.
+# Any two of these ten colors are at least 108 apart in RGB: the detector's room for a model's color error.
 COLORS: dict[str, RGB] = {
     "red": (215, 25, 35),
     "green": (30, 160, 60),
@@ -27,6 +27,7 @@ COLORS: dict[str, RGB] = {
     "yellow": (255, 230, 40),
     "orange": (255, 130, 0),
     "purple": (150, 30, 180),
+    "cyan": (0, 220, 230),
 }
 BACKGROUNDS: dict[str, RGB] = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 SHAPES = ("circle", "square", "triangle")
@@ -37,7 +38,8 @@ MARGIN = 0.03  # least distance from an object to the picture's edge
 GAP = 0.04  # least distance between two objects along the axis of their relation
 SLANT = 0.5  # offset across the relation's axis, at most this share of the offset along it
 ONE_OBJECT = 0.3  # share of scenes with a single object
-HELD_OUT = 10  # one caption in so many is kept from training
+HELD_OUT = 10  # one caption in so many is a test caption, kept from training
+NEW_PAIRS = frozenset({("cyan", "triangle")})  # color and shape that training never shows together
 
 _CAPTION = re.compile(
     r"a (?P<size>\S+) (?P<color>\S+) (?P<shape>\S+)"
@@ -119,8 +121,18 @@ def parse_caption(text: str) -> Scene:
     return Scene(match["background"], tuple(objects), match["relation"])
 
 
+def has_new_pair(caption: str) -> bool:
+    """Whether a caption names one of ``NEW_PAIRS``."""
+    return any(f" {color} {shape} " in caption for color, shape in NEW_PAIRS)
+
+
 def held_out(scene: Scene) -> bool:
-    """Whether training never sees this scene's caption; the same on every machine.
+    """Whether training never sees this scene's caption: a test caption, or one with a new pair."""
+    return _for_tests(scene) or has_new_pair(scene.caption)
+
+
+def _for_tests(scene: Scene) -> bool:
+    """Whether this is one of the tenth of all captions that are test captions; the same on every machine.
 
     "A left of B" and "B right of A" describe the same pictures, so both fall on the same side.
     """
@@ -131,13 +143,16 @@ def held_out(scene: Scene) -> bool:
 
 
 def random_scene(rng: random.Random, split: str | None = None) -> Scene:
-    """A scene with places: of the ``"train"`` captions, the held-out ``"test"`` captions, or (``None``) of all."""
+    """A scene with places: of the ``"train"`` captions, the ``"test"`` captions, or (``None``) of all.
+
+    Test captions have a new pair as often as all captions have, training captions never.
+    """
     if split not in ("train", "test", None):
         raise ValueError(f"split is {split!r}, expected 'train', 'test' or None")
     count = 1 if rng.random() < ONE_OBJECT else 2
     while True:
         scene = _random_description(rng, count)
-        if split is None or held_out(scene) == (split == "test"):
+        if split is None or (_for_tests(scene) if split == "test" else not held_out(scene)):
             return Scene(scene.background, scene.objects, scene.relation, _random_places(rng, scene))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tools.paired import Estimate, bootstrap_mean, paired_shares, verdict, wilson
 from tools.rows import DENSE, Row, Rows
+from tools.shapes import has_new_pair
 
 Crowd = Callable[[str], Mapping[str, float]]  # measures of all pictures of a preset together, by name
 
@@ -18,7 +19,8 @@ class Summary:
     """One preset on the captions that all presets have. Estimates have intervals of 95 %; ``None`` is not measured.
 
     ``obeyed`` is the share of captions, ``seen`` and ``held_out`` the same for captions that training saw and never
-    saw, where both kinds are there. ``over_dense`` and ``over_baseline`` are differences of ``obeyed``, paired;
+    saw, where both kinds are there, ``new_pairs`` for those with a color on a shape that training never showed
+    together. ``over_dense`` and ``over_baseline`` are differences of ``obeyed``, paired;
     ``error_over_baseline`` is that of ``latent_error``. Dense itself is compared with none. ``crowd`` holds what is of
     all pictures together.
     """
@@ -33,6 +35,7 @@ class Summary:
     obeyed: Estimate | None
     seen: Estimate | None
     held_out: Estimate | None
+    new_pairs: Estimate | None
     over_dense: Estimate | None
     over_baseline: Estimate | None
     psnr: Estimate  # dB, to the dense picture of the same seed, as are the next two
@@ -76,6 +79,7 @@ def _summary(mine: Sequence[Row], dense: Sequence[Row], baseline: Sequence[Row] 
         obeyed=_share(mine),
         seen=_share([row for row in mine if row.held_out is False]) if both else None,
         held_out=_share([row for row in mine if row.held_out is True]) if both else None,
+        new_pairs=_share([row for row in mine if has_new_pair(row.caption)]),
         over_dense=None if first.preset == DENSE else obeyed_over(mine, dense),
         over_baseline=obeyed_over(mine, other) if other else None,
         psnr=bootstrap_mean([row.psnr for row in mine]),
@@ -143,6 +147,7 @@ def markdown_table(summaries: Sequence[Summary], baseline: str | None) -> str:
         "obeyed": lambda s: _percent(s.obeyed),
         "captions seen": lambda s: _percent(s.seen),
         "held out": lambda s: _percent(s.held_out),
+        "new pairs": lambda s: _percent(s.new_pairs),
         "over dense": lambda s: _percent(s.over_dense, "+"),
         f"over `{baseline}`": lambda s: _percent(s.over_baseline, "+"),
         "latent error": lambda s: _number(s.latent_error, ".4f"),

@@ -46,7 +46,7 @@ from minisdxl.vae import VAE
 from tools.check_shapes import check
 from tools.shapes import random_scene
 from tools.train_text import SeeingText, train_text
-from tools.train_vae import load_vae, train_vae
+from tools.train_vae import train_vae
 from tools.training import Balance, Optimizer, batch_of_pictures, log, noise_levels, save_state, warm_then_decay
 
 TOKENIZER = Path(__file__).parents[1] / "weights" / "shapes" / "tokenizer"
@@ -132,8 +132,8 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
         side = sides[step]
         count = options.batch if side < SHAPES.size else options.batch // 2
         images, captions = batch_of_pictures(rng, count, side)
-        with torch.no_grad():
-            latents = vae.encode(images.to(options.device))
+        with torch.no_grad(), torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
+            latents = vae.encode(images.to(options.device)).float()
         share = noise_levels(count)
         timestep = (share * config.noise.steps).long().to(options.device)
         # Offset noise (as in SDXL's own training, twice as strong): without it even the noisiest latent shows its mean,
@@ -150,7 +150,7 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
         errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         loss = balance(errors, share).mean() + seen
         losses.append(errors.mean().item())
-        optimizer.step(loss, warm_then_decay(step, steps, warm=50, decay=1.0))
+        optimizer.step(loss, options.rate * warm_then_decay(step, steps, warm=50, decay=1.0))
         step += 1
         weight = 1 - min(0.99, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -222,11 +222,13 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="checkpoint to write at the end, such as weights/shapes/shapes.safetensors"
     )
-    parser.add_argument("--init", type=Path, help="checkpoint to go on from, where the run has no state: keeps its VAE")
+    parser.add_argument(
+        "--init", type=Path, help="checkpoint to go on from, where the run has no state: keeps its VAE's encoder"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast (U-Net)")
-    parser.add_argument("--vae-steps", type=int, default=1600)
+    parser.add_argument("--vae-steps", type=int, default=1600, help="(default: %(default)s)")
     parser.add_argument("--text-steps", type=int, default=800, help="of the text encoders alone")
     parser.add_argument(
         "--stages",
@@ -236,12 +238,14 @@ def main() -> None:
         help="U-Net steps at each picture side in pixels (default: %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=32, help="pictures a step; half of it at full size")
+    parser.add_argument(
+        "--rate", type=float, default=1.0, help="share of the full learning rates to begin with, less after --init"
+    )
     parser.add_argument("--cfg", type=float, default=4.0, help="guidance scale of the sample grids")
     parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids")
     options = parser.parse_args()
     tokenizer = Tokenizer.from_directory(TOKENIZER, SHAPES.text)
-    vae = train_vae(options) if options.init is None else load_vae(options.init).to(options.device)
-    train_unet(options, vae, train_text(options, tokenizer), tokenizer)
+    train_unet(options, train_vae(options), train_text(options, tokenizer), tokenizer)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import argparse
 import math
 import random
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +21,23 @@ from tools.training import batch_of_pictures, log, save_state, warm_then_decay
 def train_vae(options: argparse.Namespace) -> VAE:
     """Trains the autoencoder, or returns the one that a finished run left.
 
-    The loss is L1 + L2, with a little noise on the latent so that the decoder forgives some. Three latent channels are
-    held to the picture at its size: a free latent of so small a VAE puts all colors on one curve, where what
-    blurs between two colors is a third. The Kullback-Leibler term only keeps variances in bounds.
+    The loss is L1 + L2, with noise on the latent, because the decoder has to forgive what a U-Net gets wrong. Three
+    latent channels are held to the picture at its size: a free latent of so small a VAE puts all colors on one curve,
+    where what blurs between two colors is a third. The Kullback-Leibler term only keeps variances in bounds.
+
+    Of the autoencoder of ``options.init``, if there is one, only the decoder is trained: its U-Net knows the latents.
     """
     state_file = options.run / "vae.pt"
-    vae = VAE(SHAPES.vae).to(options.device)
+    vae = VAE(SHAPES.vae)
+    trained: nn.Module = vae
+    noise = 0.1
+    if options.init is not None:
+        vae.load_state_dict(load(options.init)[1].vae.state_dict())
+        trained = nn.ModuleList([vae.requires_grad_(False).post_quant_conv, vae.decoder]).requires_grad_(True)
+        noise = 0.3  # a decoder alone can be taught to forgive more
+    vae.to(options.device)
     convert_conv2d_weight_memory_format(vae, torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     step = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=options.device)
@@ -48,7 +56,7 @@ def train_vae(options: argparse.Namespace) -> VAE:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * warm_then_decay(step, options.vae_steps, warm=50, decay=0.5)
         mean, log_variance = vae.moments(images)
-        noisy = mean + 0.05 * torch.randn_like(mean)
+        noisy = mean + noise * torch.rand(count, 1, 1, 1, device=mean.device) * torch.randn_like(mean)
         output = vae.decode(noisy * vae.config.scale_factor)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         small = F.avg_pool2d(images, SHAPES.vae.downscale)
@@ -57,7 +65,7 @@ def train_vae(options: argparse.Namespace) -> VAE:
         loss = F.l1_loss(output, images) + error + held + 1e-5 * divergence
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         step += 1
         if step % 25 == 0 or step == options.vae_steps:
@@ -73,15 +81,9 @@ def train_vae(options: argparse.Namespace) -> VAE:
         if step % 100 == 0 or step == options.vae_steps:
             save_state(state_file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
     vae.requires_grad_(False).eval()
-    images, _ = batch_of_pictures(random.Random("latent scale"), 64, SHAPES.size)
-    balance_latents(vae, images.to(options.device))
-    return vae
-
-
-def load_vae(path: Path) -> VAE:
-    """The autoencoder of a checkpoint, under today's scale factor."""
-    vae = VAE(SHAPES.vae).requires_grad_(False).eval()
-    vae.load_state_dict(load(path)[1].vae.state_dict())
+    if options.init is None:
+        images, _ = batch_of_pictures(random.Random("latent scale"), 64, SHAPES.size)
+        balance_latents(vae, images.to(options.device))
     return vae
 
 

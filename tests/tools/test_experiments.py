@@ -101,7 +101,10 @@ def test_a_run_leaves_table_verdicts_numbers_and_plot(
 
 
 def row(preset: str, number: int, obeyed: bool, error: float, held_out: bool = True) -> Row:
-    return Row(preset, number, number, 50, 3.0, "", obeyed, held_out, "", 20 + error, 0.5, error, 0.8, 2.0 + error, "m")
+    caption = f"a big {'cyan' if number < 10 else 'red'} triangle on a gray background"
+    return Row(
+        preset, number, number, 50, 3.0, caption, obeyed, held_out, "", 20 + error, 0.5, error, 0.8, 2.0 + error, "m"
+    )
 
 
 def test_summaries_and_verdicts_of_known_rows() -> None:
@@ -115,6 +118,8 @@ def test_summaries_and_verdicts_of_known_rows() -> None:
     assert second.over_dense.value == -0.25
     assert second.held_out is not None and second.seen is not None
     assert (second.held_out.value, second.seen.value) == (0.75, 0.75)
+    assert second.new_pairs is not None
+    assert second.new_pairs.value == 0  # the ten that fail
     assert third.over_baseline is not None and third.error_over_baseline is not None
     assert third.over_baseline.value == -0.5
     assert third.error_over_baseline.value == pytest.approx(0.305 - 0.10975, abs=1e-9)

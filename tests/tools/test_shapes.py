@@ -19,6 +19,7 @@ from tools.check_shapes import check, look, one_word_changes
 from tools.shapes import (
     BACKGROUNDS,
     COLORS,
+    NEW_PAIRS,
     RELATIONS,
     SHAPES,
     SIZES,
@@ -27,6 +28,7 @@ from tools.shapes import (
     Scene,
     Thing,
     draw,
+    has_new_pair,
     held_out,
     parse_caption,
     random_scene,
@@ -90,7 +92,7 @@ def test_every_caption_parses_back_to_its_scene() -> None:
     ("caption", "named"),
     [
         ("a tiny red circle on a white background", "size is 'tiny'"),
-        ("a small pink circle on a white background", "color is 'pink'"),
+        ("a small brown circle on a white background", "color is 'brown'"),
         ("a small red star on a white background", "shape is 'star'"),
         ("a small red circle on a brown background", "background is 'brown'"),
         ("a small red circle near a big blue square on a white background", "left of, right of, above, below"),
@@ -151,7 +153,7 @@ def test_words_are_drawn_evenly() -> None:
 
 
 def test_split_is_disjoint_and_one_in_ten() -> None:
-    share = np.mean([held_out(scene) for scene in every_scene()])
+    share = np.mean([held_out(scene) for scene in every_scene() if not has_new_pair(scene.caption)])
     train, test = scenes(3000, 1, "train"), scenes(3000, 2, "test")
     print(f"{share:.1%} of captions held out")
     assert 0.09 < share < 0.11
@@ -159,6 +161,23 @@ def test_split_is_disjoint_and_one_in_ten() -> None:
     assert not any(map(held_out, train)) and all(map(held_out, test))
     with pytest.raises(ValueError, match="split is 'val'"):
         random_scene(random.Random(0), "val")
+
+
+def test_training_never_shows_a_new_pair_and_test_captions_name_it_as_often_as_all() -> None:
+    def named(split: str | None) -> float:
+        pairs = [{(thing.color, thing.shape) for thing in scene.objects} for scene in scenes(3000, 3, split)]
+        return float(np.mean([bool(each & NEW_PAIRS) for each in pairs]))
+
+    assert named("train") == 0
+    print(f"new pairs in {named('test'):.1%} of test captions, {named(None):.1%} of all")
+    assert abs(named("test") - named(None)) < 0.03 < named(None)
+    for scene in scenes(300, 4):
+        new = any((thing.color, thing.shape) in NEW_PAIRS for thing in scene.objects)
+        assert has_new_pair(scene.caption) == new
+        assert held_out(scene) or not new
+    for color, shape in NEW_PAIRS:  # each of the two is shown, with others
+        shown = [thing for scene in scenes(1000, 5, "train") for thing in scene.objects]
+        assert {thing.shape for thing in shown if thing.color == color} == {*SHAPES} - {shape}
 
 
 def test_split_does_not_move() -> None:
@@ -172,6 +191,8 @@ def test_split_does_not_move() -> None:
         "a big green square on a black background",
         "a big green triangle on a black background",
         "a big blue circle on a black background",
+        "a big cyan square on a black background",
+        "a big cyan triangle on a black background",
     ]
 
 
@@ -296,7 +317,7 @@ def test_other_pictures_are_refused() -> None:
     assert "2 red objects, expected 1" in check(twice, caption).reasons
 
     patch = picture.copy()
-    patch[8:40, 8:40] = (0, 255, 255)
+    patch[8:40, 8:40] = (110, 60, 0)
     assert any("neither object nor background" in reason for reason in check(patch, caption).reasons)
 
     two_tone = picture.copy()

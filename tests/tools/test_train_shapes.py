@@ -7,13 +7,15 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from minisdxl.checkpoint import load
 from minisdxl.config import SHAPES
+from minisdxl.pipeline import BUNDLED
 from minisdxl.vae import VAE
-from tools.shapes import held_out, parse_caption
+from tools.shapes import draw, held_out, parse_caption, random_scene
 from tools.train_shapes import main, parse_stages
 from tools.train_vae import balance_latents
 from tools.training import Balance, batch_of_pictures, noise_levels, warm_then_decay
@@ -47,6 +49,21 @@ def test_balanced_latents_decode_to_the_same_pictures() -> None:
     assert mean.mean(dim=(0, 2, 3)).abs().max() <= 1e-12
     shift = (balanced_log_variance - log_variance + 2 * deviation.log()[:, None, None]).abs().max()
     assert shift <= 1e-12  # the posterior scales along
+
+
+@torch.no_grad()
+def test_the_bundled_vae_gives_unseen_pictures_back() -> None:
+    vae, rng = load(BUNDLED["shapes"])[1].vae, random.Random(7)
+    for named in ("", "cyan"):  # the color that came last
+        scenes = [scene for scene in (random_scene(rng, "test") for _ in range(400)) if named in scene.caption][:24]
+        pictures = torch.from_numpy(np.stack([draw(scene, SHAPES.size) for scene in scenes]))
+        images = pictures.permute(0, 3, 1, 2) / 127.5 - 1
+        errors = (vae.decode(vae.encode(images)).clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
+        found = 10 * (4 / errors).log10()
+        print(
+            f"{len(scenes)} pictures {named}: PSNR {found.mean():.1f} dB, from {found.min():.1f} to {found.max():.1f}"
+        )
+        assert found.mean() > 32
 
 
 def test_learning_rate_warms_up_stays_and_decays() -> None:
@@ -111,3 +128,18 @@ def test_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(first.vae.quant_conv.weight, final.vae.quant_conv.weight)
     assert not torch.equal(first.unet.state_dict()["out.2.weight"], final.unet.state_dict()["out.2.weight"])
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_from_a_checkpoint_keeps_its_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = BUNDLED["shapes"]
+    options = ["--vae-steps", "3", "--text-steps", "0", "--stages", "64:0", "--init", str(weights)]
+    monkeypatch.setattr(sys, "argv", ["train_shapes", "--run", str(tmp_path), *options, "--out", str(tmp_path / "out")])
+    main()
+    (_, before), (_, after) = load(weights), load(tmp_path / "out")
+    images, _ = batch_of_pictures(random.Random(6), 2, 64)
+    with torch.no_grad():
+        latents = before.vae.encode(images)
+        assert torch.equal(latents, after.vae.encode(images))
+        assert not torch.equal(before.vae.decode(latents), after.vae.decode(latents))
+    kept = before.unet.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in after.unet.state_dict().items())
