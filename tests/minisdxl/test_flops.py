@@ -85,7 +85,9 @@ def kind_of_work(name: str, module: nn.Module) -> str:
         return "projections"
     if isinstance(module, Attention):
         return {"attn1": "self-attention", "attn2": "cross-attention"}[name.split(".")[-1]]
-    return {nn.Conv2d: "convolution", TransformerLayer: "ranking and recovery"}[type(module)]
+    if isinstance(module, nn.Conv2d):
+        return "convolution"
+    return {TransformerLayer: "ranking and recovery"}[type(module)]
 
 
 def table(works: Iterable[Work]) -> dict[tuple[str, str], int]:
