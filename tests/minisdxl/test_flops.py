@@ -87,7 +87,8 @@ def kind_of_work(name: str, module: nn.Module) -> str:
         return {"attn1": "self-attention", "attn2": "cross-attention"}[name.split(".")[-1]]
     if isinstance(module, nn.Conv2d):
         return "convolution"
-    return {TransformerLayer: "ranking and recovery"}[type(module)]
+    assert isinstance(module, TransformerLayer), name
+    return "ranking and recovery"
 
 
 def table(works: Iterable[Work]) -> dict[tuple[str, str], int]:
