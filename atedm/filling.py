@@ -54,14 +54,20 @@ def direct_copy(tokens: TokenSet, kept: Tensor) -> Fill:
     return Fill(kept, tokens.grid, tokens.positions, lambda _: before)
 
 
-def add_change(tokens: TokenSet, kept: Tensor, source: Tensor) -> Fill:
-    """Pruned tokens keep the value that they had when pruned, and take on what has changed in a kept token since.
+def add_change(tokens: TokenSet, kept: Tensor, sources: Tensor) -> Fill:
+    """Pruned tokens keep the value that they had when pruned, and take on what has changed in kept tokens since.
 
-    ``source`` (B, n) names the kept token for each, as :class:`~atedm.recovery.Copy` has it. A residual stream is a sum
-    of changes: this stands in for the ones that a pruned token missed, and does not touch what it was already.
+    ``sources`` (B, n, m) names m kept tokens for each, as :class:`~atedm.recovery.Copy` names one; of their changes the
+    mean counts. A residual stream is a sum of changes: this stands in for the ones that a pruned token missed, and does
+    not touch what it was already.
     """
     before, kept_before = tokens.values, take_tokens(tokens.values, kept)
-    return Fill(kept, tokens.grid, tokens.positions, lambda now: before + take_tokens(now - kept_before, source))
+
+    def changed(now: Tensor) -> Tensor:
+        changes = (now - kept_before) / sources.shape[-1]
+        return sum((take_tokens(changes, source) for source in sources.unbind(-1)), start=before)
+
+    return Fill(kept, tokens.grid, tokens.positions, changed)
 
 
 def bicubic_interpolation(tokens: TokenSet, kept: Tensor) -> Fill:

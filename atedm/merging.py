@@ -124,7 +124,8 @@ def match_tokens(tokens: TokenSet, how: Merging) -> Merge:
     if not tokens.is_dense:
         raise ValueError(f"cannot match {tokens.count} of {tokens.size} tokens of grid {tokens.grid}, expected all")
     destinations, sources = _split(tokens.grid, how.stride, tokens.values.device)
-    best, like = nearest(tokens.values[:, sources], tokens.values[:, destinations])
+    found = nearest(tokens.values[:, sources], tokens.values[:, destinations])
+    best, like = (each.squeeze(-1) for each in found)
     ranked = best.sort(dim=-1, descending=True, stable=True).indices
     go, stay = ranked[:, :removed], ranked[:, removed:]
 

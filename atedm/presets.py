@@ -65,6 +65,10 @@ PRESETS: dict[str, Preset] = dict(
             Schedule("dissimilarity", Pruning(RHO, ranking="dissimilarity", recovery="nearest-change")),
             "what is like others goes, and takes on the change of the nearest kept token; no attention map",
         ),
+        _preset(
+            Schedule("grid", Pruning(RHO, ranking="grid", recovery="nearest-two-change")),
+            "a regular grid stays, the others take on the mean change of the two nearest kept tokens",
+        ),
     )
 )
 

@@ -12,12 +12,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from atedm.filling import add_change, bicubic_interpolation, check_kept, direct_copy, zero_padding
+from atedm.filling import add_change, bicubic_interpolation, check_kept, direct_copy, put_tokens, zero_padding
 from atedm.graph import AttentionGraph, LazyGraph
 from atedm.similarity import nearest
 from atedm.tokens import TokenSet, take_tokens
 
-RECOVERIES = ("similarity", "zeros", "bicubic", "direct", "similarity-change", "nearest", "nearest-change")
+RECOVERIES = (
+    *("similarity", "zeros", "bicubic", "direct"),  # those of the paper's figure 9
+    *("similarity-change", "nearest", "nearest-change", "nearest-two-change"),
+)
 
 
 class Restore(Protocol):
@@ -61,9 +64,11 @@ def recover(name: str, tokens: TokenSet, kept: Tensor, self_attention: LazyGraph
         case "nearest":
             return nearest_copy(tokens, kept)
         case "similarity-change":
-            return add_change(tokens, kept, similarity_copy(tokens, self_attention.graph, kept).source)
+            return add_change(tokens, kept, similarity_copy(tokens, self_attention.graph, kept).source.unsqueeze(-1))
         case "nearest-change":
-            return add_change(tokens, kept, nearest_copy(tokens, kept).source)
+            return add_change(tokens, kept, nearest_kept(tokens, kept, 1))
+        case "nearest-two-change":
+            return add_change(tokens, kept, nearest_kept(tokens, kept, 2))
         case "zeros":
             return zero_padding(tokens, kept)
         case "bicubic":
@@ -87,22 +92,33 @@ def similarity_copy(tokens: TokenSet, graph: AttentionGraph, kept: Tensor) -> Co
     receives, averaged over heads. ``tokens`` is the set before pruning, ``graph`` its self-attention, ``kept`` (B, k)
     the ascending indices of the tokens that stay.
     """
-    return _copy(tokens, kept, lambda pruned: graph.strongest_query(among=kept, targets=pruned))
+    sources = _sources(tokens, kept, lambda pruned: graph.strongest_query(among=kept, targets=pruned).unsqueeze(-1))
+    return Copy(sources[..., 0], kept.shape[1], tokens.grid, tokens.positions)
 
 
 def nearest_copy(tokens: TokenSet, kept: Tensor) -> Copy:
     """As :func:`similarity_copy`, but the most similar kept token is the one :func:`nearest` by its value."""
+    return Copy(nearest_kept(tokens, kept, 1)[..., 0], kept.shape[1], tokens.grid, tokens.positions)
+
+
+def nearest_kept(tokens: TokenSet, kept: Tensor, count: int) -> Tensor:
+    """The ``count`` kept tokens :func:`nearest` to each, by value: places (B, n, count) among ``kept`` (B, k).
+
+    Where k is less, there are k. A kept token has itself instead.
+    """
     values = take_tokens(tokens.values, kept)
-    return _copy(tokens, kept, lambda pruned: nearest(take_tokens(tokens.values, pruned), values)[1])
+    return _sources(tokens, kept, lambda pruned: nearest(take_tokens(tokens.values, pruned), values, count)[1])
 
 
-def _copy(tokens: TokenSet, kept: Tensor, find: Callable[[Tensor], Tensor]) -> Copy:
-    """The copy from what ``find`` gives for the indices of the pruned tokens (B, n - k): places among the kept ones."""
+def _sources(tokens: TokenSet, kept: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
+    """Places among the kept tokens (B, n, m): its own for a kept one, and for the pruned ones what ``find`` gives.
+
+    That maps indices (B, n - k) among ``tokens`` to places (B, n - k, m).
+    """
     batch, count = kept.shape
     is_pruned = torch.ones(batch, tokens.count, dtype=torch.int64, device=kept.device).scatter(1, kept, 0)
     pruned = is_pruned.argsort(dim=1, stable=True)[:, count:]
-    own = torch.arange(count, device=kept.device).expand(batch, -1)
-    source = torch.empty_like(is_pruned)
-    source.scatter_(1, kept, own)
-    source.scatter_(1, pruned, find(pruned))
-    return Copy(source, count, tokens.grid, tokens.positions)
+    found = find(pruned)
+    own = torch.arange(count, device=kept.device)[None, :, None].expand(batch, -1, found.shape[-1])
+    places = found.new_empty(batch, tokens.count, found.shape[-1])
+    return put_tokens(found, pruned, put_tokens(own, kept, places))

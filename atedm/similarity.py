@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atedm.coverage import grid_order
 from atedm.held import at_least_float32
 from atedm.streamed import PIECE_BYTES
 from atedm.tokens import TokenSet, take_tokens
@@ -16,46 +17,41 @@ from atedm.tokens import TokenSet, take_tokens
 ANCHORS = 4  # one token in so many is what the others are compared with
 
 
-def nearest(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest cosine similarity (B, n) of each of ``values`` (B, n, C) to ``others`` (B, m, C), and to which.
+def nearest(values: Tensor, others: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest cosine similarities of each of ``values`` (B, n, C) to ``others`` (B, m, C), and to which.
 
-    In float32 at least, and in pieces of the (n, m) similarities. A value of zeros has no direction: its similarity to
-    all is zero. Of equals the first counts.
+    Returns (B, n, count) both, the largest first, and fewer if m is. In float32 at least, and in pieces of the (n, m)
+    similarities. A value of zeros has no direction: its similarity to all is zero. Of equals the first counts.
     """
     directions, theirs = (F.normalize(at_least_float32(each), dim=-1, eps=1e-12) for each in (values, others))
     rows = max(1, PIECE_BYTES // (theirs[..., 0].numel() * theirs.element_size()))
-    pieces = [(piece @ theirs.mT).max(dim=-1) for piece in torch.split(directions, rows, dim=1)]
-    best, index = (torch.cat(each, dim=-1) for each in zip(*pieces, strict=True))
+    pieces = [_largest(piece @ theirs.mT, count) for piece in torch.split(directions, rows, dim=1)]
+    best, index = (torch.cat(each, dim=1) for each in zip(*pieces, strict=True))
     return best, index
 
 
-def spread(tokens: TokenSet) -> Tensor:
-    """Scores (B, n) whose k highest are spread over the grid as evenly as can be, whatever k is; no two are equal.
-
-    From 0 down: minus the place of each position in the order of a dither matrix as large as the grid (Bayer 1973), in
-    which the first quarter is every second row and column, and so on.
-    """
-    _, width = tokens.grid
-    positions = tokens.positions
-    if positions is None:
-        positions = torch.arange(tokens.count, device=tokens.values.device).expand(tokens.values.shape[0], -1)
-    row, column = positions // width, positions % width
-    place = torch.zeros_like(positions)
-    for bit in range((max(tokens.grid) - 1).bit_length()):  # the finest is the most significant
-        place = 4 * place + 2 * ((row >> bit ^ column >> bit) & 1) + (row >> bit & 1)
-    return -place
+def _largest(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As ``topk`` along the last axis, which does not say what it takes of equals. Changes ``weights``."""
+    found = []
+    for _ in range(min(count, weights.shape[-1])):
+        best, index = weights.max(dim=-1, keepdim=True)
+        found.append((best, index))
+        if count > 1:
+            weights.scatter_(-1, index, -torch.inf)
+    bests, indices = (torch.cat(each, dim=-1) for each in zip(*found, strict=True))
+    return bests, indices
 
 
 def dissimilarity(tokens: TokenSet) -> Tensor:
     """Scores (B, n): how unlike the rest of the tokens each is, so that the redundant ones are pruned first.
 
-    One token in ``ANCHORS``, those that :func:`spread` puts first, stand for all and score highest. Any other scores
-    minus its largest cosine similarity to one of them. The idea is ToMe's (Bolya and Hoffman 2023), whose destinations
-    these anchors are on a grid of even sides; there tokens are merged, here they are left out.
+    One token in ``ANCHORS``, those that :func:`grid_order` puts first, stand for all and score highest. Any other
+    scores minus its largest cosine similarity to one of them. The idea is ToMe's (Bolya and Hoffman 2023), whose
+    destinations these anchors are on a grid of even sides; there tokens are merged, here they are left out.
     """
-    order = spread(tokens)
+    order = grid_order(tokens)
     anchors = order.topk(max(1, tokens.count // ANCHORS), dim=-1).indices
     best, _ = nearest(tokens.values, take_tokens(tokens.values, anchors))
     places = 4 ** (max(tokens.grid) - 1).bit_length()
     first = 2 + order.gather(1, anchors) / (2 * places)  # 1.5 to 2: above all others, in the order of the grid
-    return (-best).scatter(1, anchors, first.to(best.dtype))
+    return (-best[..., 0]).scatter(1, anchors, first.to(best.dtype))

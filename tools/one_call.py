@@ -32,11 +32,13 @@ from tools.memory import machine
 from tools.shapes import BACKGROUNDS, draw, random_scene
 
 PRESETS = (
-    *("at-edm", "at-edm:ranking=lowest", "random", "at-edm:ranking=spread", "at-edm:ranking=dissimilarity"),
+    *("at-edm", "at-edm:ranking=lowest", "at-edm:ranking=covered", "random"),
+    *("at-edm:ranking=grid", "at-edm:ranking=dissimilarity"),
     *("direct", "at-edm:recovery=similarity-change", "at-edm:recovery=nearest", "at-edm:recovery=nearest-change"),
-    *("dissimilarity:recovery=direct", "dissimilarity:recovery=similarity-change", "dissimilarity:recovery=nearest"),
-    *("dissimilarity", "dissimilarity:ranking=lowest", "dissimilarity:ranking=random", "dissimilarity:ranking=spread"),
-    "tome",
+    *("at-edm:ranking=covered,recovery=nearest-change", "dissimilarity:recovery=direct"),
+    *("dissimilarity:recovery=similarity-change", "dissimilarity:recovery=nearest", "dissimilarity"),
+    *("dissimilarity:recovery=nearest-two-change", "dissimilarity:ranking=lowest", "dissimilarity:ranking=random"),
+    *("grid:recovery=nearest-change", "grid", "tome:r=0.38"),
 )
 STEPS = 50
 

@@ -26,6 +26,7 @@ OURS = {
     "dissimilarity": Schedule(
         "dissimilarity", Pruning(0.63, "dissimilarity", recovery="nearest-change"), tau=15, early="less"
     ),
+    "grid": Schedule("grid", Pruning(0.63, "grid", recovery="nearest-two-change"), tau=15),
 }
 
 
@@ -151,12 +152,13 @@ MERGING_SETTINGS = "r, tau, early, ends, spare, ratios"
         (
             "at-edm:ranking=best",
             "setting ranking of at-edm is 'best': ranking is 'best', expected one of gwpr, ca-wpr, "
-            "one-vote, lowest, random, spread, dissimilarity",
+            "one-vote, lowest, random, grid, covered, dissimilarity",
         ),
         (
             "at-edm:recovery=none",
             "setting recovery of at-edm is 'none': recovery is 'none', "
-            "expected one of similarity, zeros, bicubic, direct, similarity-change, nearest, nearest-change",
+            "expected one of similarity, zeros, bicubic, direct, similarity-change, nearest, nearest-change, "
+            "nearest-two-change",
         ),
         (
             "at-edm:graph=dense",

@@ -230,8 +230,8 @@ def random_inputs(queries: int, keys: int, seed: int, device: str = "cpu") -> At
 
 TOKENS = TokenSet(torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64), grid=(3, 4))
 GRAPHS_READ: dict[str, list[int]] = {
-    **{"gwpr": [0], "ca-wpr": [1], "one-vote": [0], "lowest": [0]},
-    **{"random": [], "spread": [], "dissimilarity": []},
+    **{"gwpr": [0], "ca-wpr": [1], "one-vote": [0], "lowest": [0], "covered": [0]},
+    **{"random": [], "grid": [], "dissimilarity": []},
 }
 
 

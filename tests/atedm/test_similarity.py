@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from atedm import TokenSet, top_k
+from atedm.coverage import grid_order
 from atedm.merging import Matching, Merging, match_tokens
-from atedm.similarity import ANCHORS, dissimilarity, nearest, spread
+from atedm.similarity import ANCHORS, dissimilarity, nearest
 
 
 def random_tokens(batch: int, height: int, width: int, scale: float = 1.0) -> TokenSet:
@@ -23,15 +24,19 @@ def cosine(x: list[float], y: list[float]) -> float:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-2])
-def test_nearest_by_loops(scale: float) -> None:
+@pytest.mark.parametrize(("count", "found"), [(1, 1), (2, 2), (5, 5), (9, 5)])
+def test_nearest_by_loops(scale: float, count: int, found: int) -> None:
     values, others = random_tokens(2, 3, 4, scale).values, random_tokens(2, 1, 5, scale).values
-    best, index = nearest(values, others)
+    best, index = nearest(values, others, count)
+    assert best.shape == index.shape == (2, 12, found)
     worst = 0.0
     for row in range(2):
         for token in range(12):
             cosines = [cosine(values[row, token].tolist(), other) for other in others[row].tolist()]
-            assert index[row, token] == cosines.index(max(cosines))
-            worst = max(worst, abs(best[row, token].item() - max(cosines)))
+            order = sorted(range(5), key=lambda place: -cosines[place])[:found]
+            assert index[row, token].tolist() == order
+            for place, similarity in zip(order, best[row, token].tolist(), strict=True):
+                worst = max(worst, abs(similarity - cosines[place]))
     print(f"cosine similarity at scale {scale}: max error {worst:.1e}")
     assert worst < 1e-15
 
@@ -39,49 +44,22 @@ def test_nearest_by_loops(scale: float) -> None:
 def test_nearest_takes_the_first_of_equals_and_zeros_are_like_nothing() -> None:
     others = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.0]]])
     best, index = nearest(torch.tensor([[[3.0, 0.0], [0.0, 0.0], [-1.0, -1.0]]]), others)
-    assert best.tolist() == [[1.0, 0.0, 0.0]]
-    assert index.tolist() == [[1, 0, 3]]
+    assert best.tolist() == [[[1.0], [0.0], [0.0]]]
+    assert index.tolist() == [[[1], [0], [3]]]
+    assert nearest(torch.tensor([[[3.0, 0.0]]]), others, 3)[1].tolist() == [[[1, 2, 0]]]
 
 
 def test_nearest_computes_in_float32_at_least() -> None:
     values = random_tokens(1, 4, 4).values
     half = nearest(values.half(), values.half())
     assert half[0].dtype == torch.float32
-    assert half[1].tolist() == [list(range(16))]
-
-
-def test_spread_is_the_dither_matrix_of_bayer() -> None:
-    order = -spread(random_tokens(1, 4, 4))
-    # The matrix for 4 x 4 as it is printed everywhere, with its anti-diagonal the second place.
-    assert order.view(4, 4).tolist() == [[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]
-
-
-@pytest.mark.parametrize("grid", [(8, 8), (32, 32), (5, 7), (1, 9), (48, 16)])
-def test_spread_covers_the_grid_however_many_stay(grid: tuple[int, int]) -> None:
-    """No two are equal, and at each count the largest hole is not much larger than on a regular grid of that count."""
-    tokens = random_tokens(1, *grid)
-    scores = spread(tokens)
-    assert sorted((-scores[0]).tolist()) == sorted(set((-scores[0]).tolist()))
-    assert scores.max() == 0
-    for count in (tokens.count // 4, tokens.count // 3, tokens.count // 2):
-        kept = [divmod(place, grid[1]) for place in top_k(scores, max(1, count))[0].tolist()]
-        everywhere = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
-        hole = max(min(max(abs(y - a), abs(x - b)) for a, b in kept) for y, x in everywhere)
-        pitch = math.sqrt(tokens.count / max(1, count)) if min(grid) > 1 else tokens.count / max(1, count)
-        print(f"{max(1, count)} of {grid}: farthest position {hole} from a kept one, regular grid of pitch {pitch:.1f}")
-        assert hole <= 2 * pitch
-
-
-def test_spread_knows_where_the_tokens_of_a_sparse_set_are() -> None:
-    tokens = random_tokens(1, 4, 4)
-    kept = torch.tensor([[1, 4, 5, 10, 15]])
-    assert torch.equal(spread(tokens.keep(kept)), spread(tokens).gather(1, kept))
+    assert half[1].tolist() == [[[place] for place in range(16)]]
 
 
 def test_dissimilarity_by_loops() -> None:
     tokens = random_tokens(2, 4, 6)
     scores = dissimilarity(tokens)
-    order = spread(tokens)
+    order = grid_order(tokens)
     worst = 0.0
     for row in range(2):
         anchors = sorted(range(24), key=lambda place: -order[row, place].item())[: 24 // ANCHORS]
