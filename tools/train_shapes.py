@@ -44,7 +44,7 @@ from minisdxl.transformer import AttentionBlock
 from minisdxl.unet import ResBlock, UNet
 from minisdxl.vae import VAE
 from tools.check_shapes import check
-from tools.shapes import random_scene
+from tools.shapes import COLORS, random_scene
 from tools.train_text import SeeingText, train_text
 from tools.train_vae import train_vae
 from tools.training import Balance, Optimizer, batch_of_pictures, log, noise_levels, save_state, warm_then_decay
@@ -225,6 +225,9 @@ def main() -> None:
     parser.add_argument(
         "--init", type=Path, help="checkpoint to go on from, where the run has no state: keeps its VAE's encoder"
     )
+    parser.add_argument(
+        "--teach", choices=COLORS, metavar="COLOR", help="with --init: train the VAE's encoder, too, on this new color"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast (U-Net)")
@@ -244,6 +247,8 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=4.0, help="guidance scale of the sample grids")
     parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids")
     options = parser.parse_args()
+    if options.teach is not None and options.init is None:
+        parser.error(f"--teach is {options.teach} without --init, expected both: from nothing, all colors are learned")
     tokenizer = Tokenizer.from_directory(TOKENIZER, SHAPES.text)
     train_unet(options, train_vae(options), train_text(options, tokenizer), tokenizer)
 

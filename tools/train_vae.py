@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import random
 import time
@@ -26,15 +27,18 @@ def train_vae(options: argparse.Namespace) -> VAE:
     where what blurs between two colors is a third. The Kullback-Leibler term only keeps variances in bounds.
 
     Of the autoencoder of ``options.init``, if there is one, only the decoder is trained: its U-Net knows the latents.
+    With ``options.teach``, a color, the encoder is too, and held to what it was on pictures without that color.
     """
     state_file = options.run / "vae.pt"
     vae = VAE(SHAPES.vae)
     trained: nn.Module = vae
-    noise = 0.1
+    noise, known = 0.1, None
     if options.init is not None:
         vae.load_state_dict(load(options.init)[1].vae.state_dict())
-        trained = nn.ModuleList([vae.requires_grad_(False).post_quant_conv, vae.decoder]).requires_grad_(True)
-        noise = 0.3  # a decoder alone can be taught to forgive more
+        known = copy.deepcopy(vae).requires_grad_(False).to(options.device)
+        noise = 0.3  # a decoder that is there can be taught to forgive more
+        if options.teach is None:
+            trained = nn.ModuleList([vae.requires_grad_(False).post_quant_conv, vae.decoder]).requires_grad_(True)
     vae.to(options.device)
     convert_conv2d_weight_memory_format(vae, torch.channels_last)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
@@ -51,7 +55,7 @@ def train_vae(options: argparse.Namespace) -> VAE:
         # Mostly small pictures, for time (edges are one pixel wide at any size); the middle attention sees more
         # positions in larger ones.
         side, count = (256, 4) if step % 16 == 15 else (128, 8) if step % 4 == 3 else (64, 16)
-        images, _ = batch_of_pictures(rng, count, side)
+        images, captions = batch_of_pictures(rng, count, side)
         images = images.to(options.device)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * warm_then_decay(step, options.vae_steps, warm=50, decay=0.5)
@@ -59,8 +63,13 @@ def train_vae(options: argparse.Namespace) -> VAE:
         noisy = mean + noise * torch.rand(count, 1, 1, 1, device=mean.device) * torch.randn_like(mean)
         output = vae.decode(noisy * vae.config.scale_factor)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        small = F.avg_pool2d(images, SHAPES.vae.downscale)
-        held = F.mse_loss(mean[:, :3], 1.5 * small)
+        if known is None:
+            held = F.mse_loss(mean[:, :3], 1.5 * F.avg_pool2d(images, SHAPES.vae.downscale))
+        else:
+            with torch.no_grad():
+                was = known.moments(images)[0]
+            old = [options.teach is None or options.teach not in caption.split() for caption in captions]
+            held = 10 * (torch.tensor(old, device=mean.device) * (mean - was).square().mean(dim=(1, 2, 3))).mean()
         error = F.mse_loss(output, images)
         loss = F.l1_loss(output, images) + error + held + 1e-5 * divergence
         optimizer.zero_grad(set_to_none=True)

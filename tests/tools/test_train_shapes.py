@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import random
 import sys
@@ -17,7 +18,7 @@ from minisdxl.pipeline import BUNDLED
 from minisdxl.vae import VAE
 from tools.shapes import draw, held_out, parse_caption, random_scene
 from tools.train_shapes import main, parse_stages
-from tools.train_vae import balance_latents
+from tools.train_vae import balance_latents, train_vae
 from tools.training import Balance, batch_of_pictures, noise_levels, warm_then_decay
 
 
@@ -128,6 +129,34 @@ def test_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(first.vae.quant_conv.weight, final.vae.quant_conv.weight)
     assert not torch.equal(first.unet.state_dict()["out.2.weight"], final.unet.state_dict()["out.2.weight"])
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_new_color_changes_the_encoder_and_not_the_unet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = BUNDLED["shapes"]
+    options = ["--vae-steps", "3", "--text-steps", "0", "--stages", "64:0", "--init", str(weights), "--teach", "cyan"]
+    monkeypatch.setattr(sys, "argv", ["train_shapes", "--run", str(tmp_path), *options, "--out", str(tmp_path / "out")])
+    main()
+    (_, before), (_, after) = load(weights), load(tmp_path / "out")
+    assert not torch.equal(before.vae.quant_conv.weight, after.vae.quant_conv.weight)
+    kept = before.unet.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in after.unet.state_dict().items())
+
+
+def test_a_new_color_without_a_checkpoint_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_shapes", "--teach", "cyan"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "--teach is cyan without --init, expected both" in capsys.readouterr().err
+
+
+def test_what_is_not_taught_is_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an encoder that starts from the known one, no picture is held further than rounding in the first step."""
+    options = argparse.Namespace(init=BUNDLED["shapes"], teach="cyan", run=tmp_path, device="cpu", vae_steps=1, seed=0)
+    train_vae(options)
+    assert " held 0 " in capsys.readouterr().out
 
 
 def test_a_run_from_a_checkpoint_keeps_its_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
