@@ -193,11 +193,11 @@ def compare(sdxl: SDXL, settings: Settings, schedules: dict[str, Schedule]) -> d
 
 
 def draw_row(figure: Figure, made: dict[str, tuple[Image.Image, float]], title: str) -> None:
-    """Pictures side by side."""
+    """Pictures side by side. A label is broken at its first hyphen, or else it is wider than its picture."""
     width, height = made["dense"][0].size
     figure.set_size_inches(WIDTH, 1.2 + WIDTH / len(made) * height / width)
     for panel, (label, (image, distance)) in zip(figure.subplots(1, len(made)), made.items(), strict=True):
-        _show(panel, image, f"latent MSD to dense\n{distance:.3g}", title=label)
+        _show(panel, image, f"latent MSD to dense\n{distance:.3g}", title=label.replace("-", "-\n", 1))
     figure.suptitle(title)
 
 

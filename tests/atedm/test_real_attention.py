@@ -96,4 +96,5 @@ def test_cheaper_rankings_and_what_they_agree_on(attention: dict[str, AttentionI
     # Loose, since they depend on the weights: random sets of this size share 0.37.
     assert min(sketches) > 0.5
     assert sum(sketches) / len(sketches) > 0.8
-    assert min(three_votes) > 0.6
+    assert min(three_votes) > 0.37
+    assert sum(three_votes) / len(three_votes) > 0.8
