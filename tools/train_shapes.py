@@ -223,7 +223,9 @@ def main() -> None:
         "--out", type=Path, help="checkpoint to write at the end, such as weights/shapes/shapes.safetensors"
     )
     parser.add_argument(
-        "--init", type=Path, help="checkpoint to go on from, where the run has no state: keeps its VAE's encoder"
+        "--init",
+        type=Path,
+        help="checkpoint to go on from, where the run has no state: keeps its VAE's encoder, but for --teach",
     )
     parser.add_argument(
         "--teach", choices=COLORS, metavar="COLOR", help="with --init: train the VAE's encoder, too, on this new color"
