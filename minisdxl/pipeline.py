@@ -23,7 +23,7 @@ from torch import Tensor
 from atedm.plan import DENSE, TokenPlan
 from atedm.presets import parse_preset
 from atedm.schedule import Schedule
-from minisdxl import checkpoint
+from minisdxl import checkpoint, cpu
 from minisdxl.config import ModelConfig
 from minisdxl.lora import LoRA
 from minisdxl.sampler import Condition, draw_noise, first_step, guided_denoiser, image_generators, initial_noise
@@ -160,9 +160,10 @@ class SDXL:
             self.config.noise,
         )
         start = self._start(image, (width, height), float(levels[first]), generators)
-        for step, x in enumerate(sampling.solver(denoiser, start, levels[first:], generators), start=first):
-            if on_step is not None and on_step(step, x):
-                break
+        with cpu.freed_memory_kept():
+            for step, x in enumerate(sampling.solver(denoiser, start, levels[first:], generators), start=first):
+                if on_step is not None and on_step(step, x):
+                    break
 
         pictures = finite("the VAE decoder", self.vae.decode(finite("the U-Net", x), tile))
         return [to_image(picture) for picture in pictures]

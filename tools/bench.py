@@ -26,6 +26,7 @@ import torch
 if __name__ == "__main__":  # run as a file, Python looks for imports in tools/ and not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from minisdxl import cpu
 from minisdxl.command import Parser
 from minisdxl.sample import DTYPES
 from tools.contenders import CONFIGS, PEERS, Contender, blocks, unets
@@ -70,24 +71,26 @@ def seconds(contender: Contender, device: torch.device) -> float:
 def measure(contenders: Sequence[Contender], repeats: int, device: torch.device) -> list[dict[str, Any]]:
     """One row for each contender: every time of it, its peak of memory, and its parts.
 
-    Each is called once before anything is timed, which also shows how far its output is from the first one's: the
-    largest difference, as a share of the largest value.
+    Each is called before anything is timed, which also shows how far its output is from the first one's: the largest
+    difference, as a share of the largest value. Freed memory is kept while times are taken, for all of them alike.
     """
     before = memory(device, "VmRSS")
     rows: list[dict[str, Any]] = []
     first = contenders[0].call().float()
     for contender in contenders:
         off = (contender.call().float() - first).abs().max() / first.abs().max()
-        rows.append({"name": contender.name, "seconds": [], "memory": 0, "off": off.item()})
-    for repeat in range(repeats):
-        turns = list(zip(contenders, rows, strict=True))
-        for contender, row in turns if repeat % 2 == 0 else reversed(turns):
-            forget_peak(device)
-            row["seconds"].append(seconds(contender, device))
-            row["memory"] = max(row["memory"], memory(device, "VmHWM") - before)
-            print(f"{repeat + 1} of {repeats}, {row['name']}: {row['seconds'][-1]:.3f} s", file=sys.stderr)
-    for contender, row in zip(contenders, rows, strict=True):
-        row["parts"] = spent(contender, device)
+        forget_peak(device)
+        contender.call()
+        needed = memory(device, "VmHWM") - before
+        rows.append({"name": contender.name, "seconds": [], "memory": needed, "off": off.item()})
+    with cpu.freed_memory_kept():
+        for contender, row in zip(contenders, rows, strict=True):
+            row["parts"] = spent(contender, device)
+        for repeat in range(repeats):
+            turns = list(zip(contenders, rows, strict=True))
+            for contender, row in turns if repeat % 2 == 0 else reversed(turns):
+                row["seconds"].append(seconds(contender, device))
+                print(f"{repeat + 1} of {repeats}, {row['name']}: {row['seconds'][-1]:.3f} s", file=sys.stderr)
     for base in [row for row in rows if row["name"] in BASELINES]:
         for row in rows:
             ratios = [mine / theirs for mine, theirs in zip(row["seconds"], base["seconds"], strict=True)]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minisdxl import cpu
 from minisdxl.command import Parser
 from minisdxl.config import ModelConfig
 from minisdxl.flops import Kind, count
@@ -81,18 +82,21 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Point]:
-    """Every preset in turn, with a U-Net that is gone afterwards. The first call of each is not counted."""
+    """Every preset in turn, with a U-Net that is gone afterwards. The first two calls of each are not counted."""
     contenders = list(unets(config, size, batch, presets, [], device, dtype))
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    peaks = dict.fromkeys(times, 0)
+    peaks = dict[str, int]()
     before = memory(device, "VmRSS")
-    for repeat in range(repeats + 1):
-        for contender in contenders:
-            forget_peak(device)
-            taken = seconds(contender, device)
-            if repeat:
-                times[contender.name].append(taken)
-                peaks[contender.name] = max(peaks[contender.name], memory(device, "VmHWM") - before)
+    for contender in contenders:
+        forget_peak(device)
+        contender.call()
+        peaks[contender.name] = memory(device, "VmHWM") - before
+    with cpu.freed_memory_kept():
+        for repeat in range(repeats + 1):
+            for contender in contenders:
+                taken = seconds(contender, device)
+                if repeat:
+                    times[contender.name].append(taken)
     points = [Point(name, size, batch, tuple(mine), peaks[name]) for name, mine in times.items()]
     for point in points:
         print(f"{size} px, batch {batch}, {point.preset}: {point.seconds:.3f} s", file=sys.stderr)
