@@ -26,10 +26,18 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware(device: torch.device) -> str:
-    """What ``device`` is: the name of a GPU, or the kind of processor and how many of its threads compute."""
+    """What ``device`` is: the name of a GPU, or of the processor and how many of its threads compute."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The name that the processor gives itself, where the system tells; its kind elsewhere."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def write_report(target: str, report: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ from minisdxl.command import Parser, parse_size
 from minisdxl.config import SDXL_BASE, SHAPES, ModelConfig
 from minisdxl.describe import json_files, tokenizer_files
 from minisdxl.pipeline import BUNDLED
+from minisdxl.report import processor
 from minisdxl.sample import DTYPES
 from minisdxl.tensorfile import write_tensors
 from minisdxl.tokenizer import load_vocabulary
@@ -140,12 +141,10 @@ def measure_loading(weights: Path, folder: Path, dtypes: Sequence[str], repeats:
 
 def machine() -> str:
     """The machine and the versions, in words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "diffusers"))
     return (
-        f"{next(names, platform.machine())}, {len(os.sched_getaffinity(0))} cores, {gib(memory)} GiB; "
+        f"{processor()}, {len(os.sched_getaffinity(0))} cores, {gib(memory)} GiB; "
         f"Python {platform.python_version()}, {versions}"
     )
 

@@ -82,7 +82,7 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Point]:
-    """Every preset in turn, with a U-Net that is gone afterwards. The first two calls of each are not counted."""
+    """Every preset in turn, with a U-Net that is gone afterwards. The first call of each is not counted."""
     contenders = list(unets(config, size, batch, presets, [], device, dtype))
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     peaks = dict[str, int]()
@@ -92,11 +92,9 @@ def measure(
         contender.call()
         peaks[contender.name] = memory(device, "VmHWM") - before
     with cpu.freed_memory_kept():
-        for repeat in range(repeats + 1):
+        for _ in range(repeats):
             for contender in contenders:
-                taken = seconds(contender, device)
-                if repeat:
-                    times[contender.name].append(taken)
+                times[contender.name].append(seconds(contender, device))
     points = [Point(name, size, batch, tuple(mine), peaks[name]) for name, mine in times.items()]
     for point in points:
         print(f"{size} px, batch {batch}, {point.preset}: {point.seconds:.3f} s", file=sys.stderr)

@@ -384,6 +384,9 @@ def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
     assert report["versions"]["torch"] == torch.__version__
     assert report["versions"]["tokenizers"] == tokenizers.__version__
+    name, threads = report["hardware"].rsplit(", ", 1)
+    assert name.split()[0] in Path("/proc/cpuinfo").read_text()  # as Linux has it
+    assert threads == f"{torch.get_num_threads()} threads"
     assert [(each["prompt"], each["seed"]) for each in report["pictures"]] == [(PROMPT, 8), ("ein grünes Dreieck", 9)]
     for picture in report["pictures"]:
         record = record_of(picture["path"])
