@@ -8,17 +8,21 @@ from torch import Tensor
 from atedm.tokens import TokenSet
 
 WINDOW = 2  # positions a side
+SHIFTS = ((0, 0), (1, 1), (0, 1), (1, 0))  # rows and columns that a grid can be moved by
 
 
-def grid_order(tokens: TokenSet) -> Tensor:
+def grid_order(tokens: TokenSet, shift: int = 0) -> Tensor:
     """Scores (B, n) whose k highest are spread over the grid as evenly as can be, whatever k is; no two are equal.
 
     From 0 down: minus the place of each position in the order of a dither matrix as large as the grid (Bayer 1973), in
-    which the first quarter is every second row and column, and so on.
+    which the first quarter is every second row and column, and so on. ``shift`` says which of ``SHIFTS`` the matrix is
+    moved by: the first quarters of all four are every position.
     """
+    down, right = SHIFTS[shift]
     row, column = _rows_and_columns(tokens)
+    row, column = row + down, column + right
     place = torch.zeros_like(row)
-    for bit in range((max(tokens.grid) - 1).bit_length()):  # the finest is the most significant
+    for bit in range((max(tokens.grid) - 1 + max(down, right)).bit_length()):  # the finest is the most significant
         place = 4 * place + 2 * ((row >> bit ^ column >> bit) & 1) + (row >> bit & 1)
     return -place
 

@@ -66,8 +66,8 @@ PRESETS: dict[str, Preset] = dict(
             "what is like others goes, and takes on the change of the nearest kept token; no attention map",
         ),
         _preset(
-            Schedule("grid", Pruning(RHO, ranking="grid", recovery="nearest-two-change")),
-            "a regular grid stays, the others take on the mean change of the two nearest kept tokens",
+            Schedule("moving-grid", Pruning(RHO, ranking="moving-grid", recovery="nearest-change")),
+            "a regular grid stays, moved at every step; the others take on the change of the nearest kept token",
         ),
     )
 )

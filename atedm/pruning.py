@@ -16,7 +16,8 @@ class Pruning:
 
     ``ratio`` is rho, the share of tokens removed. ``ranking`` is one of ``RANKINGS``, ``graph`` one of ``GRAPHS``,
     ``recovery`` one of ``RECOVERIES``. ``iterations`` is how often G-WPR iterates, exactly; ``None`` is until it
-    settles. ``seed`` is for the random ranking alone: the same seed keeps the same positions.
+    settles. ``seed`` is for the rankings ``random`` and ``moving-grid``: the same seed keeps the same
+    positions.
     Raises ``ValueError`` for an unknown name and for numbers out of range.
     """
 

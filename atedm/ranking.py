@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atedm.coverage import cover, grid_order
+from atedm.coverage import SHIFTS, cover, grid_order
 from atedm.graph import AttentionGraph, LazyGraph
 from atedm.held import HeldGraph
 from atedm.similarity import dissimilarity
 from atedm.tokens import TokenSet
 
-RANKINGS = ("gwpr", "ca-wpr", "one-vote", "lowest", "random", "grid", "covered", "dissimilarity")
+RANKINGS = ("gwpr", "ca-wpr", "one-vote", "lowest", "random", "grid", "moving-grid", "covered", "dissimilarity")
 
 # The paper names a threshold epsilon and gives no number. Scores of a head sum to one, so this is a share of all votes.
 EPSILON = 1e-5
@@ -135,8 +135,9 @@ def scores(
     ``gwpr`` and ``ca-wpr`` are G-WPR on self-attention and on cross-attention to the text, until it settles, or for
     exactly ``iterations`` (see :func:`rank`). ``one-vote`` is its first iteration on self-attention: how much attention
     a token receives. ``lowest`` turns ``gwpr`` around. ``random`` draws scores from ``seed``, on any device the same
-    and for each batch row the same. ``grid`` keeps a regular grid and ``covered`` first the best of ``gwpr`` in each
-    window, see :mod:`atedm.coverage`; ``dissimilarity`` keeps what is unlike the rest, see :mod:`atedm.similarity`.
+    and for each batch row the same. ``grid`` keeps a regular grid, ``moving-grid`` one that is moved by ``seed``, and
+    ``covered`` first the best of ``gwpr`` in each window, see :mod:`atedm.coverage`; ``dissimilarity`` keeps what is
+    unlike the rest, see :mod:`atedm.similarity`.
     No graph is built but the one that is read. Raises ``ValueError`` for another name.
     """
     eps, limit = (EPSILON, MAX_ITERATIONS) if iterations is None else (0.0, iterations)
@@ -154,6 +155,8 @@ def scores(
             return drawn.to(tokens.values.device).expand(tokens.values.shape[0], -1)
         case "grid":
             return grid_order(tokens)
+        case "moving-grid":
+            return grid_order(tokens, seed % len(SHIFTS))
         case "covered":
             return cover(gwpr(self_attention.graph, eps=eps, max_iterations=limit), tokens)
         case "dissimilarity":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from atedm.coverage import SHIFTS
 from atedm.merging import Merging
 from atedm.plan import BlockPlan, Site, TokenPlan
 from atedm.pruning import Pruning
@@ -82,6 +83,8 @@ class Schedule:
             method = replace(self.method, ratio=ratios.get(site.name, self.method.ratio))
             if isinstance(method, Pruning) and method.ranking == "random":  # other tokens in every block and step
                 method = replace(method, seed=method.seed + step * len(sites) + number)
+            if isinstance(method, Pruning) and method.ranking == "moving-grid":  # round and round, so few plans differ
+                method = replace(method, seed=(method.seed + step) % len(SHIFTS))
             block = self._block(method, site)
             if block.layers and site.name not in spared | ends:
                 blocks[site.name] = block

@@ -171,7 +171,7 @@ class _Formula:
         Without what is spared where the sums of the map's rows are known, as they are on a CPU; maps of over
         ``MAPS_BYTES`` a head are streamed instead of held, which is not in here.
         """
-        ranks = how.ranking not in ("random", "grid", "dissimilarity")
+        ranks = how.ranking not in ("random", "grid", "moving-grid", "dissimilarity")
         cross, searches = how.ranking == "ca-wpr", how.recovery.startswith("similarity")
         iterations = 0 if not ranks else 1 if how.ranking == "one-vote" else how.iterations or MAX_ITERATIONS
         keys = self.context_length if cross else tokens

@@ -38,7 +38,7 @@ PRESETS = (
     *("at-edm:ranking=covered,recovery=nearest-change", "dissimilarity:recovery=direct"),
     *("dissimilarity:recovery=similarity-change", "dissimilarity:recovery=nearest", "dissimilarity"),
     *("dissimilarity:recovery=nearest-two-change", "dissimilarity:ranking=lowest", "dissimilarity:ranking=random"),
-    *("grid:recovery=nearest-change", "grid", "tome:r=0.38"),
+    *("dissimilarity:ranking=grid", "dissimilarity:ranking=grid,recovery=nearest-two-change", "tome:r=0.38"),
 )
 STEPS = 50
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atedm import LazyGraph, TokenSet, gwpr, scores, top_k
-from atedm.coverage import WINDOW, cover, grid_order
+from atedm.coverage import SHIFTS, WINDOW, cover, grid_order
 from atedm.graph import AttentionInputs
 
 
@@ -24,13 +24,14 @@ def test_grid_order_is_the_dither_matrix_of_bayer() -> None:
     assert order.view(4, 4).tolist() == [[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]
 
 
+@pytest.mark.parametrize("shift", range(len(SHIFTS)))
 @pytest.mark.parametrize("grid", [(8, 8), (32, 32), (5, 7), (1, 9), (48, 16)])
-def test_grid_order_covers_the_grid_however_many_stay(grid: tuple[int, int]) -> None:
+def test_grid_order_covers_the_grid_however_many_stay(grid: tuple[int, int], shift: int) -> None:
     """No two are equal, and at each count the largest hole is not much larger than on a regular grid of that count."""
     tokens = random_tokens(1, *grid)
-    scores = grid_order(tokens)
+    scores = grid_order(tokens, shift)
     assert sorted((-scores[0]).tolist()) == sorted(set((-scores[0]).tolist()))
-    assert scores.max() == 0
+    assert shift > 0 or scores.max() == 0
     for count in (tokens.count // 4, tokens.count // 3, tokens.count // 2):
         kept = [divmod(place, grid[1]) for place in top_k(scores, max(1, count))[0].tolist()]
         everywhere = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
@@ -38,6 +39,14 @@ def test_grid_order_covers_the_grid_however_many_stay(grid: tuple[int, int]) -> 
         pitch = math.sqrt(tokens.count / max(1, count)) if min(grid) > 1 else tokens.count / max(1, count)
         print(f"{max(1, count)} of {grid}: farthest position {hole} from a kept one, regular grid of pitch {pitch:.1f}")
         assert hole <= 2 * pitch
+
+
+def test_a_grid_that_moves_is_everywhere_in_turn() -> None:
+    tokens = random_tokens(1, 8, 6)
+    stays = [set(top_k(grid_order(tokens, shift), 12)[0].tolist()) for shift in range(len(SHIFTS))]
+    assert set.union(*stays) == set(range(48))
+    for kept, (down, right) in zip(stays, SHIFTS, strict=True):
+        assert {((place // 6 + down) % 2, (place % 6 + right) % 2) for place in kept} == {(0, 0)}
 
 
 def test_grid_order_knows_where_the_tokens_of_a_sparse_set_are() -> None:

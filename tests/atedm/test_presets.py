@@ -26,7 +26,7 @@ OURS = {
     "dissimilarity": Schedule(
         "dissimilarity", Pruning(0.63, "dissimilarity", recovery="nearest-change"), tau=15, early="less"
     ),
-    "grid": Schedule("grid", Pruning(0.63, "grid", recovery="nearest-two-change"), tau=15),
+    "moving-grid": Schedule("moving-grid", Pruning(0.63, "moving-grid", recovery="nearest-change"), tau=15),
 }
 
 
@@ -152,7 +152,7 @@ MERGING_SETTINGS = "r, tau, early, ends, spare, ratios"
         (
             "at-edm:ranking=best",
             "setting ranking of at-edm is 'best': ranking is 'best', expected one of gwpr, ca-wpr, "
-            "one-vote, lowest, random, grid, covered, dissimilarity",
+            "one-vote, lowest, random, grid, moving-grid, covered, dissimilarity",
         ),
         (
             "at-edm:recovery=none",

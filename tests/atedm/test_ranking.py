@@ -21,6 +21,7 @@ from atedm import (
     scores,
     top_k,
 )
+from atedm.coverage import grid_order
 
 
 def random_map(batch: int, heads: int, queries: int, keys: int, sharpness: float = 1.5, seed: int = 0) -> Tensor:
@@ -231,7 +232,7 @@ def random_inputs(queries: int, keys: int, seed: int, device: str = "cpu") -> At
 TOKENS = TokenSet(torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64), grid=(3, 4))
 GRAPHS_READ: dict[str, list[int]] = {
     **{"gwpr": [0], "ca-wpr": [1], "one-vote": [0], "lowest": [0], "covered": [0]},
-    **{"random": [], "grid": [], "dissimilarity": []},
+    **{"random": [], "grid": [], "moving-grid": [], "dissimilarity": []},
 }
 
 
@@ -281,6 +282,11 @@ def test_random_scores() -> None:
     state = torch.get_rng_state()
     scores("random", TOKENS, *lazy_pair(), seed=5)
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers change
+
+
+def test_a_grid_moves_with_the_seed() -> None:
+    moved = [scores("moving-grid", TOKENS, *lazy_pair(), seed=seed) for seed in range(5)]
+    assert all(torch.equal(moved[seed], grid_order(TOKENS, seed % 4)) for seed in range(5))
 
 
 def test_random_scores_choose_each_position_as_often() -> None:

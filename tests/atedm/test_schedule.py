@@ -181,9 +181,15 @@ def test_plans_of_all_presets_fit_and_are_few(preset: str) -> None:
     """Compiled graphs see one for each kind of step."""
     schedule = PRESETS[preset].schedule
     plans = {schedule.plan(step, 50, SDXL) for step in range(50)}
-    assert len(plans) == {"random": 50, "tome": 1}.get(preset, 2)  # lots are drawn anew at every step
+    assert len(plans) == {"random": 50, "moving-grid": 8, "tome": 1}.get(preset, 2)  # lots are drawn anew at every step
     for plan in plans:
         plan.check(SDXL)
+
+
+def test_a_grid_moves_from_step_to_step_and_comes_round() -> None:
+    plans = [PRESETS["moving-grid"].schedule.plan(step, 50, SDXL) for step in range(20, 28)]
+    assert plans[:4] == plans[4:]
+    assert len(set(plans)) == 4
 
 
 def test_a_plan_that_reduces_nothing_is_refused() -> None:

@@ -166,6 +166,7 @@ SETTINGS = [
     *((f"random:recovery=direct,graph={graph}", 49) for graph in GRAPHS),
     *((f"at-edm:ranking=lowest,recovery=similarity-change,graph={graph}", 49) for graph in GRAPHS),
     ("random:ranking=grid,recovery=nearest", 49),
+    ("moving-grid:layers=0+1,rho=0.4", 49),
     ("random:ranking=covered,recovery=nearest-two-change", 49),
     ("dissimilarity:layers=0+1,rho=0.4", 49),
     ("tome:r=0.75", 49),
