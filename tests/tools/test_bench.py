@@ -92,10 +92,12 @@ def test_contenders_take_turns_and_ratios_are_of_one_round(monkeypatch: pytest.M
 
     monkeypatch.setattr(bench, "seconds", pretend)
     rows = bench.measure(made, 3, CPU)
-    assert turns == [*speed, *reversed(speed), *speed]
-    assert [row["seconds"] for row in rows] == [[2.0, 4.0, 6.0], [1.0, 2.0, 3.0], [4.0, 8.0, 12.0]]
+    assert turns == [*speed, *speed, *reversed(speed), *speed]  # the first time before freed memory is kept
+    assert [row["unkept"] for row in rows] == [2.0, 1.0, 4.0]
+    assert [row["seconds"] for row in rows] == [[4.0, 6.0, 8.0], [2.0, 3.0, 4.0], [8.0, 12.0, 16.0]]
     assert rows[1]["ratios"] == {"dense": [0.5] * 3, "diffusers": [0.25] * 3}
-    assert "| at-edm | 2.000 (1.000 to 3.000) | 0.500 (0.500 to 0.500) | 0.250 (0.250 to 0.250) |" in bench.table(rows)
+    line = "| at-edm | 3.000 (2.000 to 4.000) | 0.500 (0.500 to 0.500) | 0.250 (0.250 to 0.250) | 1.000 |"
+    assert line in bench.table(rows)
 
 
 @torch.no_grad()
