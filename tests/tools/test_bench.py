@@ -116,12 +116,12 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) 
     assert output.startswith(machine())
     assert "tiny, 128 px, batch 1, fp32" in output
     heads = [line.split(" | ")[0] for line in output.splitlines() if line.startswith("| ")]
-    contestants = ["| dense", "| at-edm", "| at-edm-sketched", "| dissimilarity", "| diffusers"]
+    contestants = ["| dense", "| at-edm", "| at-edm-sketched", "| moving-grid", "| diffusers"]
     assert heads == ["| ", "| ---", *contestants, "| ms of one step, profiled", "| ---", *contestants]
     bench.main([*arguments, "--block", "mid", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert [(row["name"], len(row["seconds"])) for row in report["rows"]] == [
-        (name, 2) for name in ("dense", "at-edm", "at-edm-sketched", "dissimilarity")
+        (name, 2) for name in ("dense", "at-edm", "at-edm-sketched", "moving-grid")
     ]
     assert report["dtype"] == "fp32"
 
