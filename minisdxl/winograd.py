@@ -12,8 +12,7 @@ For inference on a CPU. ``tools.bench`` measures what it gains.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
+import math
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +30,9 @@ WEIGHT = ((15, 0, 0), (5, 5, 5), (-5, 5, -5), (-16, -8, -4), (1, -2, 4), (0, 0, 
 OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 1 / 2, -2, 0), (0, 1, 1, 1 / 4, 4, 0), (0, 1, -1, 1 / 8, -8, 1))
 """That of products: powers of the points."""
 
-LEAST_CHANNELS = 256  # with fewer, transforms take what products save
-# Transformed weights are four times the others, and are kept. SDXL's 22 convolutions up to this size take 1.1 GiB;
-# its 14 larger ones, on the smallest maps but for one, would take 3.6 GiB more.
-LARGEST = 1920 * 640
-TILES = 128  # at a time: enough for a matrix product, few enough to stay in cache
+# Fewer channels or fewer tiles are convolved no faster this way than directly, because of the transforms.
+LEAST_CHANNELS, LEAST_TILES = 128, 32
+TILES = 256  # at a time: enough for matrix products, few enough to stay in cache
 
 
 def _both_axes(matrix: tuple[tuple[float, ...], ...], divisor: int = 1) -> Tensor:
@@ -46,19 +43,20 @@ def _both_axes(matrix: tuple[tuple[float, ...], ...], divisor: int = 1) -> Tenso
 
 def transform(weight: Tensor) -> Tensor:
     """The 36 matrices (36, C, O) of the weights (O, C, 3, 3) of a convolution."""
-    matrices = _both_axes(WEIGHT, 15).to(weight) @ rearrange(weight, "o c p q -> (p q) (c o)")
-    return matrices.view(INPUTS * INPUTS, weight.shape[1], weight.shape[0])
+    rows = rearrange(weight, "o c p q -> o (p q) c")  # a view where channels are last
+    return rearrange(_both_axes(WEIGHT, 15).to(weight) @ rows, "o point c -> point c o")
 
 
-def convolve(x: Tensor, matrices: Tensor, bias: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, O, H, W), channels last, as a 3x3 convolution with padding 1 and the weights that
-    :func:`transform` made ``matrices`` of.
+def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, O, H, W), channels last, as a 3x3 convolution with padding 1.
 
-    The work goes strip by strip, some rows of tiles each, in the same memory.
+    The work goes strip by strip, some rows of tiles each, in the same memory. The matrices of the weights, four times
+    as large, are made anew in every call: to keep those of SDXL takes 4.7 GiB and saves two hundredths of a step.
     """
     batch, channels, height, width = x.shape
+    matrices = transform(weight)
     out_channels = matrices.shape[2]
-    rows, columns = -(-height // OUTPUTS), -(-width // OUTPUTS)
+    rows, columns = _tiles(x)
     step = min(rows, -(-TILES // (batch * columns)))
     strips, at_once = -(-rows // step), step * batch * columns
     of_tiles, of_products = _both_axes(TILE, 2).to(x), _both_axes(OUTPUT).to(x)
@@ -83,34 +81,22 @@ def convolve(x: Tensor, matrices: Tensor, bias: Tensor) -> Tensor:
     return whole[:, :, :height, :width]
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution, padded by 1, the faster way where there is one.
+def _tiles(x: Tensor) -> tuple[int, int]:
+    """How many tiles there are below and beside each other."""
+    return -(-x.shape[2] // OUTPUTS), -(-x.shape[3] // OUTPUTS)
 
-    What it keeps for that is made anew when the weight changes; changes through ``weight.data`` are not seen.
-    """
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution, padded by 1, the faster way where there is one."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
-        self._kept: tuple[Tensor, int, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H, W)."""
-        sizes = self.in_channels, self.out_channels
-        if cpu.usable(input) and min(sizes) >= LEAST_CHANNELS and self.in_channels * self.out_channels <= LARGEST:
+        wide = min(self.in_channels, self.out_channels) >= LEAST_CHANNELS
+        large = len(input) * math.prod(_tiles(input)) >= LEAST_TILES
+        if wide and large and input.dtype == torch.float32 and cpu.usable(input):
             assert self.bias is not None
-            return convolve(input, self._matrices(), self.bias)
+            return convolve(input, self.weight, self.bias)
         return super().forward(input)
-
-    def _matrices(self) -> Tensor:
-        if self._kept is not None:
-            weight, version, matrices = self._kept
-            if weight is self.weight and version == self.weight._version:
-                return matrices
-        matrices = transform(self.weight)
-        self._kept = self.weight, self.weight._version, matrices
-        return matrices
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves or converts it, as ``nn.Module`` does, which can change the weight in place unseen."""
-        self._kept = None
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
