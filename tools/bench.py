@@ -1,6 +1,6 @@
 """How long one step of the U-Net takes, dense and with token plans, beside diffusers' on the same random weights.
 
-    python tools/bench.py --device cpu                                    # SDXL, 1024 px, fp32: takes half an hour
+    python tools/bench.py --device cpu                                    # SDXL, 1024 px, fp32: takes 20 minutes
     python tools/bench.py --device cuda --batch 2 --compile               # a guided pair, bf16, CUDA graphs
     python tools/bench.py --device cpu --scale small --size 256           # an idea of it
     python tools/bench.py --device cpu --block down.1.1 --presets dense at-edm at-edm:graph=sketched
@@ -72,43 +72,54 @@ def measure(contenders: Sequence[Contender], repeats: int, device: torch.device)
     """One row for each contender: every time of it, its peak of memory, and its parts.
 
     Each is called before anything is timed, which also shows how far its output is from the first one's: the largest
-    difference, as a share of the largest value. Freed memory is kept while times are taken, for all of them alike, but
-    for the time ``unkept``, which is what a program has that does not do so.
+    difference, as a share of the largest value. On a CPU a round has two halves. In the first, freed memory goes back
+    to the system, as it does with any program: ``unkept``. In the second it is kept, as ``SDXL.generate`` has it, for
+    all of them alike: ``seconds``, of which the ratios are, and the parts.
     """
     before = memory(device, "VmRSS")
     rows: list[dict[str, Any]] = []
     first = contenders[0].call().float()
     for contender in contenders:
-        off = (contender.call().float() - first).abs().max() / first.abs().max()
         forget_peak(device)
-        unkept = seconds(contender, device)
+        output = contender.call().float()
         needed = memory(device, "VmHWM") - before
+        off = (output - first).abs().max() / first.abs().max()
         rows.append(
-            {"name": contender.name, "seconds": [], "unkept": unkept, "memory": needed, "off": off.item()},
+            {"name": contender.name, "seconds": [], "unkept": [], "memory": needed, "off": off.item()},
         )
-    with cpu.freed_memory_kept():
-        for contender, row in zip(contenders, rows, strict=True):
-            row["parts"] = spent(contender, device)
-        for repeat in range(repeats):
-            turns = list(zip(contenders, rows, strict=True))
-            for contender, row in turns if repeat % 2 == 0 else reversed(turns):
+    for repeat in range(repeats):
+        turns = list(zip(contenders, rows, strict=True))[:: -1 if repeat % 2 else 1]
+        if device.type == "cpu":
+            for contender, row in turns:
+                row["unkept"].append(seconds(contender, device))
+        with cpu.freed_memory_kept():
+            contenders[0].call()  # has the memory mapped
+            for contender, row in turns:
                 row["seconds"].append(seconds(contender, device))
-                print(f"{repeat + 1} of {repeats}, {row['name']}: {row['seconds'][-1]:.3f} s", file=sys.stderr)
-    for base in [row for row in rows if row["name"] in BASELINES]:
-        for row in rows:
-            ratios = [mine / theirs for mine, theirs in zip(row["seconds"], base["seconds"], strict=True)]
-            row.setdefault("ratios", {})[base["name"]] = ratios
+            if repeat == 0:
+                for contender, row in turns:
+                    row["parts"] = spent(contender, device)
+        times = ", ".join(f"{row['name']} {row['seconds'][-1]:.3f} s" for row in rows)
+        print(f"{repeat + 1} of {repeats}: {times}", file=sys.stderr)
+    bases = {row["name"]: row["seconds"] for row in rows if row["name"] in BASELINES}
+    bases |= {f"{row['name']} unkept": row["unkept"] for row in rows if row["name"] == "diffusers" and row["unkept"]}
+    for row in rows:
+        row["ratios"] = {
+            name: [mine / theirs for mine, theirs in zip(row["seconds"], base, strict=True)]
+            for name, base in bases.items()
+        }
     return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Two Markdown tables: medians with the spread of all repeats, and milliseconds of each part."""
-    bases = list(rows[0].get("ratios", ()))
-    heads = ["", "s a step", *(f"of {base}" for base in bases), "unkept, s", "memory, GiB", "output differs by"]
+    bases = list(rows[0]["ratios"])
+    unkept = ["unkept, s"] if rows[0]["unkept"] else []
+    heads = ["", "s a step", *(f"of {base}" for base in bases), *unkept, "memory, GiB", "output differs by"]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for row in rows:
         ratios = [_spread(row["ratios"][base], 3) for base in bases]
-        others = [f"{row['unkept']:.3f}", gib(row["memory"]), f"{row['off']:.1e}"]
+        others = [*(_spread(row["unkept"], 3) for _ in unkept), gib(row["memory"]), f"{row['off']:.1e}"]
         lines.append(_line([row["name"], _spread(row["seconds"], 3), *ratios, *others]))
     parts = [part for part in PARTS if any(row["parts"][part] for row in rows)]
     lines += ["", _line(["ms of one step, profiled", *parts]), _line(["---"] * (len(parts) + 1))]
