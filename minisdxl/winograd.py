@@ -31,7 +31,7 @@ OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 1 / 2, -2, 0), (0, 1, 1, 1 / 4, 4, 0), 
 """That of products: powers of the points."""
 
 # Fewer channels or fewer tiles are convolved no faster this way than directly, because of the transforms.
-LEAST_CHANNELS, LEAST_TILES = 128, 32
+LEAST_CHANNELS, LEAST_TILES = 256, 32
 TILES = 256  # at a time: enough for matrix products, few enough to stay in cache
 
 
