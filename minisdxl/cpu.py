@@ -30,11 +30,10 @@ def attends(x: Tensor) -> bool:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether linear maps of ``x`` can go this way: as :func:`attends`, and in fp32, or bf16 where oneDNN has it."""
-    if not attends(x) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    in_bf16 = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return x.dtype == torch.float32 or bool(in_bf16)
+    """Whether linear maps of ``x`` can go this way: as :func:`attends`, and in fp32."""
+    return (
+        attends(x) and x.dtype == torch.float32 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

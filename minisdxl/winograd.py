@@ -96,7 +96,7 @@ class Conv3x3(nn.Conv2d):
         """(B, C, H, W) -> (B, O, H, W)."""
         wide = min(self.in_channels, self.out_channels) >= LEAST_CHANNELS
         large = len(input) * math.prod(_tiles(input)) >= LEAST_TILES
-        if wide and large and input.dtype == torch.float32 and cpu.usable(input):
+        if wide and large and cpu.usable(input):
             assert self.bias is not None
             return convolve(input, self.weight, self.bias)
         return super().forward(input)
