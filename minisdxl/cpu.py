@@ -64,7 +64,7 @@ def freed_memory_kept() -> Iterator[None]:
     """Meanwhile, memory that is freed stays with the process; then all that is free goes back to the system.
 
     Each step asks anew for the same large tensors. glibc has the system map them, which fills every page with zeros
-    when it is first touched, and unmaps them when they are freed: a seventh of the time of a pruned step of SDXL. Where
+    when it is first touched, and unmaps them when they are freed: up to a seventh of a pruned step of SDXL. Where
     libc is another one, or somebody has tuned it by its ``MALLOC_`` variables, nothing changes.
     """
     tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
