@@ -13,6 +13,7 @@ For inference on a CPU. ``tools.bench`` measures what it gains.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 1 / 2, -2, 0), (0, 1, 1, 1 / 4, 4, 0), 
 
 # Fewer channels or fewer tiles are convolved no faster this way than directly, because of the transforms.
 LEAST_CHANNELS, LEAST_TILES = 256, 32
-TILES = 256  # at a time: enough for matrix products, few enough to stay in cache
+TILES, CHANNELS = 256, 320  # at a time: enough for matrix products, few enough for caches and memory
 
 
 def _both_axes(matrix: tuple[tuple[float, ...], ...], divisor: int = 1) -> Tensor:
@@ -41,28 +42,51 @@ def _both_axes(matrix: tuple[tuple[float, ...], ...], divisor: int = 1) -> Tenso
     return torch.kron(one, one)
 
 
-def transform(weight: Tensor) -> Tensor:
-    """The 36 matrices (36, C, O) of the weights (O, C, 3, 3) of a convolution."""
+def transform(weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """The 36 matrices (36, C, O) of the weights (O, C, 3, 3) of a convolution; they lie in ``out`` (O, 36, C)."""
     rows = rearrange(weight, "o c p q -> o (p q) c")  # a view where channels are last
-    return rearrange(_both_axes(WEIGHT, 15).to(weight) @ rows, "o point c -> point c o")
+    return rearrange(torch.matmul(_both_axes(WEIGHT, 15).to(weight), rows, out=out), "o point c -> point c o")
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, O, H, W), channels last, as a 3x3 convolution with padding 1.
 
-    The work goes strip by strip, some rows of tiles each, in the same memory. The matrices of the weights, four times
-    as large, are made anew in every call: to keep those of SDXL takes 4.7 GiB and saves two hundredths of a step.
+    The work goes strip by strip, some rows of tiles each, in the same memory; where one strip is all, some output
+    channels at a time. The matrices of the weights, four times as large, are made anew in every call: to keep those of
+    SDXL takes 4.7 GiB and saves two hundredths of a step.
     """
-    batch, channels, height, width = x.shape
-    matrices = transform(weight)
-    out_channels = matrices.shape[2]
+    batch, _, height, width = x.shape
     rows, columns = _tiles(x)
     step = min(rows, -(-TILES // (batch * columns)))
-    strips, at_once = -(-rows // step), step * batch * columns
-    of_tiles, of_products = _both_axes(TILE, 2).to(x), _both_axes(OUTPUT).to(x)
-    tiles, seen = x.new_empty(2, INPUTS * INPUTS, at_once, channels)
-    products = x.new_empty(INPUTS * INPUTS, at_once, out_channels)
-    y = x.new_empty(batch, strips * step, OUTPUTS, columns, OUTPUTS, out_channels)
+    strips = -(-rows // step)
+    at_a_time = CHANNELS if strips == 1 else len(weight)
+    matrices = _matrices(weight, at_a_time)
+    matrices = list(matrices) if strips > 1 else matrices  # strips share them
+    of_products = _both_axes(OUTPUT).to(x)
+    size = (batch, len(weight), strips * step * OUTPUTS, columns * OUTPUTS)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    by_tiles = rearrange(y, "b o (row p) (column q) -> b row p column q o", p=OUTPUTS, q=OUTPUTS)
+    for first, seen in zip(range(0, rows, step), _seen(x, rows, columns, step), strict=True):
+        pieces = torch.split(by_tiles[:, first : first + step], at_a_time, dim=-1)
+        for piece, matrix, shift in zip(pieces, matrices, torch.split(bias, at_a_time), strict=True):
+            outputs = of_products @ torch.bmm(seen, matrix).flatten(1)
+            outputs = outputs.view(OUTPUTS, OUTPUTS, batch, step, columns, -1).add_(shift)
+            piece.copy_(rearrange(outputs, "p q b row column o -> b row p column q o"))
+    return y[:, :, :height, :width]
+
+
+def _matrices(weight: Tensor, at_a_time: int) -> Iterable[Tensor]:
+    """The matrices (36, C, ...) of some output channels at a time, which lie in the same memory."""
+    room = weight.new_empty(min(at_a_time, len(weight)), INPUTS * INPUTS, weight.shape[1])
+    for piece in torch.split(weight, at_a_time):
+        yield transform(piece, room[: len(piece)])
+
+
+def _seen(x: Tensor, rows: int, columns: int, step: int) -> Iterator[Tensor]:
+    """The transformed tiles (36, tiles, C) of ``step`` rows of tiles at a time, which lie in the same memory."""
+    batch, channels, height, width = x.shape
+    of_tiles = _both_axes(TILE, 2).to(x)
+    tiles, seen = x.new_empty(2, INPUTS * INPUTS, batch * step * columns, channels)
     for first in range(0, rows, step):
         top, bottom = OUTPUTS * first - 1, OUTPUTS * (first + step) + 1
         strip = F.pad(
@@ -73,12 +97,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         tiles.view(INPUTS, INPUTS, batch, step, columns, channels).copy_(
             rearrange(overlapping, "b c row column p q -> p q b row column c")
         )
-        torch.mm(of_tiles, tiles.flatten(1), out=seen.flatten(1))
-        torch.bmm(seen, matrices, out=products)
-        outputs = (of_products @ products.flatten(1)).view(OUTPUTS, OUTPUTS, batch, step, columns, out_channels)
-        y[:, first : first + step] = rearrange(outputs.add_(bias), "p q b row column o -> b row p column q o")
-    whole = rearrange(y, "b row p column q o -> b o (row p) (column q)")
-    return whole[:, :, :height, :width]
+        yield torch.mm(of_tiles, tiles.flatten(1), out=seen.flatten(1)).view_as(seen)
 
 
 def _tiles(x: Tensor) -> tuple[int, int]:

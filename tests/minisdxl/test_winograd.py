@@ -69,21 +69,34 @@ def test_it_is_the_convolution(channels: tuple[int, int], size: tuple[int, int],
     size=st.tuples(st.integers(1, 30), st.integers(1, 30)),
     batch=st.integers(1, 3),
     tiles=st.integers(1, 40),
+    at_a_time=st.integers(1, 9),
     last=st.booleans(),
 )
 def test_any_size_in_any_strips(
-    channels: tuple[int, int], size: tuple[int, int], batch: int, tiles: int, last: bool
+    channels: tuple[int, int], size: tuple[int, int], batch: int, tiles: int, at_a_time: int, last: bool
 ) -> None:
-    """Maps that are no whole number of tiles, strips that do not divide them, channels outside or last."""
+    """Maps that are no whole number of tiles, strips and pieces that do not divide them, channels outside or last."""
     layer, x = layer_and_input(channels, size, batch, 1.0)
     x = x if last else x.contiguous()
     assert layer.bias is not None
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(winograd, "TILES", tiles)
+        patch.setattr(winograd, "CHANNELS", at_a_time)
         y = convolve(x.double(), layer.weight.double(), layer.bias.double())
     assert y.shape == (batch, channels[1], *size)
     assert channels[1] == 1 or y.stride(1) == 1  # channels last
     torch.testing.assert_close(y, plain(layer, x), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("size", [(8, 12), (7, 12), (7, 10)], ids=["whole tiles", "whole rows", "neither"])
+@torch.no_grad()
+def test_what_follows_has_its_channels_last_too(batch: int, size: tuple[int, int]) -> None:
+    """torch tells by all strides, those of axes of one element too, and copies where they are off."""
+    layer, x = layer_and_input((4, 6), size, batch, 1.0)
+    assert layer.bias is not None
+    y = convolve(x, layer.weight, layer.bias)
+    assert F.group_norm(y, 2).is_contiguous(memory_format=torch.channels_last)
 
 
 @needs_onednn
