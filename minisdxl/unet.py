@@ -29,13 +29,13 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, groups: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, in_channels, eps=1e-5), nn.SiLU(), Conv3x3(in_channels, out_channels)
+            nn.GroupNorm(groups, in_channels, eps=1e-5), nn.SiLU(inplace=True), Conv3x3(in_channels, out_channels)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, out_channels))
         # Index 2 is the official code's dropout, which is 0.
         self.out_layers = nn.Sequential(
             nn.GroupNorm(groups, out_channels, eps=1e-5),
-            nn.SiLU(),
+            nn.SiLU(inplace=True),
             nn.Identity(),
             Conv3x3(out_channels, out_channels),
         )

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from atedm import filling, merging, pruning, recovery
 from atedm.tokens import TokenSet
-from minisdxl import winograd
+from minisdxl import cpu, winograd
 from tools.contenders import Contender
 
 # Of operators within operators the outermost counts.
@@ -27,9 +27,11 @@ OPERATORS = {
     "aten::group_norm": "normalization",
     "aten::layer_norm": "normalization",
 }
-# What is made of several operators: convolutions in few multiplications, and what a token plan adds to the layers.
+# What is made of several operators: convolutions in few multiplications, attention to few keys, and what a token plan
+# adds to the layers.
 LABELS: tuple[tuple[Any, str, str], ...] = (
     (winograd, "convolve", "convolution"),
+    (cpu, "attention", "attention"),
     (pruning, "scores", "ranking"),
     (pruning, "top_k", "ranking"),
     (merging, "match_tokens", "ranking"),

@@ -25,10 +25,14 @@ def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @needs_onednn
+@pytest.mark.parametrize("of_intel", [True, False], ids=["intel", "other"])
 @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["ordinary", "small"])
 @pytest.mark.parametrize("shape", [(1, 200, 64), (3, 1, 64), (2, 77, 512)], ids=str)
 @torch.no_grad()
-def test_products_are_those_of_float64(shape: tuple[int, ...], scale: float) -> None:
+def test_products_are_those_of_float64(
+    shape: tuple[int, ...], scale: float, of_intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "of_intel", lambda: of_intel)
     generator = torch.Generator().manual_seed(0)
     x = scale * torch.randn(shape, generator=generator)
     weight, bias = torch.randn(96, shape[-1], generator=generator), scale * torch.randn(96, generator=generator)
@@ -87,12 +91,30 @@ def test_it_stays_away_where_it_does_not_belong() -> None:
 @torch.no_grad()
 def test_attention_is_that_of_torch_and_knows_the_sums_of_rows() -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, 3, 16, generator=generator).transpose(1, 2) for n in (40, 77, 77))
+    many = cpu.FEW_KEYS + 1
+    q, k, v = (torch.randn(2, n, 3, 16, generator=generator).transpose(1, 2) for n in (40, many, many))
     attended, log_sum_exp = cpu.attention(q, k, v, 0.3)
     assert torch.equal(attended, F.scaled_dot_product_attention(q, k, v, scale=0.3))
+    assert log_sum_exp is not None
     error = (log_sum_exp - (0.3 * q.double() @ k.double().mT).logsumexp(dim=-1)).abs().max()
     print(f"log-sum-exp: max error {error:.1e}")
     assert error < 1e-5
+
+
+@needs_onednn
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 100.0], ids=["ordinary", "small", "large"])
+@torch.no_grad()
+def test_attention_to_few_keys_is_that_of_float64(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (spread * torch.randn(2, n, 3, 16, generator=generator).transpose(1, 2) for n in (40, 77, 77))
+    attended, log_sum_exp = cpu.attention(q, k, v, 0.3)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.3)
+    fused = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+    error, of_torch = relative_error(attended, exact), relative_error(fused, exact)
+    print(f"attention to 77 keys, spread {spread:g}: max error {error:.1e} of the largest, of torch's {of_torch:.1e}")
+    assert log_sum_exp is None
+    assert error < 2e-6 if spread <= 1 else error < 1e-3
+    assert cpu.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.3)[1] is not None  # in bf16 it is torch's
 
 
 ALLOCATING = """

@@ -102,7 +102,7 @@ def test_spread_of_attention_equals_brute_force(sdxl: SDXL, monkeypatch: pytest.
     seen = []
     fused = cpu.attention
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def spy(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         if q.shape == k.shape:  # not of texts
             seen.append(spread_by_hand(q, k, scale))
         return fused(q, k, v, scale)
