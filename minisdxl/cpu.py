@@ -69,10 +69,10 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
     """Fused attention (B, h, n, d), bit for bit that of torch, and the log-sum-exp (B, h, n) that torch keeps back.
 
-    To few keys, in fp32, with the map in memory: it is small, and three plain operators are faster. Nothing is known of
-    its rows then.
+    From many queries to few keys, in fp32, with the map in memory: it is small, and plain operators are faster. Nothing
+    is known of its rows then.
     """
-    if k.shape[2] <= FEW_KEYS and usable(q):
+    if k.shape[2] <= FEW_KEYS < q.shape[2] and usable(q):
         return (q @ (scale * k).mT).softmax(dim=-1) @ v, None
     attended, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     return attended, log_sum_exp

@@ -102,19 +102,21 @@ def test_attention_is_that_of_torch_and_knows_the_sums_of_rows() -> None:
 
 
 @needs_onednn
-@pytest.mark.parametrize("spread", [1.0, 1e-3, 100.0], ids=["ordinary", "small", "large"])
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 10.0], ids=["ordinary", "small", "large"])
 @torch.no_grad()
 def test_attention_to_few_keys_is_that_of_float64(spread: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (spread * torch.randn(2, n, 3, 16, generator=generator).transpose(1, 2) for n in (40, 77, 77))
+    q, k, v = (spread * torch.randn(2, n, 3, 16, generator=generator).transpose(1, 2) for n in (99, 77, 77))
     attended, log_sum_exp = cpu.attention(q, k, v, 0.3)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.3)
     fused = F.scaled_dot_product_attention(q, k, v, scale=0.3)
     error, of_torch = relative_error(attended, exact), relative_error(fused, exact)
     print(f"attention to 77 keys, spread {spread:g}: max error {error:.1e} of the largest, of torch's {of_torch:.1e}")
     assert log_sum_exp is None
-    assert error < 2e-6 if spread <= 1 else error < 1e-3
-    assert cpu.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.3)[1] is not None  # in bf16 it is torch's
+    assert error < (2e-6 if spread <= 1 else 2e-5)  # of logits of 100, fp32 knows no more than five digits
+    for stays in ((q.bfloat16(), k.bfloat16(), v.bfloat16()), (k, k, v)):  # in bf16, and few tokens among each other
+        assert torch.equal(cpu.attention(*stays, 0.3)[0], F.scaled_dot_product_attention(*stays, scale=0.3))
+        assert cpu.attention(*stays, 0.3)[1] is not None
 
 
 ALLOCATING = """
