@@ -1,8 +1,8 @@
 """What a CPU does faster than torch does when asked in the plain way. ``tools.bench`` measures what it gains.
 
-Linear maps run in oneDNN, as torch's convolutions do already, not in MKL, which is good on Intel's own CPUs; torch's
-compiler calls the same operators (Inductor, since 2.0). Fused attention is the plain one, but says what it knows. No
-gradient goes through any of this. And what one step frees stays at hand for the next.
+Linear maps run in oneDNN, as torch's convolutions do already, and not in MKL, but on Intel's own CPUs; torch's compiler
+calls the same operators (Inductor, since 2.0). Fused attention is the plain one, but says what it knows; to few keys it
+is not fused. No gradient goes through any of this. And what one step frees stays at hand for the next.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
     """Fused attention (B, h, n, d), bit for bit that of torch, and the log-sum-exp (B, h, n) that torch keeps back.
 
-    From many queries to few keys, in fp32, with the map in memory: it is small, and plain operators are faster. Nothing
-    is known of its rows then.
+    From many queries to few keys, in fp32, the map is small, and plain operators are faster: those of torch but for
+    rounding, without the log-sum-exp.
     """
     if k.shape[2] <= FEW_KEYS < q.shape[2] and usable(q):
         return (q @ (scale * k).mT).softmax(dim=-1) @ v, None

@@ -28,6 +28,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, groups: int) -> None:
         super().__init__()
+        # SiLU in place: nobody else has the normalized map.
         self.in_layers = nn.Sequential(
             nn.GroupNorm(groups, in_channels, eps=1e-5), nn.SiLU(inplace=True), Conv3x3(in_channels, out_channels)
         )
