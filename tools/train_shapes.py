@@ -29,6 +29,7 @@ from atedm.plan import DENSE
 from minisdxl.checkpoint import Modules, load, save
 from minisdxl.config import SHAPES, ModelConfig
 from minisdxl.files import atomic_path
+from minisdxl.pipeline import SDXL
 from minisdxl.sampler import (
     Condition,
     discrete_sigmas,
@@ -44,6 +45,7 @@ from minisdxl.transformer import AttentionBlock
 from minisdxl.unet import ResBlock, UNet
 from minisdxl.vae import VAE
 from tools.check_shapes import check
+from tools.likeness import NOISE, similarity_kernel, watch
 from tools.shapes import COLORS, random_scene
 from tools.train_text import SeeingText, train_text
 from tools.train_vae import train_vae
@@ -111,8 +113,11 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
     convert_conv2d_weight_memory_format(model.unet, torch.channels_last)
     if options.init is not None:
         model.unet.load_state_dict(load(options.init)[1].unet.state_dict())
+    if options.sharpness is not None:
+        generator = torch.Generator().manual_seed(options.seed)
+        similarity_kernel(model.unet, generator, options.sharpness, options.kernel_noise)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer, balance = Optimizer(model), Balance()
+    optimizer, balance = Optimizer(model, options.attention_rate), Balance()
     step = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=options.device)
@@ -165,6 +170,9 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state()}
             save_state(state_file, state | {"typical": balance.typical, "step": step})
             save(options.run / "shapes.safetensors", config, Modules(average.unet, vae, average.text))
+        if step % options.watch_every == 0 or step == steps:
+            sdxl = SDXL(config, average.unet, vae, average.text, tokenizer)
+            log(options.run / "watch.csv", step=step, **watch(sdxl))
         if step % options.grid_every == 0 or step == steps:
             obeyed = sample_grid(options, step, config, Modules(average.unet, vae, average.text), side)
             log(options.run / "grid.csv", step=step, side=side, obeyed=obeyed)
@@ -247,6 +255,23 @@ def main() -> None:
         "--rate", type=float, default=1.0, help="share of the full learning rates to begin with, less after --init"
     )
     parser.add_argument("--cfg", type=float, default=4.0, help="guidance scale of the sample grids")
+    parser.add_argument(
+        "--sharpness",
+        type=float,
+        metavar="S2",
+        help="start all self-attention from a similarity kernel of this s^2, such as 10 (tools/likeness.py)",
+    )
+    parser.add_argument(
+        "--kernel-noise", type=float, default=NOISE, metavar="A", help="with --sharpness: a (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--attention-rate",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="share of the learning rate that query and key maps of self-attention have (default: %(default)s)",
+    )
+    parser.add_argument("--watch-every", type=int, default=200, help="U-Net steps between two looks at self-attention")
     parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids")
     options = parser.parse_args()
     if options.teach is not None and options.init is None:

@@ -62,18 +62,25 @@ def noise_levels(count: int) -> Tensor:
 
 
 class Optimizer:
-    """Muon for the matrices of transformer layers, where it needs fewer steps than AdamW, and AdamW for the rest."""
+    """Muon for the matrices of transformer layers, where it needs fewer steps than AdamW, and AdamW for the rest.
 
-    def __init__(self, model: nn.Module) -> None:
+    ``attention_rate`` scales the learning rate of the query and key maps of self-attention.
+    """
+
+    def __init__(self, model: nn.Module, attention_rate: float = 1.0) -> None:
         named = dict(model.named_parameters())
-        matrices = [p for name, p in named.items() if p.ndim == 2 and re.search(r"transformer_blocks|\.layers\.", name)]
-        chosen = {id(p) for p in matrices}
+        matrices = {n: p for n, p in named.items() if p.ndim == 2 and re.search(r"transformer_blocks|\.layers\.", n)}
+        likeness = [p for n, p in matrices.items() if re.search(r"\.attn1\.to_[qk]\.", n)]
+        matrices = {n: p for n, p in matrices.items() if not re.search(r"\.attn1\.to_[qk]\.", n)}
+        chosen = {id(p) for p in (*matrices.values(), *likeness)}
         others = [p for p in named.values() if id(p) not in chosen]
-        self.parameters = [*matrices, *others]
+        self.parameters = [*matrices.values(), *likeness, *others]
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01),
+            torch.optim.Muon(group, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+            for group, rate in ((list(matrices.values()), 2e-3), (likeness, attention_rate * 2e-3))
+            if group
         ]
+        self.parts.append(torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01))
         self.rates = [part.param_groups[0]["lr"] for part in self.parts]
 
     def step(self, loss: Tensor, factor: float) -> None:
