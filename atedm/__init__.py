@@ -1,16 +1,22 @@
 """Token sets, ranking, pruning and recovery: AT-EDM as ordinary layers, for any model that attends over a grid."""
 
-from atedm.graph import GRAPHS, AttentionGraph, AttentionInputs, LazyGraph
-from atedm.headwise import HeadwiseGraph
-from atedm.held import HeldGraph
+from atedm.graph import (
+    GRAPHS,
+    AttentionGraph,
+    AttentionInputs,
+    ByHeadGraph,
+    DenseGraph,
+    LazyGraph,
+    StreamedGraph,
+)
+from atedm.gwpr import Ranking, gwpr, rank
 from atedm.merging import Merge, Merging, match_tokens
 from atedm.plan import DENSE, BlockPlan, LayerPlan, Site, TokenPlan
 from atedm.presets import PRESETS, parse_preset
 from atedm.pruning import Pruning, prune
-from atedm.ranking import RANKINGS, Ranking, gwpr, kept_count, rank, scores, top_k
+from atedm.ranking import RANKINGS, kept_count, scores, top_k
 from atedm.recovery import RECOVERIES, Restore, recover, similarity_copy
 from atedm.schedule import Schedule
-from atedm.streamed import StreamedGraph
 from atedm.tokens import TokenSet
 
 __all__ = [
@@ -22,8 +28,8 @@ __all__ = [
     "AttentionGraph",
     "AttentionInputs",
     "BlockPlan",
-    "HeadwiseGraph",
-    "HeldGraph",
+    "ByHeadGraph",
+    "DenseGraph",
     "LayerPlan",
     "LazyGraph",
     "Merge",

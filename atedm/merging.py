@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from atedm.similarity import nearest
+from atedm.cosine import nearest
 from atedm.tokens import TokenSet, take_tokens
 
 

@@ -52,13 +52,15 @@ PRESETS: dict[str, Preset] = dict(
             Schedule("direct", Pruning(RHO, recovery="direct")),
             "at-edm, pruned tokens come back as they were when pruned (figure 9)",
         ),
-        _preset(Schedule("random", Pruning(RHO, ranking="random")), "at-edm, but which tokens stay is drawn by lot"),
+        _preset(
+            Schedule("random", Pruning(RHO, ranking="random")), "at-edm, but the tokens that stay are drawn at random"
+        ),
         _preset(
             Schedule("one-vote", Pruning(RHO, ranking="one-vote")),
             "at-edm ranked by attention received, without iterating",
         ),
         _preset(
-            Schedule("at-edm-sketched", Pruning(RHO, graph="sketched")),
+            Schedule("at-edm-subsampled", Pruning(RHO, graph="subsampled")),
             "at-edm, but only every fifth token votes, which takes a fraction of the time",
         ),
         _preset(
@@ -73,13 +75,30 @@ PRESETS: dict[str, Preset] = dict(
 )
 
 
+# What presets and values of settings were called before version 0.2; files, metadata and habits may still say so.
+OLD_SPELLINGS = {
+    "at-edm-sketched": "at-edm-subsampled",
+    "graph=held": "graph=by-head",
+    "graph=whole": "graph=dense",
+    "graph=sketched": "graph=subsampled",
+}
+
+
+def current_spelling(text: str) -> str:
+    """A preset's text with every old spelling replaced by today's: ``at-edm-sketched`` is ``at-edm-subsampled``."""
+    name, colon, settings = text.partition(":")
+    current = ",".join(OLD_SPELLINGS.get(setting, setting) for setting in settings.split(","))
+    return OLD_SPELLINGS.get(name, name) + colon + current
+
+
 def parse_preset(text: str) -> Schedule:
     """The schedule that ``text`` asks for: a preset's name, then settings if any, as ``at-edm:rho=0.5,tau=10``.
 
-    A lone letter among the settings is a budget of the paper's table 1: ``at-edm:b``. Raises ``ValueError`` for an
+    Old spellings count as their new ones, see :func:`current_spelling`. A lone letter among
+    the settings is a budget of the paper's table 1: ``at-edm:b``. Raises ``ValueError`` for an
     unknown preset or setting, for settings that are given twice, and for values that are unreadable or out of range.
     """
-    name, colon, settings = text.partition(":")
+    name, colon, settings = current_spelling(text).partition(":")
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
     schedule, budgets = PRESETS[name].schedule, dict(PRESETS[name].budgets)

@@ -23,7 +23,7 @@ class Pruning:
 
     ratio: float
     ranking: str = "gwpr"
-    graph: str = "held"
+    graph: str = "by-head"
     recovery: str = "similarity"
     iterations: int | None = None
     seed: int = 0
@@ -61,6 +61,8 @@ def prune(
     if count == held:
         return tokens, identity(tokens)
     self_graph = LazyGraph(self_attention, how.graph)
-    cross_graph = LazyGraph(cross_attention, "whole" if how.graph == "held" else how.graph)  # keys are words, and few
+    cross_graph = LazyGraph(
+        cross_attention, "dense" if how.graph == "by-head" else how.graph
+    )  # keys are words, and few
     kept = top_k(scores(how.ranking, tokens, self_graph, cross_graph, how.iterations, how.seed), count)
     return tokens.keep(kept), recover(how.recovery, tokens, kept, self_graph)

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from atedm.filling import add_change, bicubic_interpolation, check_kept, direct_copy, put_tokens, zero_padding
+from atedm.cosine import nearest
+from atedm.fills import add_change, bicubic_interpolation, check_kept, direct_copy, put_tokens, zero_padding
 from atedm.graph import AttentionGraph, LazyGraph
-from atedm.similarity import nearest
 from atedm.tokens import TokenSet, take_tokens
 
 RECOVERIES = (
@@ -92,7 +92,7 @@ def similarity_copy(tokens: TokenSet, graph: AttentionGraph, kept: Tensor) -> Co
     receives, averaged over heads. ``tokens`` is the set before pruning, ``graph`` its self-attention, ``kept`` (B, k)
     the ascending indices of the tokens that stay.
     """
-    sources = _sources(tokens, kept, lambda pruned: graph.strongest_query(among=kept, targets=pruned).unsqueeze(-1))
+    sources = _sources(tokens, kept, lambda pruned: graph.argmax_query(among=kept, targets=pruned).unsqueeze(-1))
     return Copy(sources[..., 0], kept.shape[1], tokens.grid, tokens.positions)
 
 

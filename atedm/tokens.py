@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -80,3 +81,8 @@ class TokenSet:
 def take_tokens(values: Tensor, indices: Tensor) -> Tensor:
     """Values (B, k, C) at ``indices`` (B, k) of ``values`` (B, n, C), each batch row by its own indices."""
     return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 if that is what it is in: what attention maps are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,7 +1,7 @@
 """minisdxl: Stable Diffusion XL from scratch, with token pruning as ordinary layers.
 
 sdxl = minisdxl.load("shapes")
-images = sdxl.generate(["a small red circle on a white background"], prune="at-edm")
+images = sdxl.generate(["a small red circle on a white background"])
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minisdxl.pipeline import SDXL, load
+    from minisdxl.loading import load
+    from minisdxl.pipeline import SDXL
+    from minisdxl.settings import Settings
 
-__all__ = ["SDXL", "load"]
+__version__ = "0.2.0"
+__all__ = ["SDXL", "Settings", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used: counting FLOPs has no need of the model.
-    if name in __all__:
-        from minisdxl import pipeline
+    # Imported on first use: counting FLOPs does not need the model.
+    homes = {"SDXL": "pipeline", "Settings": "settings", "load": "loading"}
+    if name in homes:
+        from importlib import import_module
 
-        return getattr(pipeline, name)
+        return getattr(import_module(f"minisdxl.{homes[name]}"), name)
     raise AttributeError(f"module 'minisdxl' has no attribute {name!r}")

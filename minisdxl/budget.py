@@ -1,19 +1,17 @@
-"""The ratio that meets a FLOPs budget, and the list of presets with what they cost."""
+"""The pruning ratio that meets a FLOPs budget."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from atedm.presets import PRESETS, parse_preset
+from atedm.presets import parse_preset
 from atedm.pruning import Pruning
 from atedm.schedule import Schedule
 from minisdxl.config import ModelConfig
-from minisdxl.flops import format_flops, summary
+from minisdxl.cost import format_flops, summary
 
 UNITS = {"T": 1e12, "G": 1e9, "M": 1e6}
 MEASURES = ("average", "steady")  # of all steps, or of the last one alone
@@ -82,36 +80,3 @@ def preset_within(
     text = f"{preset}{',' if ':' in preset else ':'}{letter}={method.ratio:.5f}"
     parse_preset(text)
     return text
-
-
-def settle_preset(config: ModelConfig, options: argparse.Namespace) -> str | None:
-    """The preset's text that the options of :func:`minisdxl.command.add_pruning` ask for, ``None`` for dense.
-
-    Says what a budget came to, on stderr; prints the presets and ends the program where that is ``list``. Raises
-    ``ValueError`` for options that contradict each other, and as :func:`preset_within`.
-    """
-    if options.prune == "list":
-        print(list_presets(config, options.steps))
-        raise SystemExit(0)
-    if options.budget is None:
-        if options.prune is not None:
-            parse_preset(options.prune)
-        return None if options.prune is None else str(options.prune)
-    if options.prune is None:
-        raise ValueError(f"--budget is {options.budget} without --prune, expected both: it sets a preset's ratio")
-    found = preset_within(config, options.size, options.prune, options.steps, options.budget, options.budget_for)
-    measure = {"average": f"average of {options.steps} steps", "steady": "steady step"}[options.budget_for]
-    print(f"{found}: its {measure} is within {options.budget}", file=sys.stderr)
-    return found
-
-
-def list_presets(config: ModelConfig, steps: int) -> str:
-    """One line for each preset: its name, its cost at the model's own size as shares of dense, and what it is."""
-    side = config.size // config.vae.downscale
-    lines = [f"{'preset':<15} {'steady':>7} {'average':>8}   of the FLOPs of dense {config.name}, {steps} steps"]
-    for name, preset in PRESETS.items():
-        calls = summary(config, side, side, preset.schedule, steps)
-        letters = f"; budgets {', '.join(f'{name}:{letter}' for letter, _ in preset.budgets)}" if preset.budgets else ""
-        steady, average = (calls[measure] / calls["dense"] for measure in ("steady", "average"))
-        lines.append(f"{name:<15} {steady:>7.1%} {average:>8.1%}   {preset.about}{letters}")
-    return "\n".join(lines)

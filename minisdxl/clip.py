@@ -36,8 +36,7 @@ class SelfAttention(nn.Module):
         projected = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(y, "b l (h d) -> b h l d", h=self.heads) for y in projected)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y: Tensor = self.out_proj(rearrange(attended, "b h l d -> b l (h d)"))
-        return y
+        return self.out_proj(rearrange(attended, "b h l d -> b l (h d)"))
 
 
 class FeedForward(nn.Module):
@@ -51,8 +50,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        y: Tensor = self.fc2(self.activation(self.fc1(x)))
-        return y
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Layer(nn.Module):
@@ -68,8 +66,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
         x = x + self.self_attn(self.layer_norm1(x))
-        x = x + self.mlp(self.layer_norm2(x))
-        return x
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class Embeddings(nn.Module):
@@ -82,8 +79,7 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, C)."""
-        y: Tensor = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-        return y
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class Layers(nn.Module):
@@ -114,8 +110,7 @@ class TextTransformer(nn.Module):
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The normalized last state (B, L, C), of what :meth:`forward` gave."""
-        y: Tensor = self.final_layer_norm(self.encoder.layers[-1](hidden))
-        return y
+        return self.final_layer_norm(self.encoder.layers[-1](hidden))
 
     def _start(self, config: TextConfig) -> None:
         """Small enough that the sum over all layers keeps its size: CLIP's ``initialize_parameters``."""

@@ -1,8 +1,8 @@
 """Every number of every model, with its source.
 
 Frozen dataclasses, validated when they are made. ``SDXL_BASE`` is the published model; ``SHAPES`` is the bundled
-small one. They differ in numbers only. Field comments name the official config's key (``sd_xl_base.yaml`` of
-Stability AI's generative-models) where it has another name.
+small one. They differ in numbers and default settings only. Field comments name the official config's key
+(``sd_xl_base.yaml`` of Stability AI's generative-models) where it has another name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LARGEST_SIDE = 4096  # pixels; a larger picture is a slip of the pen
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -165,8 +170,24 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """A model's own best settings: used where nothing else is asked for. Raises ``ValueError`` for impossible ones."""
+
+    sampling: str = "euler"  # a name in minisdxl.samplings.SAMPLINGS
+    steps: int = 50
+    cfg: float = 7.0  # classifier-free guidance scale
+    prune: str = "at-edm"  # the preset that `--prune` without a name takes
+    # What is known of presets on this model, by a preset's name; the command prints it beside the pictures.
+    prune_notes: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"default steps is {self.steps}, expected 1 or more")
+        _require(math.isfinite(self.cfg), f"default cfg is {self.cfg}, expected a finite number")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: U-Net, VAE, two text encoders, noise levels, and the picture size it was made for."""
+    """A whole model: U-Net, VAE, two text encoders, noise levels, the picture size and settings it is best at."""
 
     name: str
     unet: UNetConfig
@@ -178,6 +199,7 @@ class ModelConfig:
     )
     noise: NoiseConfig = NoiseConfig()
     buckets: tuple[tuple[int, int], ...] = ()  # (width, height) of all pictures it was trained on; () if not recorded
+    defaults: Defaults = Defaults()
 
     def __post_init__(self) -> None:
         for bucket in self.buckets:
@@ -243,15 +265,21 @@ class ModelConfig:
                 "text": (clip, openclip),
                 "noise": NoiseConfig(**data["noise"]),
                 "buckets": tuple(tuple(bucket) for bucket in data.get("buckets", ())),  # absent in older files
+                "defaults": _defaults(data),
             }
             return cls(**{**data, **parts})
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"model config is not usable: {error}") from error
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+def _defaults(data: dict[str, Any]) -> Defaults:
+    """Those in a config's ``data``; files from before version 0.2 have none: then those of the model of that name."""
+    if "defaults" not in data:
+        known = MODELS.get(data["name"])
+        return Defaults() if known is None else known.defaults
+    values = data["defaults"]
+    notes = tuple((str(preset), str(note)) for preset, note in values["prune_notes"])
+    return Defaults(**{**values, "prune_notes": notes})
 
 
 # The 40 sizes of multi-aspect training: SDXL paper (arXiv:2307.01952), appendix I, as widths by height. The list is not
@@ -326,4 +354,12 @@ SHAPES = ModelConfig(
     ),
     size=256,
     size_channels=32,
+    defaults=Defaults(
+        sampling="euler-ancestral",
+        cfg=4.0,
+        prune="moving-grid",
+        prune_notes=(("at-edm", "at-edm obeys 0 of 48 captions on this model, moving-grid 46: docs/better-method.md"),),
+    ),
 )
+
+MODELS = {config.name: config for config in (SDXL_BASE, SHAPES)}

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisdxl.checkpoint import file_metadata, open_source
-from minisdxl.command import Parser
-from minisdxl.describe import json_files, tokenizer_files
-from minisdxl.fields import Fields
-from minisdxl.files import atomic_folder
-from minisdxl.folder import SCHEDULER
-from minisdxl.layouts import PARTS, layout
-from minisdxl.pipeline import weights_path
-from minisdxl.sample import DTYPES
-from minisdxl.sources import Source
-from minisdxl.tensorfile import CheckpointError, Spec, write_container, write_tensors
+from minisdxl.checkpoint.atomic import atomic_folder
+from minisdxl.checkpoint.errors import CheckpointError
+from minisdxl.checkpoint.folder_reader import SCHEDULER
+from minisdxl.checkpoint.folder_writer import json_files, tokenizer_files
+from minisdxl.checkpoint.json_fields import Fields
+from minisdxl.checkpoint.layouts import PARTS, layout
+from minisdxl.checkpoint.modules import file_metadata, open_source
+from minisdxl.checkpoint.resolve import Source
+from minisdxl.checkpoint.tensorfile import Spec, write_container, write_tensors
+from minisdxl.cli.options import DTYPES, Parser
+from minisdxl.loading import weights_path
 from minisdxl.tokenizer import Vocabulary, load_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -108,15 +108,15 @@ def write_folder(
 
 def _write_part(source: Source, part: str, path: Path, dtype: torch.dtype | None) -> None:
     names, prefix = layout(part, source.config), PARTS[part].prefix
-    places = {name: names.place(name.removeprefix(prefix)) for name in source.shapes if name.startswith(prefix)}
-    dtypes = {name: dtype or source.stored[name].dtype for name in places}
+    mappings = {name: names.mapping(name.removeprefix(prefix)) for name in source.shapes if name.startswith(prefix)}
+    dtypes = {name: dtype or source.stored[name].dtype for name in mappings}
     specs: dict[str, Spec] = {}
-    for name, place in places.items():
+    for name, place in mappings.items():
         views = place.split(torch.empty(source.shapes[name], device="meta"))
         specs |= {theirs: (dtypes[name], tuple(view.shape)) for theirs, view in zip(place.names, views, strict=True)}
 
     def tensors() -> Iterator[Tensor]:
-        for name, place in places.items():
+        for name, place in mappings.items():
             yield from place.split(_read(source, name, dtypes[name]))
 
     with path.open("wb") as file:

@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
-from minisdxl.budget import settle_preset
-from minisdxl.checkpoint import open_source
-from minisdxl.command import Parser, add_pruning, parse_point, parse_size, plain_warnings
+from minisdxl.checkpoint.atomic import atomic_path
+from minisdxl.checkpoint.lora import LoRA, open_loras
+from minisdxl.checkpoint.modules import open_source
+from minisdxl.cli.jobs import batches, find_jobs
+from minisdxl.cli.options import DEVICES, DTYPES, Parser, add_pruning, parse_point, parse_size, plain_warnings
+from minisdxl.cli.picture_files import InitImage, read_picture
+from minisdxl.cli.presets import settle_preset
+from minisdxl.cli.reports import hardware, versions, write_report
+from minisdxl.cli.runs import Run
 from minisdxl.config import ModelConfig
-from minisdxl.files import atomic_path
-from minisdxl.jobs import batches, find_jobs
-from minisdxl.lora import LoRA, open_loras
-from minisdxl.pictures import Source, read_picture
-from minisdxl.pipeline import SDXL, load, size_numbers, weights_path
-from minisdxl.report import hardware, versions, write_report
-from minisdxl.run import Run
+from minisdxl.loading import load, weights_path
+from minisdxl.pipeline import SDXL
 from minisdxl.sampler import first_step
-from minisdxl.samplings import SAMPLINGS, Sampling, find_sampling
+from minisdxl.samplings import SAMPLINGS, Sampling
+from minisdxl.settings import Settings, check_settings
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICES = ("auto", "cpu", "cuda", "mps")
 STRENGTH = 0.6  # with --image, when none is asked for
 
 
@@ -128,13 +128,14 @@ def _parser() -> Parser:
     )
     add(
         "--sampling",
-        default="euler",
         metavar="NAME",
-        help=f"{', '.join(SAMPLINGS)} (default: %(default)s); 'list' says what they are",
+        help=f"{', '.join(SAMPLINGS)} (default: the model's best); 'list' says what they are",
     )
-    add("--steps", type=int, help="denoising steps (default: the sampling's own, 50 for euler)")
+    add("--steps", type=int, help="denoising steps (default: the model's or the sampling's own, 50 for euler)")
     add(
-        "--cfg", type=float, help="classifier-free guidance scale (default: the sampling's own, 7 for euler); 1 is none"
+        "--cfg",
+        type=float,
+        help="classifier-free guidance scale; 1 is none (default: the model's or the sampling's own, 7 for SDXL)",
     )
     add("--seed", type=int, default=0, help="of the first picture; picture i has seed + i (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the sampling's own, or else the model's)")
@@ -177,9 +178,13 @@ def _parser() -> Parser:
     add(
         "--low-memory",
         action="store_true",
-        help="let the text encoders go before sampling, and decode in strips: the same pictures but for rounding",
+        help="drop the text encoders before sampling and decode in strips: the same pictures up to rounding",
     )
-    add("--compile", action="store_true", help="compile the U-Net first: minutes, which pay from some pictures on")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the U-Net first, which takes minutes: for many pictures of one size",
+    )
     add("--dtype", choices=DTYPES, default="fp32", help="of all weights but the VAE's (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
     return parser
@@ -187,30 +192,38 @@ def _parser() -> Parser:
 
 def _list_samplings() -> str:
     lines = [f"{'sampling':<16} {'steps':>5} {'cfg':>4}"]
-    lines += [f"{name:<16} {each.steps:>5} {each.cfg:>4g}   {each.about}" for name, each in SAMPLINGS.items()]
+    for name, each in SAMPLINGS.items():
+        cfg = "" if each.cfg is None else f"{each.cfg:g}"
+        lines.append(f"{name:<16} {each.steps:>5} {cfg:>4}   {each.about}")
     return "\n".join(lines)
 
 
 def _settle(options: argparse.Namespace, config: ModelConfig) -> Sampling:
-    """The sampling, whose numbers are put where none were asked for. Raises ``ValueError`` for what does not fit it."""
+    """The sampling; puts numbers where none were asked for. Raises ``ValueError`` for what does not fit the model."""
     for name in ("batch", "images_per_prompt", "preview"):
         number = getattr(options, name)
         if number is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {number}, expected 1 or more")
-    sampling = find_sampling(options.sampling)
-    options.steps = sampling.steps if options.steps is None else options.steps
-    options.cfg = sampling.cfg if options.cfg is None else options.cfg
-    options.size = sampling.picture_size(config, options.size)
-    sampling.sigmas(options.steps, config.noise)
-    size_numbers(options.size, options.original_size, options.crop, options.target_size)
     if options.image is not None:
         options.strength = STRENGTH if options.strength is None else options.strength
-        first_step(options.steps, options.strength)
     elif options.strength is not None:
         raise ValueError(f"--strength is {options.strength} without --image, expected both")
+    asked = Settings(
+        sampling=options.sampling,
+        steps=options.steps,
+        cfg=options.cfg,
+        size=options.size,
+        original_size=options.original_size,
+        crop=options.crop,
+        target_size=options.target_size,
+    )
+    run = check_settings(asked, config)
+    options.sampling, options.steps, options.cfg, options.size = run.sampling.name, run.steps, run.cfg, run.size
+    if options.strength is not None:
+        first_step(options.steps, options.strength)
     if options.compare and options.prune is None:
-        options.prune = "at-edm"
-    return sampling
+        options.prune = True
+    return run.sampling
 
 
 def _check_writable(targets: Sequence[Path]) -> None:
@@ -225,7 +238,7 @@ def _check_writable(targets: Sequence[Path]) -> None:
             raise IsADirectoryError(f"{target} is a folder, expected a file to write to")
 
 
-def _source(options: argparse.Namespace) -> Source | None:
+def _source(options: argparse.Namespace) -> InitImage | None:
     """The picture to start from. Raises ``ValueError`` and ``OSError``; warns where it changes its shape."""
     if options.image is None:
         return None
@@ -248,7 +261,9 @@ def _device(name: str) -> str:
     return name
 
 
-def _settings(options: argparse.Namespace, sdxl: SDXL, source: Source | None, files: Sequence[Path]) -> dict[str, Any]:
+def _settings(
+    options: argparse.Namespace, sdxl: SDXL, source: InitImage | None, files: Sequence[Path]
+) -> dict[str, Any]:
     """What all pictures of a run share, and what it takes to make them again, under the names of the options.
 
     ``sha256`` is of all weights that were read, one file after the other, and each LoRA has its own;

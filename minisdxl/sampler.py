@@ -2,14 +2,15 @@
 
 ``x`` is a latent (B, C, H, W) with noise of standard deviation ``sigma`` on it, always fp32; ``D(x; sigma)`` is the
 denoised latent. Every image of a batch is at the same sigma. Sigmas are computed in float64 and act as Python floats.
-The way from noise to latent, step by step, is in ``solvers``; ``samplings`` names what goes together.
+Euler's method is here, other solvers are in ``solvers``; ``samplings`` combines them under names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
     from atedm.plan import TokenPlan
 
 Denoiser = Callable[[Tensor, float, int], Tensor]  # (x, sigma, step) -> D(x; sigma)
+Solver = Callable[[Denoiser, Tensor, Tensor, Sequence[torch.Generator]], "Iterator[Tensor]"]
 Spacing = Callable[[int, NoiseConfig], Tensor]  # n steps to n indices into the levels of training, descending, int64
-
-LCM_STEPS = 50  # steps of the teacher that LCM was distilled with; diffusers: LCMScheduler.original_inference_steps
 
 
 def discrete_sigmas(noise: NoiseConfig) -> Tensor:
@@ -38,34 +38,14 @@ def timesteps(n: int, noise: NoiseConfig) -> Tensor:
 
     Raises ``ValueError`` for n outside 1..steps.
     """
-    _check_steps(n, noise.steps)
+    check_steps(n, noise.steps)
     last = noise.steps - 1
     # float64, not integers: of n = 99, number 77 is 221.99..., not 222, and the official code truncates that to 221.
     return (torch.arange(n, dtype=torch.float64) * (-last / n) + last).long()
 
 
-def trailing_timesteps(n: int, noise: NoiseConfig) -> Tensor:
-    """diffusers' "trailing" spacing, which few-step models name: :func:`timesteps`, rounded and not truncated.
-
-    Both are the same where n divides the steps of training; of 1 to 8 steps only 3 and 6 differ, by one.
-    Raises ``ValueError`` for n outside 1..steps.
-    """
-    _check_steps(n, noise.steps)
-    return (torch.arange(n, dtype=torch.float64) * (-noise.steps / n) + noise.steps).round().long() - 1
-
-
-def lcm_timesteps(n: int, noise: NoiseConfig) -> Tensor:
-    """LCM's spacing (arXiv:2310.04378): n of the ``LCM_STEPS`` timesteps it was distilled at, as in ``LCMScheduler``.
-
-    Raises ``ValueError`` for n outside 1..LCM_STEPS, and for training steps that do not divide into ``LCM_STEPS``.
-    """
-    _check_steps(n, LCM_STEPS)
-    if noise.steps % LCM_STEPS:
-        raise ValueError(f"model was trained with {noise.steps} noise levels, LCM needs a multiple of {LCM_STEPS}")
-    return noise.steps - 1 - torch.arange(n) * LCM_STEPS // n * (noise.steps // LCM_STEPS)
-
-
-def _check_steps(n: int, most: int) -> None:
+def check_steps(n: int, most: int) -> None:
+    """Raises ``ValueError`` unless 1 <= n <= most."""
     if not 1 <= n <= most:
         raise ValueError(f"number of sampling steps is {n}, expected 1 to {most}")
 
@@ -88,12 +68,16 @@ def first_step(n: int, strength: float) -> int:
     return n - run
 
 
+def check_seed(seed: int) -> int:
+    """``seed``, unless it is outside 0..2**32 - 1: then ``ValueError``."""
+    if not 0 <= seed < 2**32:  # torch's CPU generator drops higher bits: 2**32 would give the picture of seed 0
+        raise ValueError(f"seed is {seed}, expected 0 to {2**32 - 1}")
+    return seed
+
+
 def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each image. Raises ``ValueError`` for a seed outside 0..2**32 - 1."""
-    for seed in seeds:
-        if not 0 <= seed < 2**32:  # torch's CPU generator drops higher bits: 2**32 would give the picture of seed 0
-            raise ValueError(f"seed is {seed}, expected 0 to {2**32 - 1}")
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    """One CPU generator for each image. Raises ``ValueError`` as :func:`check_seed`."""
+    return [torch.Generator().manual_seed(check_seed(seed)) for seed in seeds]
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
@@ -123,15 +107,15 @@ Text = TypeVar("Text")
 class NoisePredictor(Protocol[Text]):
     """What the sampler asks of a U-Net."""
 
-    def read(self, context: Tensor) -> Text:
-        """What it needs to know of a context (B, 77, channels), at whatever noise level."""
+    def project_context(self, context: Tensor) -> Text:
+        """Keys and values of a context (B, 77, channels), the same at every noise level."""
 
     def __call__(self, x: Tensor, c_noise: Tensor, text: Text, vector: Tensor, plan: TokenPlan) -> Tensor:
         """The noise in ``x``, which is c_in times the latent (B, C, H, W)."""
 
 
 @dataclass(frozen=True)
-class Condition:
+class UNetInputs:
     """What the U-Net is told: context (B, 77, channels) and vector (B, channels), in the U-Net's dtype and device."""
 
     context: Tensor
@@ -140,8 +124,8 @@ class Condition:
 
 def guided_denoiser(
     unet: NoisePredictor[Text],
-    conditional: Condition,
-    unconditional: Condition,
+    conditional: UNetInputs,
+    unconditional: UNetInputs,
     scale: float,
     plans: Callable[[int], TokenPlan],
     noise: NoiseConfig,
@@ -149,12 +133,12 @@ def guided_denoiser(
     """D(x; sigma) under classifier-free guidance, u + scale (c - u); ``plans(step)`` is the plan of step 0, 1, ...
 
     Calls the U-Net with a batch of 2B, the unconditional half first; at ``scale`` 1 with the conditional B alone. The
-    U-Net reads the context once, here, and computes in its dtype, everything around it in fp32.
+    U-Net projects the context once, here, and computes in its dtype, everything around it in fp32.
     """
     parts = [conditional] if scale == 1 else [unconditional, conditional]
     context = torch.cat([part.context for part in parts])
     vector = torch.cat([part.vector for part in parts])
-    text = unet.read(context)
+    text = unet.project_context(context)
     levels = discrete_sigmas(noise)
 
     def denoiser(x: Tensor, sigma: float, step: int) -> Tensor:
@@ -168,3 +152,44 @@ def guided_denoiser(
         return u + scale * (c - u)
 
     return denoiser
+
+
+@torch.no_grad()
+def euler(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    generators: Sequence[torch.Generator] = (),
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Iterator[Tensor]:
+    """Euler's method on the probability-flow ODE: EDM algorithm 2 without its second-order correction.
+
+    ``s_churn`` above 0 adds fresh noise where s_tmin <= sigma <= s_tmax. Raises ``ValueError``, once the first latent
+    is asked for, if churn is negative or lacks a generator for each image.
+    """
+    if not s_churn >= 0:
+        raise ValueError(f"s_churn is {s_churn}, expected 0 or more")
+    if s_churn > 0:
+        check_generators(generators, x)
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        sigma_hat = sigma * (1 + gamma)
+        if gamma > 0:
+            x = x + math.sqrt(sigma_hat**2 - sigma**2) * s_noise * fresh_noise(generators, x)
+        d = (x - denoiser(x, sigma_hat, step)) / sigma_hat  # dx/dsigma
+        x = x + (sigma_next - sigma_hat) * d
+        yield x
+
+
+def check_generators(generators: Sequence[torch.Generator], x: Tensor) -> None:
+    """Raises ``ValueError`` unless there is a generator for each image of ``x``."""
+    if len(generators) != len(x):
+        raise ValueError(f"fresh noise has {len(generators)} generators for {len(x)} images, expected one for each")
+
+
+def fresh_noise(generators: Sequence[torch.Generator], x: Tensor) -> Tensor:
+    """Standard normal noise like ``x`` (B, C, H, W), image i from generator i."""
+    return draw_noise(generators, x.shape[1:]).to(x)

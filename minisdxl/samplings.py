@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from minisdxl.config import ModelConfig, NoiseConfig
-from minisdxl.sampler import Spacing, lcm_timesteps, sigmas, timesteps, trailing_timesteps
-from minisdxl.solvers import Solver, dpmpp_2m, euler, euler_ancestral, heun, lcm
+from minisdxl.sampler import Solver, Spacing, check_steps, euler, sigmas, timesteps
+from minisdxl.solvers import dpmpp_2m, euler_ancestral, heun, lcm
+
+LCM_STEPS = 50  # steps of the teacher that LCM was distilled with; diffusers: LCMScheduler.original_inference_steps
+
+
+def trailing_timesteps(n: int, noise: NoiseConfig) -> Tensor:
+    """diffusers' "trailing" spacing, which few-step models name: :func:`timesteps`, rounded and not truncated.
+
+    Both are the same where n divides the steps of training; of 1 to 8 steps only 3 and 6 differ, by one.
+    Raises ``ValueError`` for n outside 1..steps.
+    """
+    check_steps(n, noise.steps)
+    return (torch.arange(n, dtype=torch.float64) * (-noise.steps / n) + noise.steps).round().long() - 1
+
+
+def lcm_timesteps(n: int, noise: NoiseConfig) -> Tensor:
+    """LCM's spacing (arXiv:2310.04378): n of the ``LCM_STEPS`` timesteps it was distilled at, as in ``LCMScheduler``.
+
+    Raises ``ValueError`` for n outside 1..LCM_STEPS, and for training steps that do not divide into ``LCM_STEPS``.
+    """
+    check_steps(n, LCM_STEPS)
+    if noise.steps % LCM_STEPS:
+        raise ValueError(f"model was trained with {noise.steps} noise levels, LCM needs a multiple of {LCM_STEPS}")
+    return noise.steps - 1 - torch.arange(n) * LCM_STEPS // n * (noise.steps // LCM_STEPS)
 
 
 @dataclass(frozen=True)
@@ -24,7 +48,7 @@ class Sampling:
     solver: Solver
     spacing: Spacing
     steps: int
-    cfg: float  # classifier-free guidance scale, 1 = none
+    cfg: float | None = None  # classifier-free guidance scale, 1 = none; None = the model's own
     size: int | None = None  # side of a picture in pixels, None = what the model was made for
     calls_per_step: int = 1
 
@@ -41,6 +65,14 @@ class Sampling:
         """How often each of ``steps`` steps calls the denoiser."""
         return [self.calls_per_step] * (steps - 1) + [1]
 
+    def own_steps(self, config: ModelConfig) -> int:
+        """Steps where none are asked for: the model's own for the sampling that is its best, this one's for others."""
+        return config.defaults.steps if config.defaults.sampling == self.name else self.steps
+
+    def own_cfg(self, config: ModelConfig) -> float:
+        """Guidance scale where none is asked for."""
+        return config.defaults.cfg if self.cfg is None else self.cfg
+
     def picture_size(self, config: ModelConfig, size: tuple[int, int] | None) -> tuple[int, int]:
         """The (width, height) of a picture. Raises as :meth:`ModelConfig.picture_size`."""
         if size is None and self.size is not None:
@@ -55,12 +87,10 @@ def _named(*samplings: Sampling) -> dict[str, Sampling]:
 SAMPLINGS: dict[str, Sampling] = _named(
     # For SDXL base and its fine-tunes: solvers and spacing of Stability AI's generative-models (sgm/inference/api.py),
     # 50 steps as in the AT-EDM paper, and half as many where a solver is of second order.
-    Sampling("euler", "Euler's method, the official default", euler, timesteps, steps=50, cfg=7.0),
-    Sampling("euler-ancestral", "Euler with fresh noise in every step", euler_ancestral, timesteps, steps=50, cfg=7.0),
-    Sampling("dpm++-2m", "DPM-Solver++(2M), second order at one call a step", dpmpp_2m, timesteps, steps=25, cfg=7.0),
-    Sampling(
-        "heun", "Heun's method, second order at two calls a step", heun, timesteps, steps=25, cfg=7.0, calls_per_step=2
-    ),
+    Sampling("euler", "Euler's method, the official default", euler, timesteps, steps=50),
+    Sampling("euler-ancestral", "Euler with fresh noise in every step", euler_ancestral, timesteps, steps=50),
+    Sampling("dpm++-2m", "DPM-Solver++(2M), second order at one call a step", dpmpp_2m, timesteps, steps=25),
+    Sampling("heun", "Heun's method, second order at two calls a step", heun, timesteps, steps=25, calls_per_step=2),
     # stabilityai/sdxl-turbo: scheduler_config.json; diffusers' page on it (no guidance, 1 to 4 steps, 512 px). NOTE:
     # Stability AI's demo (scripts/demo/turbo.py) has timesteps 999, 899, 799, 699; one step is the same in both.
     Sampling(
@@ -86,8 +116,10 @@ SAMPLINGS: dict[str, Sampling] = _named(
 )
 
 
-def find_sampling(name: str) -> Sampling:
-    """The sampling of that name. Raises ``ValueError`` for an unknown one."""
+def find_sampling(name: str | Sampling) -> Sampling:
+    """The sampling of that name, or the one given. Raises ``ValueError`` for an unknown name."""
+    if isinstance(name, Sampling):
+        return name
     if name not in SAMPLINGS:
         raise ValueError(f"unknown sampling {name!r}, expected one of {', '.join(SAMPLINGS)}")
     return SAMPLINGS[name]

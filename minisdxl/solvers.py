@@ -1,4 +1,4 @@
-"""Update rules from noise level to noise level, in the symbols of the EDM paper (arXiv:2206.00364): see ``sampler``.
+"""Solvers beside Euler's method: Heun, DPM-Solver++(2M), Euler ancestral, LCM. Symbols as in ``sampler``.
 
 All take ``x`` (B, C, H, W) at noise level ``sigmas[0]`` and descending ``sigmas`` (n + 1,), the last of them 0 for a
 finished latent, and yield n latents like x, in its dtype: x after each step, number i at noise level ``sigmas[i + 1]``;
@@ -8,45 +8,13 @@ the x passed in is not yielded. Fresh noise for image i comes from ``generators[
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from minisdxl.sampler import Denoiser, draw_noise
-
-Solver = Callable[[Denoiser, Tensor, Tensor, Sequence[torch.Generator]], Iterator[Tensor]]
-
-
-@torch.no_grad()
-def euler(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    generators: Sequence[torch.Generator] = (),
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-) -> Iterator[Tensor]:
-    """Euler's method on the probability-flow ODE: EDM algorithm 2 without its second-order correction.
-
-    ``s_churn`` above 0 adds fresh noise where s_tmin <= sigma <= s_tmax. Raises ``ValueError``, once the first latent
-    is asked for, if churn is negative or lacks a generator for each image.
-    """
-    if not s_churn >= 0:
-        raise ValueError(f"s_churn is {s_churn}, expected 0 or more")
-    if s_churn > 0:
-        _check_generators(generators, x)
-    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
-        sigma_hat = sigma * (1 + gamma)
-        if gamma > 0:
-            x = x + math.sqrt(sigma_hat**2 - sigma**2) * s_noise * _fresh_noise(generators, x)
-        d = (x - denoiser(x, sigma_hat, step)) / sigma_hat  # dx/dsigma
-        x = x + (sigma_next - sigma_hat) * d
-        yield x
+from minisdxl.sampler import Denoiser, check_generators, fresh_noise
 
 
 @torch.no_grad()
@@ -95,14 +63,14 @@ def euler_ancestral(
     How far below is what DDPM's posterior says (official: ``EulerAncestralSampler`` with eta 1). Raises ``ValueError``,
     once the first latent is asked for, without a generator for each image.
     """
-    _check_generators(generators, x)
+    check_generators(generators, x)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         sigma_down = sigma_next**2 / sigma
         sigma_up = math.sqrt(sigma_next**2 - sigma_down**2)
         d = (x - denoiser(x, sigma, step)) / sigma
         x = x + (sigma_down - sigma) * d
         if sigma_up > 0:
-            x = x + sigma_up * _fresh_noise(generators, x)
+            x = x + sigma_up * fresh_noise(generators, x)
         yield x
 
 
@@ -115,18 +83,9 @@ def lcm(denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torc
     """
     # NOTE: LCM's boundary condition, c_skip x / sqrt(1 + sigma^2) + c_out D, is left out. At the timesteps of up to 8
     # steps both c_skip and 1 - c_out are below 1.3e-7, about what fp32 rounds away.
-    _check_generators(generators, x)
+    check_generators(generators, x)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x = denoiser(x, sigma, step)
         if sigma_next > 0:
-            x = x + sigma_next * _fresh_noise(generators, x)
+            x = x + sigma_next * fresh_noise(generators, x)
         yield x
-
-
-def _check_generators(generators: Sequence[torch.Generator], x: Tensor) -> None:
-    if len(generators) != len(x):
-        raise ValueError(f"fresh noise has {len(generators)} generators for {len(x)} images, expected one for each")
-
-
-def _fresh_noise(generators: Sequence[torch.Generator], x: Tensor) -> Tensor:
-    return draw_noise(generators, x.shape[1:]).to(x)

@@ -1,14 +1,14 @@
-"""Token ids to what the U-Net is told: the context it attends to, and one vector of pooled text and picture sizes.
+"""The two text encoders: token ids to the context that the U-Net attends to, and one vector of pooled text.
 
-Two text encoders: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 in the published model. Their layers are in ``clip``; which of
-their states are used is written here, and what the official checkpoint calls their weights in ``layouts``.
+CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 in the published model. Their layers are in ``clip``; this file says which of
+their states SDXL uses.
 
 Shapes: B prompts, L tokens (``context_length``), C channels of both encoders together, P channels of the pooled text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,21 +18,20 @@ from torch import Tensor, nn
 from minisdxl.clip import TextTransformer
 from minisdxl.config import TextConfig
 from minisdxl.embedding import sinusoidal_embedding
-from minisdxl.layouts import CLIP_LAYOUT, PARTS, Place, openclip_layout
 from minisdxl.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """What the text encoders say about B prompts: ``context`` (B, L, C) and ``pooled`` (B, P)."""
+class TextEmbeddings:
+    """B encoded prompts: ``context`` (B, L, C) and ``pooled`` (B, P)."""
 
     context: Tensor
     pooled: Tensor
 
-    def zeroed(self, rows: Tensor) -> Conditioning:
+    def zeroed(self, rows: Tensor) -> TextEmbeddings:
         """The same with zeros, "no prompt", where ``rows`` (B,) is true."""
         context = self.context.masked_fill(rows[:, None, None], 0)
-        return Conditioning(context, self.pooled.masked_fill(rows[:, None], 0))
+        return TextEmbeddings(context, self.pooled.masked_fill(rows[:, None], 0))
 
     def vector(self, sizes: Tensor, size_channels: int) -> Tensor:
         """Pooled text, then the :func:`size_embedding` of ``sizes`` (B, 6): (B, P + 6 * size_channels)."""
@@ -101,63 +100,20 @@ class TextEncoders(nn.Module):
         self.configs = configs
         self.clip, self.openclip = (TextEncoder(config) for config in configs)
 
-    def forward(self, ids: Tensor, ids_2: Tensor) -> Conditioning:
+    def forward(self, ids: Tensor, ids_2: Tensor) -> TextEmbeddings:
         """Encodes the two (B, L) tensors of ids that :class:`Tokenizer` gives, one padded for each encoder."""
         hidden, _ = self.clip(ids)
         hidden_2, pooled = self.openclip(ids_2)
-        return Conditioning(torch.cat([hidden, hidden_2], dim=-1), pooled)
+        return TextEmbeddings(torch.cat([hidden, hidden_2], dim=-1), pooled)
 
-    def encode(self, prompts: Sequence[str], tokenizer: Tokenizer) -> Conditioning:
+    def encode(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
         """Encodes B prompts on the device of the weights. A prompt that is too long is cut, with a warning."""
         device = next(self.parameters()).device
         ids, ids_2 = tokenizer(prompts)
-        conditioning: Conditioning = self(ids.to(device), ids_2.to(device))
-        return conditioning
+        return self(ids.to(device), ids_2.to(device))
 
-    def encode_negative(self, prompts: Sequence[str], tokenizer: Tokenizer) -> Conditioning:
+    def encode_negative(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
         """Encodes B negative prompts for guidance: an empty one gives zeros, not the encoding of ""."""
-        conditioning = self.encode(prompts, tokenizer)
+        embeddings = self.encode(prompts, tokenizer)
         empty = torch.tensor([not prompt.strip() for prompt in prompts], dtype=torch.bool)
-        return conditioning.zeroed(empty.to(conditioning.pooled.device))
-
-    def official_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names and in the layout of the official single file."""
-        state = {_part_and_name(name): tensor for name, tensor in self.state_dict().items()}
-        return {
-            PARTS[part].prefix + name: place.join([state[part, theirs] for theirs in place.names])
-            for part, name, place in self._places(state)
-        }
-
-    def load_official_state_dict(self, official: Mapping[str, Tensor]) -> None:
-        """Takes over (does not copy) the weights of :meth:`official_state_dict`; also for encoders on the meta device.
-
-        Raises:
-            ValueError: for missing or unexpected names.
-            RuntimeError: for tensors of another shape, from ``load_state_dict``.
-        """
-        ours = {_part_and_name(name): name for name in self.state_dict()}
-        places = {PARTS[part].prefix + name: (part, place) for part, name, place in self._places(ours)}
-        missing, unexpected = sorted(places.keys() - official.keys()), sorted(official.keys() - places.keys())
-        if missing or unexpected:
-            raise ValueError(
-                f"text encoder weights do not fit: {len(missing)} missing {missing[:5]}, "
-                f"{len(unexpected)} unexpected {unexpected[:5]}"
-            )
-        state: dict[str, Tensor] = {}
-        for name, (part, place) in places.items():
-            tensors = place.split(official[name])
-            for theirs, tensor in zip(place.names, tensors, strict=True):
-                state[ours[part, theirs]] = tensor.contiguous()
-        self.load_state_dict(state, strict=True, assign=True)
-
-    def _places(self, names: Iterable[tuple[str, str]]) -> list[tuple[str, str, Place]]:
-        """Part, official name and place of each official tensor that the parts' diffusers names make up."""
-        layouts = {"text_encoder": CLIP_LAYOUT, "text_encoder_2": openclip_layout(self.configs[1])}
-        official = dict.fromkeys((part, layouts[part].official(name)) for part, name in names)
-        return [(part, name, layouts[part].place(name)) for part, name in official]
-
-
-def _part_and_name(name: str) -> tuple[str, str]:
-    """The part that a weight of ``TextEncoders`` belongs to, and its name there, in diffusers' layout."""
-    encoder, _, rest = name.partition(".")
-    return "text_encoder" if encoder == "clip" else "text_encoder_2", rest
+        return embeddings.zeroed(empty.to(embeddings.pooled.device))

@@ -9,26 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from atedm.graph import AttentionInputs
+from atedm.graph.inputs import AttentionInputs
 from atedm.plan import UNTOUCHED, BlockPlan, LayerPlan
 from atedm.recovery import Restore
 from atedm.tokens import TokenSet
-from minisdxl import cpu, cuda
+from minisdxl.operators import Linear, attention, geglu
 
 
-class Linear(nn.Linear):
-    """``nn.Linear``, the faster way where there is one."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., C) -> (..., C')."""
-        return cpu.linear(input, self.weight, self.bias) if cpu.usable(input) else super().forward(input)
-
-
-class KeysValues(NamedTuple):
+class ContextKV(NamedTuple):
     """What queries attend to: ``key`` and ``value`` are (B, h, T, d) of T tokens, text or image."""
 
     key: Tensor
@@ -38,7 +29,8 @@ class KeysValues(NamedTuple):
 class Attention(nn.Module):
     """Attention of tokens (B, n, C) to a context (B, T, c); q, k and v have no bias (official: CrossAttention).
 
-    In two steps: what it reads in the context, and what the tokens make of that. The text is the same at every step.
+    Split in two: :meth:`project_context` computes keys and values, :meth:`forward` computes queries and attends. The
+    prompt is the same at every step, so its keys and values are computed once per picture.
     """
 
     def __init__(self, channels: int, context_channels: int, head_channels: int) -> None:
@@ -50,23 +42,18 @@ class Attention(nn.Module):
         self.to_v = Linear(context_channels, channels, bias=False)
         self.to_out = nn.Sequential(Linear(channels, channels))
 
-    def read(self, context: Tensor) -> KeysValues:
+    def project_context(self, context: Tensor) -> ContextKV:
         """Keys and values of a context (B, T, c)."""
         k = rearrange(self.to_k(context), "b t (h d) -> b h t d", h=self.heads)
         v = rearrange(self.to_v(context), "b t (h d) -> b h t d", h=self.heads)
-        return KeysValues(k, v)
+        return ContextKV(k, v)
 
-    def forward(self, x: Tensor, context: KeysValues) -> tuple[Tensor, AttentionInputs]:
-        """The attended values (B, n, C), and what the attention map is made of, for whoever ranks tokens by it."""
+    def forward(self, x: Tensor, context: ContextKV) -> tuple[Tensor, AttentionInputs]:
+        """The attended values (B, n, C), and what the attention map is computed from, to rank tokens by."""
         q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
-        k, v = context
-        if cpu.attends(q):
-            attended, log_sum_exp = cpu.attention(q, k, v, self.scale)
-        elif cuda.usable(q):
-            attended, log_sum_exp = cuda.attention(q, k, v, self.scale)
-        else:
-            attended, log_sum_exp = F.scaled_dot_product_attention(q, k, v, scale=self.scale), None
-        return self.to_out(rearrange(attended, "b h n d -> b n (h d)")), AttentionInputs(q, k, self.scale, log_sum_exp)
+        attended, log_sum_exp = attention(q, *context, self.scale)
+        inputs = AttentionInputs(q, context.key, self.scale, log_sum_exp)
+        return self.to_out(rearrange(attended, "b h n d -> b n (h d)")), inputs
 
 
 class GEGLU(nn.Module):
@@ -78,11 +65,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) -> (B, n, hidden)."""
-        if cpu.usable(x):
-            return cpu.geglu(x, self.proj.weight, self.proj.bias)
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        x = value * F.gelu(gate, approximate="none")
-        return x
+        return geglu(x, self.proj.weight, self.proj.bias)
 
 
 class FeedForward(nn.Module):
@@ -95,8 +78,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) -> (B, n, C)."""
-        x = self.net(x)
-        return x
+        return self.net(x)
 
 
 class TransformerLayer(nn.Module):
@@ -111,15 +93,15 @@ class TransformerLayer(nn.Module):
         self.norm3 = nn.LayerNorm(channels, eps=1e-5)
         self.ff = FeedForward(channels)
 
-    def forward(self, tokens: TokenSet, text: KeysValues, plan: LayerPlan) -> tuple[TokenSet, list[Restore]]:
+    def forward(self, tokens: TokenSet, text: ContextKV, plan: LayerPlan) -> tuple[TokenSet, list[Restore]]:
         """Norm, attend, add, three times. Returns the tokens that ``plan`` leaves and the way back.
 
-        ``text`` is what :attr:`attn2` read.
+        ``text`` are the prompt's keys and values, of :attr:`attn2`.
         """
         merge_1, merge_2, merge_3 = plan.merges(tokens)
         x = tokens.values
         normed = merge_1.merge(self.norm1(x))
-        attended, self_attention = self.attn1(normed, self.attn1.read(normed))
+        attended, self_attention = self.attn1(normed, self.attn1.project_context(normed))
         x = x + merge_1.unmerge(attended)
         attended, cross_attention = self.attn2(merge_2.merge(self.norm2(x)), text)
         x = x + merge_2.unmerge(attended)
@@ -133,7 +115,7 @@ class TransformerLayer(nn.Module):
 class AttentionBlock(nn.Module):
     """Feature map (B, C, H, W) to tokens, through ``depth`` layers, and back (official: SpatialTransformer).
 
-    ``name`` is the block's sayable name (``down.1.0``, ``mid``): token plans address it by that.
+    ``name`` is the block's display name (``down.1.0``, ``mid``), by which token plans address it.
     """
 
     def __init__(
@@ -148,20 +130,21 @@ class AttentionBlock(nn.Module):
         )
         self.proj_out = Linear(channels, channels)
 
-    def read(self, context: Tensor) -> list[KeysValues]:
-        """What each layer reads in a text (B, T, c)."""
-        return [layer.attn2.read(context) for layer in self.transformer_blocks if isinstance(layer, TransformerLayer)]
+    def project_context(self, context: Tensor) -> list[ContextKV]:
+        """Keys and values of a prompt (B, T, c) for each layer."""
+        layers = (layer for layer in self.transformer_blocks if isinstance(layer, TransformerLayer))
+        return [layer.attn2.project_context(context) for layer in layers]
 
-    def forward(self, x: Tensor, text: Sequence[KeysValues], plan: BlockPlan | None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); ``text`` is what :meth:`read` gave.
+    def forward(self, x: Tensor, text: Sequence[ContextKV], plan: BlockPlan | None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); ``text`` is what :meth:`project_context` gave.
 
         ``plan`` says what the layers do with their tokens, ``None`` means nothing.
         """
         tokens = TokenSet.from_feature_map(self.norm(x))
         tokens = tokens.with_values(self.proj_in(tokens.values))
         restores: list[Restore] = []
-        for index, (layer, read) in enumerate(zip(self.transformer_blocks, text, strict=True)):
-            tokens, pruned = layer(tokens, read, UNTOUCHED if plan is None else plan.layer(index))
+        for index, (layer, context) in enumerate(zip(self.transformer_blocks, text, strict=True)):
+            tokens, pruned = layer(tokens, context, UNTOUCHED if plan is None else plan.layer(index))
             restores += pruned
         for restore in reversed(restores):
             tokens = restore(tokens)

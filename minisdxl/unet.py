@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from atedm.plan import DENSE, TokenPlan
 from minisdxl.config import AttentionSite, UNetConfig
 from minisdxl.embedding import sinusoidal_embedding
-from minisdxl.transformer import AttentionBlock, KeysValues
-from minisdxl.winograd import Conv3x3
+from minisdxl.operators import Conv3x3
+from minisdxl.transformer import AttentionBlock, ContextKV
 
-# What each attention block, by its name, reads in a prompt, layer by layer. It is the same at every step.
-Text = Mapping[str, Sequence[KeysValues]]
+# Keys and values of a prompt for each layer of each attention block, by the block's name: the same at every step.
+Text = Mapping[str, Sequence[ContextKV]]
 
 
 class ResBlock(nn.Module):
@@ -46,8 +46,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H, W)."""
         h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
-        x = self.skip_connection(x) + self.out_layers(h)
-        return x
+        return self.skip_connection(x) + self.out_layers(h)
 
 
 class Downsample(nn.Module):
@@ -59,8 +58,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
-        x = self.op(x)
-        return x
+        return self.op(x)
 
 
 class Upsample(nn.Module):
@@ -72,8 +70,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         """(B, C, h, w) -> (B, C, *size); the size is twice h and w, or one less where the way down rounded up."""
-        x = self.conv(F.interpolate(x, size=size, mode="nearest"))
-        return x
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Block(nn.Sequential):
@@ -164,23 +161,24 @@ class UNet(nn.Module):
                 yield Block(*parts)
                 channels = c.channels(level)
 
-    def read(self, context: Tensor) -> Text:
-        """What the attention blocks read in the text; for all steps of a picture once is enough."""
-        return {block.name: block.read(context) for block in self.modules() if isinstance(block, AttentionBlock)}
+    def project_context(self, context: Tensor) -> Text:
+        """Keys and values of a prompt (B, T, c), for all steps of a picture."""
+        blocks = (block for block in self.modules() if isinstance(block, AttentionBlock))
+        return {block.name: block.project_context(context) for block in blocks}
 
     def forward(
         self, x: Tensor, timestep: Tensor, context: Tensor | Text, vector: Tensor, plan: TokenPlan = DENSE
     ) -> Tensor:
         """The predicted noise (B, 4, H, W).
 
-        ``context`` is the text, or what :meth:`read` gave for it, which makes no difference but to the time it takes.
+        ``context`` is the encoded prompt (B, T, c), or what :meth:`project_context` gave for it, which saves time.
         ``plan`` says what each attention block does with its tokens; a block that it does not name runs dense.
         Raises ``ValueError`` for a plan that names a block this U-Net does not have.
         """
         plan.check(list(self.config.attention_sites()))
         embedding = self.time_embed(sinusoidal_embedding(timestep, self.config.model_channels).to(x.dtype))
         embedding = embedding + self.label_emb(vector.to(x.dtype))
-        text = self.read(context) if isinstance(context, Tensor) else context
+        text = self.project_context(context) if isinstance(context, Tensor) else context
         skips = []
         for block in self.input_blocks:
             x = block(x, embedding, text, plan, x.shape[-2:])
@@ -190,5 +188,4 @@ class UNet(nn.Module):
             skip = skips.pop()
             next_size = skips[-1].shape[-2:] if skips else x.shape[-2:]
             x = block(torch.cat([x, skip], dim=1), embedding, text, plan, next_size)
-        x = self.out(x)
-        return x
+        return self.out(x)

@@ -7,8 +7,6 @@ Every GroupNorm has eps 1e-6 (official: ``Normalize``), other than the U-Net's R
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -17,7 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minisdxl.config import VAEConfig
-from minisdxl.strips import Strips, convolve, drain, normalization
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
@@ -41,11 +38,10 @@ class ResnetBlock(nn.Module):
         """Residual of norm, SiLU, convolution, twice."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        x = self.nin_shortcut(x) + h
-        return x
+        return self.nin_shortcut(x) + h
 
 
-class AttentionBlock(nn.Module):
+class VAEAttention(nn.Module):
     """Single-head self-attention over all positions; its linear maps are stored as 1x1 convolutions."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -64,8 +60,7 @@ class AttentionBlock(nn.Module):
             rearrange(project(normed), "b c h w -> b 1 (h w) c").contiguous() for project in (self.q, self.k, self.v)
         )
         attended = F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-        x = x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
-        return x
+        return x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Middle(nn.Module):
@@ -74,13 +69,12 @@ class Middle(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttentionBlock(channels, groups)
+        self.attn_1 = VAEAttention(channels, groups)
         self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x = self.block_2(self.attn_1(self.block_1(x)))
-        return x
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Downsample(nn.Module):
@@ -92,8 +86,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H // 2, W // 2)."""
-        x = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return x
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -105,8 +98,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
-        x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return x
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class DownLevel(nn.Module):
@@ -120,8 +112,7 @@ class DownLevel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H // 2, W // 2), or (B, out, H, W) on the last level."""
-        x = self.downsample(self.block(x))
-        return x
+        return self.downsample(self.block(x))
 
 
 class UpLevel(nn.Module):
@@ -135,8 +126,7 @@ class UpLevel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, 2 H, 2 W), or (B, out, H, W) on the last level."""
-        x = self.upsample(self.block(x))
-        return x
+        return self.upsample(self.block(x))
 
 
 class Encoder(nn.Module):
@@ -161,8 +151,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Down through the levels, through the middle, out."""
         x = self.mid(self.down(self.conv_in(x)))
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return x
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -187,8 +176,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return x
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class VAE(nn.Module):
@@ -219,66 +207,10 @@ class VAE(nn.Module):
         """Pictures (B, 3, H, W) in [-1, 1] to the mean of their latent, scaled: (B, z, h, w)."""
         return self.moments(images)[0] * self.config.scale_factor
 
-    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Scaled latents (B, z, h, w) to pictures (B, 3, f h, f w), about [-1, 1], not clamped.
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, z, h, w) to pictures (B, 3, f h, f w), about [-1, 1], not clamped."""
+        return self.decoder(self.unscaled(latents))
 
-        With ``tile`` in less memory, and the same but for rounding: picture by picture, each in strips of ``tile``
-        rows of its latent (:func:`decode_in_strips`). Raises ``ValueError`` as :func:`check_tile`.
-        """
-        check_tile(tile)
-        latents = latents.to(self.dtype) / self.config.scale_factor
-        if tile is not None:
-            alone = (self.post_quant_conv(latent) for latent in torch.split(latents, 1))
-            return torch.cat([decode_in_strips(self.decoder, x, tile) for x in alone])
-        pictures: Tensor = self.decoder(self.post_quant_conv(latents))
-        return pictures
-
-
-def check_tile(tile: int | None) -> None:
-    """Raises ``ValueError`` for what is no number of rows to decode at a time."""
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile is {tile}, expected 1 or more rows of the latent, or None to decode all at once")
-
-
-def decode_in_strips(decoder: Decoder, x: Tensor, rows: int) -> Tensor:
-    """``decoder(x)`` of a latent (B, z, h, w), in strips of ``rows`` of its rows from the end of the middle on.
-
-    The largest map that is held, of twice the width of the last level and of full size, takes 1 GiB at the official
-    numbers, 1024 x 1024 pixels and fp32; the whole decoder at once takes three times as much.
-    """
-    strips = deque(decoder.mid(decoder.conv_in(x)).split(rows, dim=2))
-    for level in reversed(decoder.up):
-        strips = _in_strips(level, strips)
-    norm = normalization(decoder.norm_out, strips)
-    return torch.cat(list(convolve(decoder.conv_out, (F.silu(norm(strip)) for strip in drain(strips)))), dim=2)
-
-
-def _in_strips(part: nn.Module, strips: Strips) -> Strips:
-    """What the forward of a part of the decoder does."""
-    match part:
-        case ResnetBlock():
-            return _resnet_in_strips(part, strips)
-        case Upsample():
-            larger = (F.interpolate(strip, scale_factor=2.0, mode="nearest") for strip in drain(strips))
-            return deque(convolve(part.conv, larger))
-        case UpLevel() | nn.Sequential():
-            for child in part.children():
-                strips = _in_strips(child, strips)
-            return strips
-        case nn.Identity():
-            return strips
-    raise TypeError(f"{type(part).__name__} has no way to compute in strips")
-
-
-def _resnet_in_strips(block: ResnetBlock, strips: Strips) -> Strips:
-    norm1, shortcut = normalization(block.norm1, strips), Strips()
-
-    def activated() -> Iterator[Tensor]:
-        for strip in drain(strips):
-            shortcut.append(block.nin_shortcut(strip))
-            yield F.silu(norm1(strip))
-
-    h = deque(convolve(block.conv1, activated()))
-    norm2 = normalization(block.norm2, h)
-    residual = convolve(block.conv2, (F.silu(norm2(strip)) for strip in drain(h)))
-    return deque(x + h for x, h in zip(drain(shortcut), residual, strict=True))
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """What the decoder takes, (B, z, h, w), of scaled latents."""
+        return self.post_quant_conv(latents.to(self.dtype) / self.config.scale_factor)

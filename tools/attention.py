@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from atedm import gwpr
-from minisdxl.command import Parser, parse_size, plain_warnings
-from minisdxl.files import atomic_path
-from minisdxl.pipeline import SDXL, load
-from minisdxl.sample import DEVICES
-from tools.evaluation import drawn_captions
+from minisdxl.checkpoint.atomic import atomic_path
+from minisdxl.cli.options import DEVICES, Parser, parse_size, plain_warnings
+from minisdxl.loading import load
+from minisdxl.pipeline import SDXL
+from tools.evaluation.pictures import drawn_captions
 from tools.figures import Settings, attention_spread, make
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
     python tools/bench.py --device cpu                                    # SDXL, 1024 px, fp32: takes 20 minutes
     python tools/bench.py --device cuda --batch 2 --compile               # a guided pair, bf16, CUDA graphs
     python tools/bench.py --device cpu --scale small --size 256           # an idea of it
-    python tools/bench.py --device cpu --block down.1.1 --presets dense at-edm at-edm:graph=sketched
+    python tools/bench.py --device cpu --block down.1.1 --presets dense at-edm at-edm:graph=subsampled
 
 All contenders take turns, each with the last of 50 steps, which prunes most. Ratios are of times in one round. On
 a CPU freed memory is kept, as while a picture is sampled, but for times called unkept. Memory is what a first call
@@ -27,12 +27,11 @@ import torch
 if __name__ == "__main__":  # run as a file, Python looks for imports in tools/ and not in the repository
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from minisdxl import cpu
-from minisdxl.command import Parser
-from minisdxl.sample import DTYPES
-from tools.contenders import CONFIGS, PEERS, Contender, blocks, unets
+from minisdxl.cli.options import DTYPES, Parser
+from minisdxl.runtime import allocator
+from tools.benchmark.bench_models import CONFIGS, PEERS, Contender, blocks, unets
+from tools.benchmark.profile_parts import PARTS, spent
 from tools.memory import gib, machine
-from tools.parts import PARTS, spent
 
 BASELINES = ("dense", "diffusers")
 
@@ -91,7 +90,7 @@ def measure(contenders: Sequence[Contender], repeats: int, device: torch.device)
         if device.type == "cpu":
             for contender, row in turns:
                 row["unkept"].append(seconds(contender, device))
-        with cpu.freed_memory_kept():
+        with allocator.freed_memory_kept():
             contenders[0].call()  # has the memory mapped
             for contender, row in turns:
                 row["seconds"].append(seconds(contender, device))
@@ -191,7 +190,7 @@ def _parser() -> Parser:
     add("--size", type=int, default=1024, help="side of the picture in pixels (default: %(default)s)")
     add("--batch", type=int, default=1, help="latents in a call; guidance has two a picture (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="(default: fp32 on a CPU, bf16 on a GPU)")
-    presets = ["dense", "at-edm", "at-edm-sketched", "moving-grid"]
+    presets = ["dense", "at-edm", "at-edm-subsampled", "moving-grid"]
     add("--presets", nargs="+", default=presets, metavar="PRESET", help=f"(default: {' '.join(presets)})")
     add("--peers", nargs="*", choices=PEERS, help="(default: all, and none with --block)")
     add("--block", metavar="NAME", help="time this attention block alone, such as down.1.1")

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from minisdxl.command import Parser, parse_size, plain_warnings
-from minisdxl.files import atomic_path
-from minisdxl.pipeline import SDXL, load, weights_path
-from minisdxl.report import versions, write_report
-from minisdxl.sample import DTYPES
+from minisdxl.checkpoint.atomic import atomic_path
+from minisdxl.cli.options import DTYPES, Parser, parse_size, plain_warnings
+from minisdxl.cli.reports import versions, write_report
+from minisdxl.loading import load, weights_path
+from minisdxl.pipeline import SDXL
 from minisdxl.samplings import SAMPLINGS
-from tools.crowd import REFERENCES, Crowd, Drawn
-from tools.evaluation import (
+from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
+from tools.evaluation.pictures import (
     SPLITS,
     Captions,
     Evaluation,
@@ -37,10 +37,10 @@ from tools.evaluation import (
     solve,
     weights_sha256,
 )
-from tools.official_metrics import ClipScore, Fid, find_pictures
-from tools.plots import LATENT_ERROR, OBEYED, save_figure
-from tools.rows import DENSE, Folder
-from tools.summaries import as_json, common_rows, markdown_table, summarize
+from tools.evaluation.plots import LATENT_ERROR, OBEYED, save_figure
+from tools.evaluation.rows import DENSE, Folder
+from tools.evaluation.set_metrics import REFERENCES, Crowd, Drawn
+from tools.evaluation.summaries import as_json, common_rows, markdown_table, summarize
 
 INTERVALS = (
     "Intervals of 95 %: Wilson 1927 for shares, Tango 1998 for paired differences of shares, "

@@ -14,18 +14,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisdxl.command import Parser, plain_warnings
-from minisdxl.files import atomic_path
-from minisdxl.pipeline import SDXL, load
-from minisdxl.report import versions, write_report
-from minisdxl.sample import DTYPES
-from tools.crowd import REFERENCES, Crowd, Drawn
-from tools.designs import BASELINE, EXPERIMENTS, Experiment
+from minisdxl.checkpoint.atomic import atomic_path
+from minisdxl.cli.options import DTYPES, Parser, plain_warnings
+from minisdxl.cli.reports import versions, write_report
+from minisdxl.loading import load
+from minisdxl.pipeline import SDXL
 from tools.evaluate import INTERVALS, model_options, settings_of
-from tools.evaluation import Captions, Evaluation, average_share, drawn_captions, solve
-from tools.plots import LATENT_ERROR, OBEYED, save_figure, save_pictures
-from tools.rows import DENSE, Folder, Row, write_rows
-from tools.summaries import Summary, Verdict, as_json, common_rows, judge, markdown_table, summarize, verdict_table
+from tools.evaluation.experiment_specs import BASELINE, EXPERIMENTS, Experiment
+from tools.evaluation.pictures import Captions, Evaluation, average_share, drawn_captions, solve
+from tools.evaluation.plots import LATENT_ERROR, OBEYED, save_figure, save_pictures
+from tools.evaluation.rows import DENSE, Folder, Row, write_rows
+from tools.evaluation.set_metrics import REFERENCES, Crowd, Drawn
+from tools.evaluation.summaries import (
+    Summary,
+    Verdict,
+    as_json,
+    common_rows,
+    judge,
+    markdown_table,
+    summarize,
+    verdict_table,
+)
 
 SHOWN = 8  # captions whose pictures are shown
 

@@ -22,16 +22,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from atedm.held import HeldGraph
+from atedm.graph.dense import DenseGraph
 from atedm.presets import parse_preset
 from atedm.recovery import RECOVERIES
 from atedm.schedule import Schedule
 from minisdxl.budget import with_budget
-from minisdxl.command import Parser, parse_size, plain_warnings
+from minisdxl.checkpoint.atomic import atomic_path
+from minisdxl.cli.options import Parser, parse_size, plain_warnings
 from minisdxl.config import SDXL_BASE, ModelConfig
-from minisdxl.files import atomic_path
-from minisdxl.flops import Kind, find_config, format_flops, summary
-from minisdxl.pipeline import SDXL, load
+from minisdxl.cost import Kind, format_flops, summary
+from minisdxl.flops import find_config
+from minisdxl.loading import load
+from minisdxl.pipeline import SDXL
 from minisdxl.transformer import AttentionBlock
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def attention_spread(sdxl: SDXL, settings: Settings) -> NDArray[np.float64]:
     seen: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
     def see(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        graph = HeldGraph.from_qk(*output[1][:3])
+        graph = DenseGraph.from_qk(*output[1][:3])
         tokens = graph.shape[-1]
         if tokens < 2:
             raise ValueError(f"attention block {name} has 1 token, expected 2 or more; ask for a larger --size")

@@ -34,15 +34,17 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-from minisdxl import checkpoint, sample, tensorfile
-from minisdxl.checkpoint import Modules, official_state_dict, without_memory
-from minisdxl.command import Parser
+from minisdxl import sample
+from minisdxl.checkpoint import modules, tensorfile
+from minisdxl.checkpoint.errors import CheckpointError
+from minisdxl.checkpoint.modules import Modules, official_state_dict, without_memory
+from minisdxl.cli.options import DTYPES, Parser
 from minisdxl.config import SDXL_BASE, ModelConfig
-from minisdxl.pipeline import SDXL, load
-from minisdxl.tensorfile import CheckpointError
-from tools.fuzz_damage import Case, make_case
-from tools.fuzz_forms import CONFIG, Files, forms
-from tools.fuzz_truth import Violation, flat, right_config, right_tokens, right_weights
+from minisdxl.loading import load
+from minisdxl.pipeline import SDXL
+from tools.fuzzing.damage import Case, make_case
+from tools.fuzzing.forms import CONFIG, Files, forms
+from tools.fuzzing.truth import Violation, flat, right_config, right_tokens, right_weights
 
 SECONDS = 5  # of the processor, for one case
 PATIENCE = 120  # seconds, after which a case that needs no processor hangs
@@ -64,8 +66,8 @@ def examine(case: Case, folder: Path) -> Result:
     options["loras"] = [folder / path for name, path in form.options.items() if name == "lora"]
     base = CONFIG if form.official else SDXL_BASE  # what a file that does not say what it is is taken for
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(checkpoint, "SDXL_BASE", base))
-        patches.enter_context(mock.patch.object(checkpoint, "without_memory", skeleton))
+        patches.enter_context(mock.patch.object(modules, "SDXL_BASE", base))
+        patches.enter_context(mock.patch.object(modules, "without_memory", skeleton))
         patches.enter_context(mock.patch.object(tensorfile, "MAPPED", 64 if case.mapped else tensorfile.MAPPED))
         message = None
         try:
@@ -132,7 +134,7 @@ def check_model(case: Case, folder: Path, sdxl: SDXL) -> bool:
 def check_command(case: Case, folder: Path, refused: bool) -> None:
     """Makes a picture by the command, or sees it fail in one line. Raises ``Violation``."""
     form, picture = forms()[case.form], folder / "out" / "picture.png"
-    dtype = next(name for name, dtype in sample.DTYPES.items() if dtype == case.dtype)
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
     options = [f"--{name}={folder / path}" for name, path in form.options.items()]
     quick = ["--steps=1", "--size=8x8", "--device=cpu", f"--dtype={dtype}", f"--out={picture}"]
     output, code = io.StringIO(), 0

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atedm import DENSE
-from atedm.graph import AttentionInputs
+from atedm.graph.inputs import AttentionInputs
 from atedm.tokens import TokenSet
 from minisdxl.pipeline import SDXL
 from minisdxl.sampler import discrete_sigmas
 from minisdxl.transformer import AttentionBlock, TransformerLayer
 from minisdxl.unet import UNet
-from tools.one_call import drawn_pictures, outcomes
+from tools.single_step import drawn_pictures, outcomes
 
 SHARPNESS = 10.0  # s^2: scales all logits
 NOISE = 0.15  # a: how far query and key maps differ
@@ -59,7 +59,7 @@ def watch(sdxl: SDXL, pictures: int = 8) -> dict[str, float]:
     token and the other token that gives it most attention, and ``likest``, between a token and the other token most
     like it; ``entropy`` of the rows of the maps over ln N; ``objects`` and ``rest``, the shares of tokens that `at-edm`
     keeps where objects are and elsewhere. ``change_800``, ``change_500``, ``change_200``: what `at-edm` changes, as in
-    ``tools.one_call``.
+    ``tools.single_step``.
     """
     drawn = drawn_pictures(sdxl, pictures)
     timestep = TIMESTEPS[1]

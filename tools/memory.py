@@ -29,16 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisdxl.checkpoint import file_metadata, official_shapes, read_config, without_memory
-from minisdxl.command import Parser, parse_size
+from minisdxl.checkpoint.folder_writer import json_files, tokenizer_files
+from minisdxl.checkpoint.modules import file_metadata, official_shapes, read_config, without_memory
+from minisdxl.checkpoint.tensorfile import write_tensors
+from minisdxl.cli.options import DTYPES, Parser, parse_size
+from minisdxl.cli.reports import processor
 from minisdxl.config import SDXL_BASE, SHAPES, ModelConfig
-from minisdxl.describe import json_files, tokenizer_files
-from minisdxl.pipeline import BUNDLED
-from minisdxl.report import processor
-from minisdxl.sample import DTYPES
-from minisdxl.tensorfile import write_tensors
+from minisdxl.loading import BUNDLED
 from minisdxl.tokenizer import load_vocabulary
-from minisdxl.vae import check_tile
 
 CONFIGS = {"full": SDXL_BASE, "small": SHAPES}
 LIBRARIES = ("ours", "diffusers")
@@ -86,11 +84,11 @@ def write_description(folder: Path, config: ModelConfig, weights: Path, tokenize
 
 
 def measure(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """One measurement of ``tools.measured`` in a process of its own. Raises ``RuntimeError`` if that fails."""
+    """One measurement of ``tools.benchmark.worker`` in a process of its own. Raises ``RuntimeError`` if that fails."""
     with Path(arguments["weights"]).open("rb") as file:
         while file.read(2**24):  # into the system's cache, so that the disk is not what is measured
             pass
-    command = [sys.executable, "-m", "tools.measured", kind, json.dumps(arguments)]
+    command = [sys.executable, "-m", "tools.benchmark.worker", kind, json.dumps(arguments)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -208,8 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if options.command == "load" and options.repeats < 1:
             raise ValueError(f"--repeats is {options.repeats}, expected 1 or more")
-        if options.command == "picture":
-            check_tile(options.tile)
+        if options.command == "picture" and options.strip_rows < 1:
+            raise ValueError(f"--strip-rows is {options.strip_rows}, expected 1 or more")
         with prepared(options) as (weights, folder):
             report: dict[str, Any] = {"machine": machine(), "bytes": weights.stat().st_size}
             if options.command == "load":
@@ -219,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 settings = {
                     "size": options.size,
                     "steps": options.steps,
-                    "tile": None if options.plain else options.tile,
+                    "strip_rows": None if options.plain else options.strip_rows,
                 }
                 dtype = {"dtype": str(DTYPES[options.dtype])[6:]}
                 report |= settings | dtype
@@ -244,7 +242,7 @@ def _parser() -> Parser:
     picture.add_argument("--size", type=parse_size, metavar="WxH", help="(default: what the model was made for)")
     picture.add_argument("--steps", type=int, default=1, help="denoising steps (default: %(default)s)")
     picture.add_argument(
-        "--tile", type=int, default=8, help="rows of the latent to decode at once (default: %(default)s)"
+        "--strip-rows", type=int, default=8, help="rows of the latent to decode at once (default: %(default)s)"
     )
     picture.add_argument("--plain", action="store_true", help="keep the text encoders, and decode all at once")
     for command in (loading, picture):

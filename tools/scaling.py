@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minisdxl import cpu
-from minisdxl.command import Parser
+from minisdxl.cli.options import DTYPES, Parser
 from minisdxl.config import ModelConfig
-from minisdxl.flops import Kind, count
-from minisdxl.sample import DTYPES
+from minisdxl.cost import Kind, count
+from minisdxl.runtime import allocator
 from tools.bench import forget_peak, memory, seconds
-from tools.contenders import CONFIGS, plan_of, unets
+from tools.benchmark.bench_models import CONFIGS, plan_of, unets
 from tools.memory import gib, machine
 
 # What grows alike is fitted with one speed: convolutions and linear maps with the pixels, attention with their square.
@@ -86,7 +85,7 @@ def measure(
 
     Each time is of a second call, for which the first one's memory is kept, as from a picture's second step on.
     """
-    with cpu.freed_memory_kept():  # and afterwards what is free goes back: no call is to find any
+    with allocator.freed_memory_kept():  # and afterwards what is free goes back: no call is to find any
         contenders = list(unets(config, size, batch, presets, [], device, dtype))
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     peaks = dict.fromkeys(times, 0)
@@ -94,7 +93,7 @@ def measure(
     for _ in range(repeats):
         for contender in contenders:
             forget_peak(device)
-            with cpu.freed_memory_kept():
+            with allocator.freed_memory_kept():
                 contender.call()
                 times[contender.name].append(seconds(contender, device))
             peaks[contender.name] = max(peaks[contender.name], memory(device, "VmHWM") - before)

@@ -26,20 +26,20 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.overrides import TorchFunctionMode
 
 from atedm.plan import DENSE
-from minisdxl.checkpoint import Modules, load, save
+from minisdxl.checkpoint.atomic import atomic_path
+from minisdxl.checkpoint.modules import Modules, load, save
 from minisdxl.config import SHAPES, ModelConfig
-from minisdxl.files import atomic_path
 from minisdxl.pipeline import SDXL
 from minisdxl.sampler import (
-    Condition,
+    UNetInputs,
     discrete_sigmas,
+    euler,
     guided_denoiser,
     image_generators,
     initial_noise,
     sigmas,
 )
-from minisdxl.solvers import euler
-from minisdxl.text import Conditioning
+from minisdxl.text import TextEmbeddings
 from minisdxl.tokenizer import Tokenizer
 from minisdxl.transformer import AttentionBlock
 from minisdxl.unet import ResBlock, UNet
@@ -74,7 +74,7 @@ class Model(nn.Module):
                 zero(module.proj_out)
         zero(self.unet.out[2])
 
-    def forward(self, latents: Tensor, timestep: Tensor, words: Conditioning, side: int) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, words: TextEmbeddings, side: int) -> Tensor:
         """Predicted noise of latents (B, 4, h, w) of pictures of ``side`` pixels."""
         sizes = torch.tensor([[side, side, 0, 0, side, side]], device=latents.device).expand(len(latents), -1)
         predicted: Tensor = self.unet(latents, timestep, words.context, words.vector(sizes, SHAPES.size_channels))
@@ -188,8 +188,8 @@ def sample_grid(options: argparse.Namespace, step: int, config: ModelConfig, mod
     tokenizer = Tokenizer.from_directory(TOKENIZER, config.text)
     sizes = torch.tensor([[side, side, 0, 0, side, side]]).expand(len(captions), -1).to(options.device)
 
-    def condition(words: Conditioning) -> Condition:
-        return Condition(words.context, words.vector(sizes, config.size_channels))
+    def condition(words: TextEmbeddings) -> UNetInputs:
+        return UNetInputs(words.context, words.vector(sizes, config.size_channels))
 
     positive = condition(modules.text.encode(captions, tokenizer))
     unconditional = condition(modules.text.encode_negative([""] * len(captions), tokenizer))

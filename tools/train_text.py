@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisdxl.checkpoint import load
+from minisdxl.checkpoint.modules import load
 from minisdxl.config import SHAPES
-from minisdxl.text import Conditioning, TextEncoders
+from minisdxl.text import TextEmbeddings, TextEncoders
 from minisdxl.tokenizer import Tokenizer
 from tools.training import Optimizer, batch_of_pictures, log, save_state, warm_then_decay
 
@@ -38,14 +38,14 @@ class Thumbnails(nn.Module):
         self.of_position = _two_layers(width, 3)
         self.of_pooled = _two_layers(pooled_channels, 3 * SIDE * SIDE)
 
-    def forward(self, words: Conditioning) -> tuple[Tensor, Tensor]:
+    def forward(self, words: TextEmbeddings) -> tuple[Tensor, Tensor]:
         """Both guesses, in [-1, 1]."""
         positions = self.positions.expand(len(words.context), -1, -1)
         found, _ = self.attention(positions, words.context, words.context, need_weights=False)
         by_position = rearrange(self.of_position(positions + found), "b (h w) c -> b c h w", h=SIDE)
         return by_position, rearrange(self.of_pooled(words.pooled), "b (c h w) -> b c h w", c=3, h=SIDE)
 
-    def loss(self, words: Conditioning, images: Tensor) -> Tensor:
+    def loss(self, words: TextEmbeddings, images: Tensor) -> Tensor:
         """Squared error of both guesses, for pictures (B, 3, H, W) in [-1, 1]."""
         target = F.adaptive_avg_pool2d(images, SIDE)
         by_position, by_pooled = self(words)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from minisdxl.checkpoint import load
+from minisdxl.checkpoint.modules import load
 from minisdxl.config import SHAPES
 from minisdxl.vae import VAE
 from tools.training import batch_of_pictures, log, save_state, warm_then_decay

@@ -9,7 +9,7 @@ import torch
 
 from atedm import LazyGraph, TokenSet, gwpr, scores, top_k
 from atedm.coverage import SHIFTS, WINDOW, cover, grid_order
-from atedm.graph import AttentionInputs
+from atedm.graph.inputs import AttentionInputs
 
 
 def random_tokens(batch: int, height: int, width: int) -> TokenSet:

@@ -22,7 +22,7 @@ PAPER = {
     "one-vote": Schedule("one-vote", Pruning(0.63, "one-vote"), tau=15),
 }
 OURS = {
-    "at-edm-sketched": Schedule("at-edm-sketched", Pruning(0.63, graph="sketched"), tau=15),
+    "at-edm-subsampled": Schedule("at-edm-subsampled", Pruning(0.63, graph="subsampled"), tau=15),
     "dissimilarity": Schedule(
         "dissimilarity", Pruning(0.63, "dissimilarity", recovery="nearest-change"), tau=15, early="less"
     ),
@@ -63,7 +63,7 @@ def test_each_preset_has_a_line_of_its_own() -> None:
             "at-edm:ranking=one-vote,recovery=bicubic,graph=streamed,iterations=4",
             Schedule("at-edm", Pruning(0.63, "one-vote", "streamed", "bicubic", iterations=4)),
         ),
-        ("ca-wpr:graph=sketched,rho=0.2", Schedule("ca-wpr", Pruning(0.2, "ca-wpr", "sketched"))),
+        ("ca-wpr:graph=subsampled,rho=0.2", Schedule("ca-wpr", Pruning(0.2, "ca-wpr", "subsampled"))),
     ],
 )
 def test_parse_preset(text: str, schedule: Schedule) -> None:

@@ -96,7 +96,7 @@ def test_every_choice(ranking: str, graph: str, recovery: str) -> None:
 def test_held_and_streamed_graphs_keep_the_same() -> None:
     layer = random_layer(2, 8, 8)
     for ranking, recovery in itertools.product(RANKINGS, RECOVERIES):
-        held, streamed = (prune(*layer, Pruning(0.63, ranking, graph, recovery)) for graph in ("held", "streamed"))
+        held, streamed = (prune(*layer, Pruning(0.63, ranking, graph, recovery)) for graph in ("by-head", "streamed"))
         assert torch.equal(held[1](held[0]).values, streamed[1](streamed[0]).values)
 
 
@@ -214,7 +214,7 @@ def test_a_few_heads_at_a_time_change_nothing(batch: int, recovery: str, monkeyp
     tokens, self_attention, cross_attention = random_layer(batch, 4, 5)
     how = Pruning(0.5, recovery=recovery)
     kept, restore = prune(tokens, self_attention, cross_attention, how)
-    monkeypatch.setattr("atedm.headwise.CACHE_BYTES", 3 * 20 * 20 * 8)
+    monkeypatch.setattr("atedm.graph.by_head.CACHE_BYTES", 3 * 20 * 20 * 8)
     kept_2, restore_2 = prune(tokens, self_attention, cross_attention, how)
     torch.testing.assert_close(kept_2.positions, kept.positions)
     twice = kept.with_values(3 * kept.values)

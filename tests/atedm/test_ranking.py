@@ -12,7 +12,7 @@ from atedm import (
     GRAPHS,
     RANKINGS,
     AttentionInputs,
-    HeldGraph,
+    DenseGraph,
     LazyGraph,
     TokenSet,
     gwpr,
@@ -154,7 +154,7 @@ def test_without_a_threshold_nothing_waits_for_the_device() -> None:
     fixed, threshold = rank(a, eps=0.0, max_iterations=4), rank(a, eps=1e-300, max_iterations=4)
     assert torch.equal(fixed.heads, threshold.heads)
     assert (fixed.iterations == 4).all()
-    meta = HeldGraph(torch.empty(2, 3, 12, 12, device="meta"))
+    meta = DenseGraph(torch.empty(2, 3, 12, 12, device="meta"))
     for cross in (False, True):
         assert rank(meta, cross=cross, eps=0.0, max_iterations=4).scores.shape == (2, 12)
     with pytest.raises((RuntimeError, NotImplementedError)):  # here it would have to wait for what does not exist
@@ -173,7 +173,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="4 queries and 6 keys"):
         gwpr(random_map(1, 1, 4, 6))
     with pytest.raises(ValueError, match="4 queries and 6 keys"):
-        gwpr(HeldGraph.from_map(random_map(1, 1, 4, 6)))
+        gwpr(DenseGraph.from_map(random_map(1, 1, 4, 6)))
     with pytest.raises(ValueError, match="not row-stochastic"):
         gwpr(2 * random_map(1, 1, 4, 4))
     with pytest.raises(ValueError, match="NaN"):
@@ -185,7 +185,7 @@ def test_bad_input_is_refused() -> None:
 
 
 def test_nan_in_a_graph_never_counts_as_converged() -> None:
-    graph = HeldGraph(torch.full((1, 1, 4, 4), torch.nan))
+    graph = DenseGraph(torch.full((1, 1, 4, 4), torch.nan))
     assert not rank(graph, max_iterations=3).converged.any()
 
 
@@ -262,8 +262,8 @@ def test_rankings_by_loops(name: str, cross: bool, iterations: int | None) -> No
 
 def test_one_vote_is_the_attention_received() -> None:
     pair = lazy_pair()
-    graph = pair[0].inputs.graph("whole")
-    assert isinstance(graph, HeldGraph)
+    graph = pair[0].inputs.graph("dense")
+    assert isinstance(graph, DenseGraph)
     received = graph.map.mean(dim=2)  # over queries
     assert torch.allclose(scores("one-vote", TOKENS, *pair), received.square().mean(1).sqrt(), rtol=0, atol=1e-16)
 
@@ -303,7 +303,7 @@ def test_only_the_graph_that_is_read_is_built(name: str, read: list[int], monkey
     built = []
     build = AttentionInputs.graph
 
-    def spy(inputs: AttentionInputs, kind: str = "held") -> object:
+    def spy(inputs: AttentionInputs, kind: str = "by-head") -> object:
         built.append([inputs is lazy.inputs for lazy in pair].index(True))
         return build(inputs, kind)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import minisdxl
-from atedm import AttentionInputs, HeadwiseGraph, gwpr, kept_count, rank, top_k
-from atedm.headwise import SKETCH_STRIDE
+from atedm import AttentionInputs, ByHeadGraph, gwpr, kept_count, rank, top_k
+from atedm.graph.by_head import SUBSAMPLING_STRIDE
 
 RHO = 0.63
 TIE = 1e-4  # relative difference of scores that are a tie for float32
@@ -57,13 +57,13 @@ def test_streamed_graph_keeps_and_recovers_the_same(attention: dict[str, Attenti
     """In float32. Scores of the two differ by rounding, which may decide between tokens that are a tie for it."""
     worst = 0.0
     for inputs in attention.values():
-        held, streamed = inputs.graph("held"), inputs.graph("streamed")
+        held, streamed = inputs.graph("by-head"), inputs.graph("streamed")
         scores = gwpr(held)
         kept = kept_by(scores)
         worst = max(worst, ((gwpr(streamed) - scores).abs() / scores).max().item())
         assert_same_but_for_ties(kept_by(gwpr(streamed)), kept, scores)
         pruned = without(kept, scores.shape[1])
-        sources = streamed.strongest_query(kept, pruned), held.strongest_query(kept, pruned)
+        sources = streamed.argmax_query(kept, pruned), held.argmax_query(kept, pruned)
         assert (sources[0] == sources[1]).float().mean() > 0.999
     print(f"float32 scores, streamed against held: largest relative difference {worst:.1e}")
     assert len(attention) == 14
@@ -79,7 +79,7 @@ def test_float32_keeps_what_float64_keeps(attention: dict[str, AttentionInputs])
 
 def test_cheaper_rankings_and_what_they_agree_on(attention: dict[str, AttentionInputs]) -> None:
     """Printed for whoever chooses: share of the tokens that exact G-WPR keeps at rho 0.63, and its iterations."""
-    strides = (2, 3, 4, SKETCH_STRIDE, 8, 9, 16)
+    strides = (2, 3, 4, SUBSAMPLING_STRIDE, 8, 9, 16)
     print("\nkept tokens shared with G-WPR; sketches by stride" + "".join(f"{stride:>7}" for stride in strides), end="")
     print("  1 vote 3 votes  iterations")
     sketches, three_votes = [], []
@@ -87,11 +87,11 @@ def test_cheaper_rankings_and_what_they_agree_on(attention: dict[str, AttentionI
         graph = inputs.graph()
         ranking = rank(graph)
         exact = kept_by(ranking.scores)
-        shares = [overlap(kept_by(gwpr(HeadwiseGraph.from_qk(*inputs[:3], stride))), exact) for stride in strides] + [
+        shares = [overlap(kept_by(gwpr(ByHeadGraph.from_qk(*inputs[:3], stride))), exact) for stride in strides] + [
             overlap(kept_by(gwpr(graph, eps=0.0, max_iterations=votes)), exact) for votes in (1, 3)
         ]
         print(f"{name:>49}" + "".join(f"{share:7.3f}" for share in shares) + f"{ranking.iterations.max():>11}")
-        sketches.append(shares[strides.index(SKETCH_STRIDE)])
+        sketches.append(shares[strides.index(SUBSAMPLING_STRIDE)])
         three_votes.append(shares[-1])
     # Loose, since they depend on the weights: random sets of this size share 0.37.
     assert min(sketches) > 0.5

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from atedm import RECOVERIES, AttentionInputs, HeldGraph, LazyGraph, Restore, TokenSet, recover, similarity_copy
+from atedm import RECOVERIES, AttentionInputs, DenseGraph, LazyGraph, Restore, TokenSet, recover, similarity_copy
 from atedm.recovery import identity
 
 
-def random_graph(batch: int, tokens: int, seed: int = 0) -> HeldGraph:
+def random_graph(batch: int, tokens: int, seed: int = 0) -> DenseGraph:
     generator = torch.Generator().manual_seed(seed)
-    return HeldGraph.from_map((2 * torch.randn(batch, 3, tokens, tokens, generator=generator).double()).softmax(-1))
+    return DenseGraph.from_map((2 * torch.randn(batch, 3, tokens, tokens, generator=generator).double()).softmax(-1))
 
 
 def random_tokens(batch: int, height: int, width: int) -> TokenSet:
@@ -58,7 +58,7 @@ def test_kept_tokens_come_back_as_they_are() -> None:
 
 
 def test_equal_attention_takes_the_first_kept_token() -> None:
-    graph = HeldGraph.from_map(torch.full((1, 2, 6, 6), 1 / 6))
+    graph = DenseGraph.from_map(torch.full((1, 2, 6, 6), 1 / 6))
     tokens = random_tokens(1, 2, 3)
     restore = similarity_copy(tokens, graph, torch.tensor([[2, 4, 5]]))
     assert restore.source.tolist() == [[0, 0, 0, 0, 1, 2]]
@@ -245,8 +245,8 @@ def test_nearest_and_change_by_loops(recovery: str) -> None:
     later = tokens.keep(kept).with_values(torch.randn(2, 5, 4, generator=generator, dtype=torch.float64))
     restored = restore(later)
     assert restored.is_dense
-    graph = attention.inputs.graph("whole")
-    assert isinstance(graph, HeldGraph)
+    graph = attention.inputs.graph("dense")
+    assert isinstance(graph, DenseGraph)
     worst = 0.0
     for row in range(2):
         held, before, after = kept[row].tolist(), tokens.values[row].tolist(), later.values[row].tolist()

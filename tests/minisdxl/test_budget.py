@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from atedm import PRESETS, Schedule, parse_preset
-from minisdxl.budget import list_presets, parse_budget, with_budget
+from minisdxl.budget import parse_budget, with_budget
+from minisdxl.cli.presets import list_presets
 from minisdxl.config import SDXL_BASE, SHAPES, ModelConfig
-from minisdxl.flops import count
+from minisdxl.cost import count
 
 DENSE = count(SDXL_BASE, 128, 128).total
 

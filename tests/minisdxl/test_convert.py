@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minisdxl
-from minisdxl.checkpoint import load, official_state_dict, open_source, read_config
+from minisdxl.checkpoint.errors import CheckpointError
+from minisdxl.checkpoint.layouts import PARTS
+from minisdxl.checkpoint.modules import load, official_state_dict, open_source, read_config
+from minisdxl.checkpoint.resolve import Source
 from minisdxl.config import SHAPES
 from minisdxl.convert import main, write_folder, write_single
 from minisdxl.flops import find_config
-from minisdxl.layouts import PARTS
-from minisdxl.pipeline import BUNDLED
+from minisdxl.loading import BUNDLED
 from minisdxl.sample import main as sample
-from minisdxl.sources import Source
-from minisdxl.tensorfile import CheckpointError
 from minisdxl.tokenizer import read_vocabulary
 from tests.minisdxl.tiny import TINY, VOCABULARY, tiny_file
 

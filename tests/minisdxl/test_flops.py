@@ -18,10 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from atedm import DENSE, GRAPHS, PRESETS, AttentionInputs, BlockPlan, Merging, Pruning, TokenPlan, parse_preset, rank
-from atedm.ranking import MAX_ITERATIONS
-from minisdxl.checkpoint import Modules, save
+from atedm.gwpr import MAX_ITERATIONS
+from minisdxl.checkpoint.modules import Modules, save
 from minisdxl.config import SDXL_BASE, SHAPES, Level, UNetConfig
-from minisdxl.flops import Work, count, format_flops, main, summary
+from minisdxl.cost import Work, count, format_flops, summary
+from minisdxl.flops import main
 from minisdxl.text import TextEncoders
 from minisdxl.transformer import Attention, AttentionBlock, TransformerLayer
 from minisdxl.unet import UNet
@@ -133,7 +134,7 @@ ON_SDXL = [(name, 49, *SIZES[index % 3]) for index, name in enumerate(PRESETS)] 
     ("tome-dsap", 0, 33, 21),
     ("at-edm:rho=0.001", 49, 33, 21),  # removes tokens of some blocks only
     ("at-edm:graph=streamed", 49, 75, 101),  # in several pieces
-    ("ca-wpr:graph=sketched", 49, 33, 21),
+    ("ca-wpr:graph=subsampled", 49, 33, 21),
 ]
 
 
@@ -161,7 +162,7 @@ SETTINGS = [
     ("at-edm:early=more", 0),
     ("at-edm:early=more,ends=mid+up.2.1", 49),
     ("at-edm-dagger:spare=mid", 0),
-    *((f"{name}:graph={graph}", 49) for name in PRUNING for graph in ("streamed", "sketched", "whole")),
+    *((f"{name}:graph={graph}", 49) for name in PRUNING for graph in ("streamed", "subsampled", "dense")),
     *((f"ca-wpr:recovery=zeros,graph={graph}", 49) for graph in GRAPHS),
     *((f"random:recovery=direct,graph={graph}", 49) for graph in GRAPHS),
     *((f"at-edm:ranking=lowest,recovery=similarity-change,graph={graph}", 49) for graph in GRAPHS),

@@ -21,11 +21,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import minisdxl
 from atedm import TokenPlan
-from minisdxl.checkpoint import Modules, official_state_dict
+from minisdxl.checkpoint.modules import Modules, official_state_dict
 from minisdxl.config import SDXL_BASE, TextConfig
-from minisdxl.pipeline import BUNDLED, SDXL, finite, size_numbers, to_image, to_pixels
+from minisdxl.images import check_finite, to_image, to_pixels
+from minisdxl.loading import BUNDLED
+from minisdxl.pipeline import SDXL
 from minisdxl.sampler import image_generators, initial_noise
 from minisdxl.samplings import SAMPLINGS
+from minisdxl.settings import micro_conditioning, token_plans
 from minisdxl.text import TextEncoders
 from tests.minisdxl.peers import diffusers_unet, diffusers_vae
 from tests.minisdxl.test_samplings import own_scale, scheduler
@@ -147,8 +150,8 @@ def test_micro_conditioning_equals_diffusers(sdxl: SDXL, peer: StableDiffusionXL
 
 def test_size_numbers_are_in_the_official_order() -> None:
     # Official: height, width; crop top, left; height, width.
-    assert size_numbers((1, 2), (3, 4), (5, 6), (7, 8)) == [4, 3, 6, 5, 8, 7]
-    assert size_numbers((1216, 832), None, (0, 0), None) == [832, 1216, 0, 0, 832, 1216]
+    assert micro_conditioning((1, 2), (3, 4), (5, 6), (7, 8)) == [4, 3, 6, 5, 8, 7]
+    assert micro_conditioning((1216, 832), None, (0, 0), None) == [832, 1216, 0, 0, 832, 1216]
 
 
 def drawing() -> Image.Image:
@@ -273,10 +276,10 @@ def test_image_of_a_batch_is_the_same_alone(prune: str | None) -> None:
 
 
 def test_plan_of_each_step_reaches_the_unet(sdxl: SDXL) -> None:
-    plans = sdxl.plans("at-edm:rho=0.5,tau=10", 10)
+    plans = token_plans(sdxl.config, "at-edm:rho=0.5,tau=10", 10)
     assert [len(plan) for plan in plans] == [3] * 2 + [7] * 8  # prune-less: mid, up.2.0 and up.1.0 alone
-    assert set(sdxl.plans(None, 5)) == {sdxl.plans(None, 5)[0]}
-    assert not sdxl.plans(None, 1)[0]
+    assert set(token_plans(sdxl.config, None, 5)) == {token_plans(sdxl.config, None, 5)[0]}
+    assert not token_plans(sdxl.config, None, 1)[0]
 
 
 def test_odd_and_oblong_sizes(sdxl: SDXL) -> None:
@@ -335,7 +338,7 @@ def test_plans_follow_the_noise_level_when_a_run_begins_in_the_middle(sdxl: SDXL
 def test_a_picture_decoded_in_strips_is_the_same(sdxl: SDXL) -> None:
     prompts = [PROMPT, "a big green triangle on a black background"]
     settings: dict[str, Any] = {"steps": 4, "size": (136, 104)}
-    whole, strips = sdxl.generate(prompts, **settings), sdxl.generate(prompts, **settings, tile=4)
+    whole, strips = sdxl.generate(prompts, **settings), sdxl.generate(prompts, **settings, strip_rows=4)
     error = max(np.abs(pixels(a) - pixels(b)).max() for a, b in zip(whole, strips, strict=True))
     print(f"in strips of 4 of 26 rows: max error {error:.1e}")
     assert error <= 1.01 / 255  # rounding to 8 bits may fall either way
@@ -506,7 +509,7 @@ def test_half_precision_runs_with_the_vae_in_fp32(dtype: torch.dtype) -> None:
 
 def test_finite_counts_what_is_not() -> None:
     with pytest.raises(ArithmeticError, match=r"the part gave 2 of 3 values"):
-        finite("the part", torch.tensor([1.0, float("nan"), float("inf")]))
+        check_finite("the part", torch.tensor([1.0, float("nan"), float("inf")]))
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 import minisdxl
 from atedm import PRESETS
-from minisdxl.checkpoint import open_source
-from minisdxl.flops import count
-from minisdxl.pipeline import BUNDLED, SDXL
+from minisdxl.checkpoint.modules import open_source
+from minisdxl.cost import count
+from minisdxl.loading import BUNDLED
+from minisdxl.pipeline import SDXL
 from minisdxl.sample import main
 from minisdxl.samplings import SAMPLINGS
 from tests.minisdxl.tiny import tiny_file

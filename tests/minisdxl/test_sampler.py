@@ -17,19 +17,20 @@ from torch import Tensor
 from atedm import BlockPlan, Pruning, TokenPlan
 from minisdxl.config import NoiseConfig
 from minisdxl.sampler import (
-    Condition,
+    Solver,
     Spacing,
+    UNetInputs,
     denoise,
     discrete_sigmas,
+    euler,
     first_step,
     guided_denoiser,
     image_generators,
-    lcm_timesteps,
     sigmas,
     timesteps,
-    trailing_timesteps,
 )
-from minisdxl.solvers import Solver, euler, heun
+from minisdxl.samplings import lcm_timesteps, trailing_timesteps
+from minisdxl.solvers import heun
 from tests.minisdxl.denoisers import NOISE, SHAPE, gaussian_denoiser, relative_error, start
 
 STEPS = (10, 20, 25, 50)
@@ -200,7 +201,7 @@ class RecordingUNet:
     calls: list[tuple[Tensor, Tensor, TokenPlan]] = field(default_factory=list)
     readings: int = 0
 
-    def read(self, context: Tensor) -> Tensor:
+    def project_context(self, context: Tensor) -> Tensor:
         """The mean of each context (B, T, C)."""
         self.readings += 1
         return context.mean(dim=(1, 2))
@@ -217,9 +218,9 @@ def step_plan(step: int) -> TokenPlan:
     return TokenPlan({"mid": BlockPlan.pruning(Pruning(ratio=step / 20))})
 
 
-def condition(value: float, dtype: torch.dtype = torch.float32) -> Condition:
+def condition(value: float, dtype: torch.dtype = torch.float32) -> UNetInputs:
     """The context and vector of two images, all ``value`` and ``value`` / 2."""
-    return Condition(torch.full((2, 77, 6), value, dtype=dtype), torch.full((2, 5), value / 2, dtype=dtype))
+    return UNetInputs(torch.full((2, 77, 6), value, dtype=dtype), torch.full((2, 5), value / 2, dtype=dtype))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, 7.0])
@@ -263,7 +264,7 @@ def test_only_the_unet_runs_in_half_precision(dtype: torch.dtype) -> None:
     ((seen, c_noise, plan),) = unet.calls
     assert seen.dtype == dtype
     assert denoised.dtype == torch.float32
-    prediction = unet(seen, c_noise, unet.read(known.context), known.vector, plan).double()
+    prediction = unet(seen, c_noise, unet.project_context(known.context), known.vector, plan).double()
     error = relative_error(denoised, x.double() - sigma * prediction)
     print(f"around a {dtype} U-Net: max error / max {error:.1e}")
     assert error < 1e-6

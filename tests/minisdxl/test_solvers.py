@@ -13,8 +13,9 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
-from minisdxl.sampler import Denoiser, discrete_sigmas, image_generators, initial_noise, lcm_timesteps, sigmas
-from minisdxl.solvers import Solver, dpmpp_2m, euler, euler_ancestral, heun, lcm
+from minisdxl.sampler import Denoiser, Solver, discrete_sigmas, euler, image_generators, initial_noise, sigmas
+from minisdxl.samplings import lcm_timesteps
+from minisdxl.solvers import dpmpp_2m, euler_ancestral, heun, lcm
 from tests.minisdxl.denoisers import (
     NOISE,
     SHAPE,

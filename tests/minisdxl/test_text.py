@@ -14,8 +14,9 @@ from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from minisdxl.checkpoint.text_names import load_official_text_state, official_text_state
 from minisdxl.config import SDXL_BASE, SHAPES, TextConfig
-from minisdxl.text import Conditioning, TextEncoders, size_embedding
+from minisdxl.text import TextEmbeddings, TextEncoders, size_embedding
 from minisdxl.tokenizer import Tokenizer
 from tests.manifest import official_shapes
 
@@ -53,7 +54,7 @@ def random_encoders(scale: float = 1.0, configs: tuple[TextConfig, TextConfig] =
 
 def peer_of(encoders: TextEncoders) -> Any:
     """The diffusers pipeline with our weights, by diffusers' own conversion of official names."""
-    official = encoders.official_state_dict()
+    official = official_text_state(encoders)
     clip, openclip = (
         kind(
             CLIPTextConfig(
@@ -173,7 +174,7 @@ def reference(official: dict[str, Tensor], ids: Tensor, config: TextConfig, laye
 @torch.no_grad()
 def test_parity_with_torch_layers_in_float64(tokenizer: Tokenizer, scale: float) -> None:
     encoders = random_encoders(scale).double()
-    official = encoders.official_state_dict()
+    official = official_text_state(encoders)
     ids, ids_2 = tokenizer(PROMPTS)
     ours = encoders(ids, ids_2)
     context = torch.cat([reference(official, ids, SMALL[0], 2), reference(official, ids_2, SMALL[1], 3)], dim=-1)
@@ -205,7 +206,7 @@ def test_pools_at_the_first_end_token(tokenizer: Tokenizer) -> None:
 def test_names_and_shapes_are_those_of_the_official_file() -> None:
     with torch.device("meta"):
         encoders = TextEncoders(SDXL_BASE.text)
-    ours = {name: tuple(tensor.shape) for name, tensor in encoders.official_state_dict().items()}
+    ours = {name: tuple(tensor.shape) for name, tensor in official_text_state(encoders).items()}
     unused = {f"{CLIP}text_model.embeddings.position_ids", f"{OPENCLIP}logit_scale"}
     official = official_shapes()
     expected = {name: official[name] for name in official if name.startswith("conditioner.") and name not in unused}
@@ -217,10 +218,10 @@ def test_names_and_shapes_are_those_of_the_official_file() -> None:
 @torch.no_grad()
 def test_loads_into_encoders_on_the_meta_device(tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     source = random_encoders().to(dtype)
-    official = source.official_state_dict()
+    official = official_text_state(source)
     with torch.device("meta"):
         encoders = TextEncoders(SMALL)
-    encoders.load_official_state_dict(official)
+    load_official_text_state(encoders, official)
     encoders.to("cpu").eval()  # fails where a buffer stayed on the meta device
     assert {tensor.device.type for tensor in (*encoders.parameters(), *encoders.buffers())} == {"cpu"}
     assert {parameter.dtype for parameter in encoders.parameters()} == {dtype}
@@ -233,17 +234,17 @@ def test_loads_into_encoders_on_the_meta_device(tokenizer: Tokenizer, dtype: tor
 
 def test_loading_is_strict() -> None:
     encoders = random_encoders()
-    official = encoders.official_state_dict()
+    official = official_text_state(encoders)
     with pytest.raises(ValueError, match=r"1 missing \['conditioner.embedders.1.model.text_projection'\], 0 unexp"):
-        encoders.load_official_state_dict({n: v for n, v in official.items() if not n.endswith("text_projection")})
+        load_official_text_state(encoders, {n: v for n, v in official.items() if not n.endswith("text_projection")})
     with pytest.raises(ValueError, match=r"0 missing \[\], 1 unexpected \['conditioner.extra'\]"):
-        encoders.load_official_state_dict(official | {"conditioner.extra": torch.zeros(1)})
+        load_official_text_state(encoders, official | {"conditioner.extra": torch.zeros(1)})
     with pytest.raises(RuntimeError, match="size mismatch"):
-        encoders.load_official_state_dict(official | {f"{OPENCLIP}text_projection": torch.zeros(40, 32)})
+        load_official_text_state(encoders, official | {f"{OPENCLIP}text_projection": torch.zeros(40, 32)})
     for rows in (93, 99):  # of a fused projection of 96: neither three equal parts nor the right ones
         wrong = {f"{OPENCLIP}transformer.resblocks.0.attn.in_proj_bias": torch.zeros(rows)}
         with pytest.raises(RuntimeError, match="size mismatch"):
-            encoders.load_official_state_dict(official | wrong)
+            load_official_text_state(encoders, official | wrong)
 
 
 def test_size_embedding_is_that_of_diffusers() -> None:
@@ -251,9 +252,9 @@ def test_size_embedding_is_that_of_diffusers() -> None:
     peer = Timesteps(32, flip_sin_to_cos=True, downscale_freq_shift=0)(sizes.flatten()).reshape(2, -1)
     assert_close("sizes", size_embedding(sizes, 32), peer, 1e-6)
     pooled = torch.randn(2, 40)
-    vector = Conditioning(torch.zeros(2, 77, 80), pooled).vector(sizes, 32)
+    vector = TextEmbeddings(torch.zeros(2, 77, 80), pooled).vector(sizes, 32)
     assert_close("vector", vector, torch.cat([pooled, peer], dim=-1), 1e-6)
-    half = Conditioning(torch.zeros(2, 77, 80), pooled.half()).vector(sizes, 32)
+    half = TextEmbeddings(torch.zeros(2, 77, 80), pooled.half()).vector(sizes, 32)
     assert half.dtype == torch.float16 and torch.equal(half, vector.half())  # computed in float32, then rounded
     with pytest.raises(ValueError, match=r"sizes have shape \(2, 4\), expected \(B, 6\)"):
         size_embedding(sizes[:, :4], 32)
@@ -263,7 +264,7 @@ def test_the_vector_is_as_wide_as_the_unet_takes() -> None:
     for config in (SDXL_BASE, SHAPES):
         projection = config.text[1].projection
         assert projection is not None
-        conditioning = Conditioning(torch.zeros(1, 77, config.unet.context_channels), torch.zeros(1, projection))
+        conditioning = TextEmbeddings(torch.zeros(1, 77, config.unet.context_channels), torch.zeros(1, projection))
         vector = conditioning.vector(torch.zeros(1, 6), config.size_channels)
         assert vector.shape == (1, config.unet.vector_channels)
 
@@ -287,7 +288,7 @@ def test_training_and_evaluation_agree(tokenizer: Tokenizer) -> None:
 
 
 def test_rows_are_zeroed_where_asked() -> None:
-    conditioning = Conditioning(torch.ones(3, 77, 8), torch.ones(3, 4)).zeroed(torch.tensor([False, True, False]))
+    conditioning = TextEmbeddings(torch.ones(3, 77, 8), torch.ones(3, 4)).zeroed(torch.tensor([False, True, False]))
     assert conditioning.context.sum(dim=(1, 2)).tolist() == [616, 0, 616]
     assert conditioning.pooled.sum(dim=1).tolist() == [4, 0, 4]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from atedm import BlockPlan, LayerPlan, Merging, Pruning, TokenSet
+from atedm.gwpr import EPSILON
 from atedm.plan import UNTOUCHED
-from atedm.ranking import EPSILON
 from minisdxl.transformer import GEGLU, Attention, AttentionBlock, TransformerLayer
 
 CHANNELS, HEADS, TEXT, CONTEXT, GROUPS, DEPTH = 8, 2, 5, 6, 4, 3
@@ -233,7 +233,7 @@ def test_a_layer_on_some_tokens_is_the_layer_on_those_alone() -> None:
     x, context = random_inputs(2, 3, 4)
     held = torch.tensor([[0, 3, 4, 9, 11], [1, 2, 5, 6, 10]])
     tokens = TokenSet.from_feature_map(x).keep(held)
-    after, restores = layer(tokens, layer.attn2.read(context), UNTOUCHED)
+    after, restores = layer(tokens, layer.attn2.project_context(context), UNTOUCHED)
     assert restores == []
     assert after.positions is not None
     assert torch.equal(after.positions, held)
@@ -251,8 +251,8 @@ def test_a_layer_on_some_tokens_is_the_layer_on_those_alone() -> None:
 def test_an_untouched_block_is_dense_attention() -> None:
     block = random_block()
     x, context = random_inputs(2, 3, 4)
-    ours = block(x, block.read(context), None)
-    assert torch.equal(block(x, block.read(context), BlockPlan(())), ours)
+    ours = block(x, block.project_context(context), None)
+    assert torch.equal(block(x, block.project_context(context), BlockPlan(())), ours)
     theirs = torch.stack([block_by_loops(block, *row, None, BlockPlan(())) for row in zip(x, context, strict=True)])
     error = (ours - theirs).abs().max()
     print(f"dense block: max error {error:.1e}")
@@ -282,9 +282,9 @@ def test_a_pruned_block_follows_the_steps_of_the_paper(
     block = random_block(scale)
     plan = BlockPlan.pruning(how, layers, before_feed_forward)
     x, context = random_inputs(2, 3, 5)
-    ours = block(x, block.read(context), plan)
+    ours = block(x, block.project_context(context), plan)
     theirs = torch.stack([block_by_loops(block, *row, how, plan) for row in zip(x, context, strict=True)])
-    error, effect = (ours - theirs).abs().max(), (ours - block(x, block.read(context), None)).abs().max()
+    error, effect = (ours - theirs).abs().max(), (ours - block(x, block.project_context(context), None)).abs().max()
     print(f"{plan.describe()}: max error {error:.1e}, pruning changes {effect:.1e}")
     assert error < 1e-11
     assert effect > 1e-3
@@ -298,7 +298,7 @@ def test_pruning_before_the_feed_forward_gives_the_same_where_tokens_are_copied(
     for recovery, same in (("similarity", True), ("zeros", True), ("bicubic", True), ("direct", False)):
         how = Pruning(0.6, recovery=recovery)
         plans = [BlockPlan.pruning(how, (0, 1), before_feed_forward=early) for early in (False, True)]
-        after, before = (block(x, block.read(context), plan) for plan in plans)
+        after, before = (block(x, block.project_context(context), plan) for plan in plans)
         error = (after - before).abs().max()
         print(f"{recovery}: before and after the feed-forward differ by {error:.1e}")
         assert (error < 1e-12) == same
@@ -319,9 +319,9 @@ def test_a_merged_block_merges_around_its_sublayers(how: Merging, grid: tuple[in
     block = random_block()
     plan = BlockPlan.merging(how, DEPTH)
     x, context = random_inputs(2, *grid)
-    ours = block(x, block.read(context), plan)
+    ours = block(x, block.project_context(context), plan)
     theirs = torch.stack([block_by_loops(block, *row, None, plan) for row in zip(x, context, strict=True)])
-    error, effect = (ours - theirs).abs().max(), (ours - block(x, block.read(context), None)).abs().max()
+    error, effect = (ours - theirs).abs().max(), (ours - block(x, block.project_context(context), None)).abs().max()
     print(f"{how} on {grid}: max error {error:.1e}, merging changes {effect:.1e}")
     assert error < 1e-11
     assert effect > 1e-3
@@ -332,7 +332,10 @@ def test_a_merged_block_merges_around_its_sublayers(how: Merging, grid: tuple[in
 def test_a_share_of_no_token_changes_no_bit(plan: LayerPlan) -> None:
     block = random_block()
     x, context = random_inputs(2, 3, 4)
-    assert torch.equal(block(x, block.read(context), BlockPlan(((0, plan),))), block(x, block.read(context), None))
+    assert torch.equal(
+        block(x, block.project_context(context), BlockPlan(((0, plan),))),
+        block(x, block.project_context(context), None),
+    )
 
 
 @torch.no_grad()
@@ -342,4 +345,4 @@ def test_merging_needs_all_tokens() -> None:
     x, context = random_inputs(1, 3, 4)
     some = TokenSet.from_feature_map(x).keep(torch.tensor([[0, 1, 5]]))
     with pytest.raises(ValueError, match=r"cannot match 3 of 12 tokens of grid \(3, 4\), expected all"):
-        layer(some, layer.attn2.read(context), LayerPlan(merging=Merging(0.5)))
+        layer(some, layer.attn2.project_context(context), LayerPlan(merging=Merging(0.5)))

@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from atedm import DENSE, PRESETS, BlockPlan, Pruning, TokenPlan, parse_preset
-from minisdxl import checkpoint
+from minisdxl.checkpoint import modules
 from minisdxl.config import SDXL_BASE, SHAPES, Level, UNetConfig
-from minisdxl.pipeline import BUNDLED
+from minisdxl.loading import BUNDLED
 from minisdxl.unet import UNet
 from tests.manifest import official_shapes
 from tests.minisdxl.peers import diffusers_unet, scale_weights
@@ -187,7 +187,7 @@ def test_plan_that_fits_no_block_raises(name: str, after: int, message: str) -> 
 @pytest.fixture(scope="module")
 def trained() -> UNet:
     """The bundled model's: attention that is not random, and tokens worth ranking."""
-    return checkpoint.load(BUNDLED["shapes"], torch.device("cpu"), torch.float32)[1].unet
+    return modules.load(BUNDLED["shapes"], torch.device("cpu"), torch.float32)[1].unet
 
 
 # Every preset, and the settings that change how a layer runs.
@@ -197,7 +197,7 @@ METHODS = [
     "at-edm:place=before-ff",
     "at-edm:ratios=0.3@mid+0.9@up.2.0",
     "at-edm:graph=streamed",
-    "at-edm:graph=sketched",
+    "at-edm:graph=subsampled",
     "at-edm:iterations=3",
     "ca-wpr:graph=streamed",
 ]
@@ -222,12 +222,12 @@ def test_presets_on_the_bundled_model(trained: UNet, preset: str) -> None:
 def test_text_that_was_read_once_is_the_text_bit_for_bit(trained: UNet, preset: str) -> None:
     """Also where text ranks tokens, and another plan is followed at each step."""
     x, timestep, context, vector = random_inputs(SHAPES.unet, (32, 24), torch.float32)
-    text = trained.read(context)
+    text = trained.project_context(context)
     sites = list(SHAPES.unet.attention_sites())
     assert list(text) == [site.name for site in sites]
     for plan in (DENSE, parse_preset(preset).plan(0, 50, sites), parse_preset(preset).plan(49, 50, sites)):
         assert torch.equal(trained(x, timestep, text, vector, plan), trained(x, timestep, context, vector, plan))
-    other = trained(x, timestep, trained.read(context.flip(0)), vector)
+    other = trained(x, timestep, trained.project_context(context.flip(0)), vector)
     assert not torch.allclose(other, trained(x, timestep, text, vector))
 
 

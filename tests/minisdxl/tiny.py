@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minisdxl.checkpoint import Modules, save
+from minisdxl.checkpoint.modules import Modules, save
 from minisdxl.config import Level, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from minisdxl.text import TextEncoders
 from minisdxl.unet import UNet

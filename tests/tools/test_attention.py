@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import minisdxl
-from atedm.ranking import EPSILON, MAX_ITERATIONS
+from atedm.gwpr import EPSILON, MAX_ITERATIONS
 from minisdxl.transformer import AttentionBlock
 from tools.attention import main, score_variance, table
-from tools.evaluation import drawn_captions
+from tools.evaluation.pictures import drawn_captions
 from tools.figures import attention_spread
 
 SETTINGS = {

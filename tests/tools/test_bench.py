@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from minisdxl.config import SDXL_BASE, Level, ModelConfig, UNetConfig
 from minisdxl.unet import UNet
-from tools import bench, contenders
-from tools.contenders import CONFIGS, PEERS, Contender, blocks, unets
+from tools import bench
+from tools.benchmark import bench_models
+from tools.benchmark.bench_models import CONFIGS, PEERS, Contender, blocks, unets
+from tools.benchmark.profile_parts import PARTS, spent
 from tools.memory import machine
-from tools.parts import PARTS, spent
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -38,13 +39,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_all_contenders_are_one_model_with_one_set_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[nn.Module] = []
-    build = contenders.diffusers_unet
+    build = bench_models.diffusers_unet
 
     def remember(unet: UNet, config: ModelConfig, plain: dict[Tensor, Tensor] | None) -> nn.Module:
         built.append(build(unet, config, plain))
         return built[-1]
 
-    monkeypatch.setattr(contenders, "diffusers_unet", remember)
+    monkeypatch.setattr(bench_models, "diffusers_unet", remember)
     made = list(unets(TINY, 128, 2, ["dense", "at-edm"], PEERS, CPU, torch.float32))
     assert [contender.name for contender in made] == ["dense", "at-edm", *PEERS]
     dense, pruned, *peers = (contender.call() for contender in made)
@@ -118,12 +119,12 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) 
     assert output.startswith(machine())
     assert "tiny, 128 px, batch 1, fp32" in output
     heads = [line.split(" | ")[0] for line in output.splitlines() if line.startswith("| ")]
-    contestants = ["| dense", "| at-edm", "| at-edm-sketched", "| moving-grid", "| diffusers"]
+    contestants = ["| dense", "| at-edm", "| at-edm-subsampled", "| moving-grid", "| diffusers"]
     assert heads == ["| ", "| ---", *contestants, "| ms of one step, profiled", "| ---", *contestants]
     bench.main([*arguments, "--block", "mid", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert [(row["name"], len(row["seconds"])) for row in report["rows"]] == [
-        (name, 2) for name in ("dense", "at-edm", "at-edm-sketched", "moving-grid")
+        (name, 2) for name in ("dense", "at-edm", "at-edm-subsampled", "moving-grid")
     ]
     assert report["dtype"] == "fp32"
 

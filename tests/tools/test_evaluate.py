@@ -22,13 +22,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import minisdxl
 from atedm.presets import parse_preset
 from minisdxl.config import SHAPES
-from minisdxl.flops import summary
+from minisdxl.cost import summary
 from tools.check_shapes import check
 from tools.evaluate import main
-from tools.evaluation import average_share, drawn_captions, parse_shard, solve
-from tools.metrics import psnr, ssim
-from tools.official_metrics import ClipScore, Fid, find_pictures
-from tools.rows import Row, read_rows, write_rows
+from tools.evaluation.metrics import psnr, ssim
+from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
+from tools.evaluation.pictures import average_share, drawn_captions, parse_shard, solve
+from tools.evaluation.rows import Row, read_rows, write_rows
 from tools.shapes import held_out, parse_caption
 
 PRESET = "at-edm:rho=0.3"
@@ -38,7 +38,7 @@ TOKENIZER = Path(__file__).parents[2] / "weights" / "shapes" / "tokenizer"
 
 @pytest.fixture(autouse=True)
 def few_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.crowd.REFERENCES", 10)
+    monkeypatch.setattr("tools.evaluation.set_metrics.REFERENCES", 10)
 
 
 def evaluate(out: Path, *arguments: str, batch: int = 1) -> None:

@@ -12,13 +12,14 @@ from PIL import Image
 
 from atedm.presets import parse_preset
 from minisdxl.config import SHAPES
-from minisdxl.flops import summary
-from minisdxl.pipeline import SDXL, load
-from tools.designs import BASELINE, EXPERIMENTS, Claim, Experiment
+from minisdxl.cost import summary
+from minisdxl.loading import load
+from minisdxl.pipeline import SDXL
+from tools.evaluation.experiment_specs import BASELINE, EXPERIMENTS, Claim, Experiment
+from tools.evaluation.plots import AXES, LABEL, THUMBNAIL, family
+from tools.evaluation.rows import Row, read_rows
+from tools.evaluation.summaries import judge, summarize
 from tools.experiments import main, plan
-from tools.plots import AXES, LABEL, THUMBNAIL, family
-from tools.rows import Row, read_rows
-from tools.summaries import judge, summarize
 
 TINY = Experiment(
     "A test.",
@@ -33,7 +34,7 @@ RUN = ("--captions", "2", "--batch", "2", "--size", "64x64", "--device", "cpu")
 
 @pytest.fixture(autouse=True)
 def few_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.crowd.REFERENCES", 10)
+    monkeypatch.setattr("tools.evaluation.set_metrics.REFERENCES", 10)
 
 
 @pytest.fixture(scope="module")

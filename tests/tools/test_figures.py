@@ -19,9 +19,9 @@ import atedm.pruning
 import minisdxl
 from atedm.presets import parse_preset
 from atedm.ranking import kept_count, top_k
-from minisdxl import cpu
 from minisdxl.config import SDXL_BASE, SHAPES
-from minisdxl.flops import Kind, count, summary
+from minisdxl.cost import Kind, count, summary
+from minisdxl.fast import cpu
 from minisdxl.pipeline import SDXL
 from tools.figures import (
     BOUNDARIES,

@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisdxl import checkpoint, fields, sources, tensorfile
+from minisdxl.checkpoint import json_fields, modules, resolve, tensorfile
 from tools import fuzz
 from tools.fuzz import examine, main, place
-from tools.fuzz_damage import IN_TENSORS, IN_TEXTS, Case, make_case
-from tools.fuzz_forms import bytes_of, file_bytes, forms, tensors_of, weights
+from tools.fuzzing.damage import IN_TENSORS, IN_TEXTS, Case, make_case
+from tools.fuzzing.forms import bytes_of, file_bytes, forms, tensors_of, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,9 +144,9 @@ def many_lines(parse: Callable[..., Any], *given: Any) -> Any:
 
 BUGS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "numbers from elsewhere": (put_in(tensorfile.TensorFile, "read_into", shifted), r"loaded \d+ other numbers"),
-    "fields unread": (put_in(fields.Fields, "check", lambda *_: None), "passed over "),
-    "names unread": (put_in(sources, "misfits", lambda *_: ""), "KeyError: "),
-    "another exception": (put_in(checkpoint, "find_source", failing), "IndexError: unlucky"),
+    "fields unread": (put_in(json_fields.Fields, "check", lambda *_: None), "passed over "),
+    "names unread": (put_in(resolve, "misfits", lambda *_: ""), "KeyError: "),
+    "another exception": (put_in(modules, "find_source", failing), "IndexError: unlucky"),
     "refused without a name": (put_in(tensorfile, "CheckpointError", anonymous), "refused without a word of "),
     "refused in two lines": (put_in(tensorfile, "_parse", many_lines), "refused in 2 lines"),
     "a crash": (put_in(fuzz, "load", crashing), "the process ended with SIGSEGV"),

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 
-from minisdxl.checkpoint import load, official_shapes, read_config, without_memory
+from minisdxl.checkpoint.modules import load, official_shapes, read_config, without_memory
 from minisdxl.config import SDXL_BASE, SHAPES
 from minisdxl.tokenizer import Tokenizer, read_vocabulary
 from tests import manifest
@@ -153,7 +153,7 @@ def test_both_libraries_are_measured_in_turns(
         (["load", "--repeats", "0"], "--repeats is 0, expected 1 or more"),
         (["load", "--folder", "nowhere"], "nowhere"),
         (["load", "--dtypes", "fp8"], "invalid choice: 'fp8'"),
-        (["picture", "--scale", "small", "--tile", "0"], "tile is 0, expected 1 or more rows"),
+        (["picture", "--scale", "small", "--strip-rows", "0"], "--strip-rows is 0, expected 1 or more"),
         (["write", "nowhere/file.safetensors"], "nowhere"),
         ([], "command"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from minisdxl.config import SDXL_BASE
-from minisdxl.flops import count
+from minisdxl.cost import count
 from tools.scaling import SPEEDS, Point, fit, main, table, work
 
 TRUE = np.array([2e-12, 4e-12, 0.05])

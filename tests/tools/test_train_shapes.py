@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from minisdxl.checkpoint import load
+from minisdxl.checkpoint.modules import load
 from minisdxl.config import SHAPES
-from minisdxl.pipeline import BUNDLED
+from minisdxl.loading import BUNDLED
 from minisdxl.vae import VAE
 from tools.shapes import draw, held_out, parse_caption, random_scene
 from tools.train_shapes import main, parse_stages

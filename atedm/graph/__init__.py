@@ -1,0 +1,9 @@
+"""Attention graphs: one protocol, four kinds (dense, by head, streamed, Triton)."""
+
+from atedm.graph.by_head import ByHeadGraph
+from atedm.graph.dense import DenseGraph
+from atedm.graph.inputs import GRAPHS, AttentionInputs, LazyGraph
+from atedm.graph.protocol import AttentionGraph
+from atedm.graph.streamed import StreamedGraph
+
+__all__ = ["GRAPHS", "AttentionGraph", "AttentionInputs", "ByHeadGraph", "DenseGraph", "LazyGraph", "StreamedGraph"]

@@ -1,0 +1,235 @@
+"""The model that a diffusers folder describes.
+
+A folder says in JSON what its parts are (``unet/config.json``, ``scheduler/scheduler_config.json``, ...). Numbers that
+a ``ModelConfig`` has are taken from there; everything else that changes what a model computes must have SDXL's value.
+Names of fields are those of diffusers and transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from minisdxl.checkpoint.errors import CheckpointError
+from minisdxl.checkpoint.identify import pipeline_family, scheduler_family
+from minisdxl.checkpoint.json_fields import Fields, check_values, differences
+from minisdxl.checkpoint.layouts import PARTS
+from minisdxl.checkpoint.weight_files import part_folder
+from minisdxl.config import SDXL_BASE, Level, ModelConfig, NoiseConfig, TextConfig, UNetConfig, VAEConfig
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+# What SDXL's U-Net has and no number of UNetConfig says. A field that is absent means what is here, except two.
+UNET = {
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
+    "num_attention_heads": None,  # of old, the number of heads is called attention_head_dim
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "use_linear_projection": True,
+}
+UNET_NEEDED = ("addition_embed_type", "use_linear_projection")  # what diffusers takes for them is not SDXL's
+VAE = {
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+TEXT = {"layer_norm_eps": 1e-5}
+NOISE = {
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "trained_betas": None,
+}
+_ATTENDS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of the model in a diffusers folder, ``SDXL_BASE`` for one of that size.
+
+    Raises:
+        CheckpointError: if a JSON file is missing or damaged, describes something else, or has SDXL's numbers but for
+            some.
+    """
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} {_without_index(folder)}; expected a diffusers folder or one .safetensors file"
+        )
+    return described_config(folder, lambda name: Fields.read(folder / name))
+
+
+def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig:
+    """The same of JSON files that ``read`` gives by their names in ``folder``, which need not be there."""
+    index = read(INDEX)
+    other = pipeline_family(index.values)
+    if other is not None:
+        raise CheckpointError(f"{folder} is {other}; expected the folder of a StableDiffusionXLPipeline")
+    index.check({"force_zeros_for_empty_prompt": True})
+    scheduler = read(SCHEDULER)
+    other = scheduler_family(scheduler.values)
+    if other is not None:
+        raise CheckpointError(f"{folder} is {other}, says {SCHEDULER}; expected one that predicts epsilon")
+    fields = {part: read(f"{part}/config.json") for part in PARTS}
+    try:
+        vae, unet = vae_config(fields["vae"]), unet_config(fields["unet"])
+        config = ModelConfig(
+            name=_name(index, folder),
+            unet=unet,
+            vae=vae,
+            text=(text_config(fields["text_encoder"], first=True), text_config(fields["text_encoder_2"], first=False)),
+            size=fields["unet"].integer("sample_size", 128) * vae.downscale,
+            size_channels=fields["unet"].integer("addition_time_embed_dim"),
+            noise=_noise_config(scheduler),
+        )
+        check_values(config)
+    except (ValueError, ArithmeticError) as error:  # of the config, for numbers that do not go together
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder} does not describe an SDXL model: {error}") from error
+    if (unet.model_channels, unet.levels) != (SDXL_BASE.unet.model_channels, SDXL_BASE.unet.levels):
+        return config
+    # Nothing in a folder says what SDXL was trained on; and Turbo, which has SDXL's numbers, names another size.
+    config = replace(config, name=SDXL_BASE.name, size=SDXL_BASE.size, buckets=SDXL_BASE.buckets)
+    if config != SDXL_BASE:
+        raise CheckpointError(f"{folder} is not quite SDXL: {', '.join(differences(config, SDXL_BASE))}")
+    return config
+
+
+def _name(index: Fields, folder: Path) -> str:
+    name = index.values.get("_name_or_path")
+    return name if isinstance(name, str) and name.isprintable() else folder.absolute().name
+
+
+def _without_index(folder: Path) -> str:
+    """What a folder is that has no index of a pipeline."""
+    if (folder / "config.json").is_file():
+        kind = Fields.read(folder / "config.json").values.get("_class_name")
+        return f"is the folder of one part ({kind!r}) and not of a whole model"
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    return f"has no {INDEX}" + (f", only {', '.join(files[:5])}" if files else "")
+
+
+def unet_config(fields: Fields) -> UNetConfig:
+    """The U-Net that a ``config.json`` describes. Raises ``ValueError``, mostly ``CheckpointError``."""
+    channels, multipliers = fields.multipliers("block_out_channels")
+    count = len(multipliers)
+    kinds = fields.values.get("down_block_types")
+    if not isinstance(kinds, list) or len(kinds) != count or not all(kind in _ATTENDS for kind in map(str, kinds)):
+        raise fields.error("down_block_types", f"{count} of {list(_ATTENDS)}")
+    attends = [_ATTENDS[kind] for kind in kinds]
+    fields.check(UNET, UNET_NEEDED)
+    fields.check({"up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)]}, ("up_block_types",))
+    depths = fields.integers("transformer_layers_per_block", count, 1)
+    heads = fields.integers("attention_head_dim", count, 8)  # its name notwithstanding, the number of heads
+    widths = {channels * multipliers[i] / heads[i] for i in range(count) if attends[i] or i == count - 1}
+    if len(widths) > 1 or not min(widths).is_integer():
+        raise fields.error("attention_head_dim", "numbers of heads that are equally wide on all levels")
+    blocks = fields.integers("layers_per_block", count, 2)
+    if len(set(blocks)) > 1:
+        raise fields.error("layers_per_block", "as many on all levels")
+    return UNetConfig(
+        model_channels=channels,
+        levels=tuple(Level(multipliers[i], depths[i] if attends[i] else 0) for i in range(count)),
+        middle_depth=depths[-1],
+        res_blocks=blocks[0],
+        head_channels=int(min(widths)),
+        context_channels=fields.integer("cross_attention_dim"),
+        vector_channels=fields.integer("projection_class_embeddings_input_dim"),
+        in_channels=fields.integer("in_channels", 4),
+        out_channels=fields.integer("out_channels", 4),
+        norm_groups=fields.integer("norm_num_groups", 32),
+    )
+
+
+def vae_config(fields: Fields) -> VAEConfig:
+    """The autoencoder that a ``config.json`` describes. Raises ``ValueError``, mostly ``CheckpointError``."""
+    channels, multipliers = fields.multipliers("block_out_channels")
+    fields.check(VAE)
+    ways = (("Down", "Encoder"), ("Up", "Decoder"))
+    kinds = {f"{way.lower()}_block_types": [f"{way}{coder}Block2D"] * len(multipliers) for way, coder in ways}
+    fields.check(kinds, tuple(kinds))
+    fields.check({"out_channels": fields.integer("in_channels", 3)})
+    return VAEConfig(
+        channels=channels,
+        multipliers=multipliers,
+        res_blocks=fields.integer("layers_per_block", 1),
+        scale_factor=fields.number("scaling_factor", 0.18215),
+        latent_channels=fields.integer("latent_channels", 4),
+        image_channels=fields.integer("in_channels", 3),
+        norm_groups=fields.integer("norm_num_groups", 32),
+    )
+
+
+def text_config(fields: Fields, first: bool) -> TextConfig:
+    """The text encoder that a ``config.json`` describes. Raises ``ValueError``, mostly ``CheckpointError``."""
+    width, vocabulary = fields.integer("hidden_size", 512), fields.integer("vocab_size", 49408)
+    fields.check({**TEXT, "intermediate_size": 4 * width}, ("intermediate_size",))
+    # Published configs have 0 and 2 for the start and end tokens, of which transformers knows that they are not meant.
+    end = fields.integer("eos_token_id", 49407)
+    end = vocabulary - 1 if end == 2 else end
+    return TextConfig(
+        width=width,
+        layers=fields.integer("num_hidden_layers", 12),
+        heads=fields.integer("num_attention_heads", 8),
+        activation=str(fields.values.get("hidden_act", "quick_gelu")),
+        vocabulary=vocabulary,
+        start_token=end - 1,
+        end_token=end,
+        pad_token=end if first else 0,  # as SDXL pads; pad_token_id of a published config is not meant either
+        projection=None if first else fields.integer("projection_dim", 512),
+        context_length=fields.integer("max_position_embeddings", 77),
+    )
+
+
+def _noise_config(fields: Fields) -> NoiseConfig:
+    fields.check(NOISE, ("beta_schedule",))
+    return NoiseConfig(
+        steps=fields.integer("num_train_timesteps", 1000),
+        beta_start=fields.number("beta_start", 0.0001),
+        beta_end=fields.number("beta_end", 0.02),
+    )
+
+
+def check_part(path: Path, part: str, config: ModelConfig) -> None:
+    """Refuses the folder of a U-Net or VAE whose ``config.json`` describes another one than ``config`` has."""
+    file = part_folder(path, part) / "config.json"
+    if not file.is_file():
+        return
+    fields = Fields.read(file)
+    try:
+        found = replace(config, unet=unet_config(fields)) if part == "unet" else replace(config, vae=vae_config(fields))
+    except (ValueError, ArithmeticError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file} does not fit {config.name}: {error}") from error
+    if found != config:
+        raise CheckpointError(f"{file} does not fit {config.name}: {', '.join(differences(found, config))}")

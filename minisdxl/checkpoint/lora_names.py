@@ -1,0 +1,156 @@
+"""What a LoRA file says: which tensor is what of which module, and by how much its two matrices count.
+
+Files name modules in kohya's way (``lora_unet_`` and the name with underscores for dots) or in one of those of
+diffusers (``unet.`` and the name); both have been seen with the official and with diffusers' names of modules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+from minisdxl.checkpoint.errors import CheckpointError
+from minisdxl.checkpoint.identify import family
+from minisdxl.checkpoint.tensorfile import Shape, TensorFile
+
+# What begins the names of a part's modules; a name that none of these begins is the U-Net's.
+PREFIXES = {
+    "lora_unet_": "unet",
+    "unet.": "unet",
+    "lora_te1_": "text_encoder",
+    "text_encoder.": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "text_encoder_2.": "text_encoder_2",
+}
+# .lora_down (kohya), .lora_A (PEFT), .lora.down and .lora_linear_layer.down (older diffusers), and the oldest of
+# diffusers, as in attn1.processor.to_q_lora.down, which has names of its own for the four maps of an attention.
+PAIR = re.compile(r"(?P<module>.+?)(?P<style>\.lora|_lora|\.lora_linear_layer)[._](?P<role>down|up|A|B)\.weight")
+ALPHA = re.compile(r"(?P<module>.+?)(?P<style>\.lora|_lora|\.lora_linear_layer)?\.(?P<role>alpha)")
+OLDEST_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+OLDEST = {"unet": {"to_out": "to_out.0"}, "text_encoder": OLDEST_TEXT, "text_encoder_2": OLDEST_TEXT}
+ROLES = {"down": "down", "A": "down", "up": "up", "B": "up", "alpha": "alpha"}
+PARTNERS = {"down": "up", "A": "B", "up": "down", "B": "A"}
+
+# Changes of other kinds, and those for other models, by names that only they have.
+OTHERS = (
+    (r"\.dora_scale$|lora_magnitude_vector", "a DoRA, which also rescales the weights (dora_scale)"),
+    (r"\.hada_w", "a LoHa (hada_w)"),
+    (r"\.lokr_w", "a LoKr (lokr_w)"),
+    (r"\.b?oft_", "an OFT (oft)"),
+    (r"\.lora_mid\.", "a LoCon in Tucker form (lora_mid)"),
+    (r"\.[ab][12]\.weight$", "a GLoRA (a1, a2, b1, b2)"),
+    (r"\.on_input$", "an IA3 (on_input)"),
+    (r"lora_embedding_[AB]", "a LoRA of token embeddings (lora_embedding_A)"),
+    (r"\.lora_B\.bias$", "a LoRA with biases (lora_B.bias)"),
+    (r"\.(diff|diff_b|w_norm|b_norm)$", "a change that has whole tensors (diff)"),
+    (r"^base_model\.model\.", "a PEFT adapter (base_model), which has its alpha in another file"),
+    (r"(double|single|single_transformer)_blocks[._]", "a LoRA for Flux"),
+    (r"joint_blocks[._]", "a LoRA for Stable Diffusion 3"),
+    (r"^lora_te_", "a LoRA for Stable Diffusion 1.x or 2.x (lora_te)"),
+)
+SETTINGS = "lora_adapter_metadata"  # of the file's metadata: PEFT's settings as JSON, since diffusers 0.34
+
+
+class Name(NamedTuple):
+    """What the name of a tensor says."""
+
+    part: str  # a key of layouts.PARTS
+    module: str  # in the file's spelling
+    role: str  # down, up or alpha
+
+
+def read_name(name: str) -> Name | None:
+    """The part, module and role of a tensor; ``None`` for a name that is not one of a LoRA's."""
+    match = PAIR.fullmatch(name) or ALPHA.fullmatch(name)
+    if match is None:
+        return None
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    part, module = PREFIXES.get(prefix, "unet"), match["module"].removeprefix(prefix)
+    if match["style"] == "_lora":
+        parent, dot, last = module.replace(".processor.", ".").rpartition(".")
+        module = parent + dot + OLDEST[part].get(last, last)
+    return Name(part, module, ROLES[match["role"]])
+
+
+def partner(name: str) -> str:
+    """The name of the other matrix of a pair. Raises ``ValueError`` for a name that is not of a pair."""
+    match = PAIR.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is not of a pair, expected a name such as x.lora_down.weight")
+    return name[: match.start("role")] + PARTNERS[match["role"]] + name[match.end("role") :]
+
+
+def other_kind(shapes: Mapping[str, Shape]) -> str | None:
+    """What a file with these tensors is, if something says that it is no LoRA for SDXL; else ``None``."""
+    for pattern, what in OTHERS:
+        if any(re.search(pattern, name) for name in shapes):
+            return what
+    if any(PAIR.fullmatch(name) for name in shapes):
+        return None
+    return family(shapes) or "a whole SDXL model"
+
+
+def read_alphas(file: TensorFile, names: Collection[str]) -> dict[str, float]:
+    """The numbers in tensors of one element, floats or I64. Raises ``CheckpointError`` where one is not finite."""
+    # diffusers' conversion to kohya's names writes whole numbers: they are read as if they were floats, to the bit.
+    whole = {name: file.entries[name] for name in names if file.entries[name].dtype == "I64"}
+    as_floats = {name: replace(entry, dtype="F64") for name, entry in whole.items()}
+    values = {name: torch.empty((), dtype=torch.float64, device="cpu") for name in names}
+    replace(file, entries=file.entries | as_floats).read_into(values)
+    alphas = {name: float(value.view(torch.int64) if name in whole else value) for name, value in values.items()}
+    for name, alpha in alphas.items():
+        if not math.isfinite(alpha):
+            raise CheckpointError(f"{file.path} has {alpha} as {name}, expected a finite number")
+    return alphas
+
+
+@dataclass(frozen=True)
+class Settings:
+    """PEFT's settings of a part; the defaults are for files of other programs, whose alpha is a tensor or the rank."""
+
+    alpha: float | None = None  # of modules that no pattern is for
+    patterns: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilized: bool = False
+
+    def factor(self, module: str, rank: int) -> float:
+        """By how much the product of a module's matrices counts."""
+        # A pattern is the end of a name or, after ^, all of it. PEFT has regular expressions, which can hang.
+        fitting = (
+            alpha
+            for pattern, alpha in self.patterns.items()
+            if module == pattern.removeprefix("^") or module.endswith(f".{pattern}")
+        )
+        alpha = next(fitting, rank if self.alpha is None else self.alpha)
+        # Rank-stabilized LoRA divides by the root (Kalajdzievski 2023).
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def read_settings(file: TensorFile) -> dict[str, Settings]:
+    """The settings of each part. Raises ``CheckpointError`` where they are damaged."""
+    try:
+        values = json.loads(file.metadata.get(SETTINGS, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file.path} has damaged {SETTINGS}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file.path} has damaged {SETTINGS}: {repr(values)[:60]} is no table")
+    settings = {}
+    for part in dict.fromkeys(PREFIXES.values()):
+        alpha, patterns, rank_stabilized = (
+            values.get(f"{part}.{key}") for key in ("lora_alpha", "alpha_pattern", "use_rslora")
+        )
+        patterns = {} if patterns is None else patterns
+        if not isinstance(patterns, dict) or not all(re.fullmatch(r"\^?[\w.]+", pattern) for pattern in patterns):
+            raise CheckpointError(f"{file.path} has damaged {SETTINGS}: {part}.alpha_pattern is no table of names")
+        for number in (0 if alpha is None else alpha, *patterns.values()):
+            if type(number) not in (int, float) or not abs(number) < 1e300:
+                raise CheckpointError(
+                    f"{file.path} has an alpha for {part} of {repr(number)[:60]}, expected a finite number"
+                )
+        settings[part] = Settings(alpha, patterns, bool(rank_stabilized))
+    return settings

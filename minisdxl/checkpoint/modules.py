@@ -1,0 +1,223 @@
+"""Models to modules and back.
+
+Whatever :func:`open_source` takes (one file in the official layout, a diffusers folder, either with another VAE or
+U-Net) is read strictly, tensor by tensor, by official names. The U-Net and the VAE carry these themselves,
+``text_names`` knows those of the text encoders. Files written here hold their ``ModelConfig`` as metadata; an official
+file is recognized by its names and shapes, and a diffusers folder describes itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minisdxl.checkpoint import folder_reader
+from minisdxl.checkpoint.errors import CheckpointError
+from minisdxl.checkpoint.json_fields import check_values
+from minisdxl.checkpoint.layouts import PARTS
+from minisdxl.checkpoint.lora import LoRA, merge, open_loras
+from minisdxl.checkpoint.resolve import Source, find_source, misfits
+from minisdxl.checkpoint.tensorfile import Shape, write_tensors
+from minisdxl.checkpoint.text_names import load_official_text_state, official_text_state
+from minisdxl.checkpoint.weight_files import WeightFiles, open_file, open_part
+from minisdxl.config import SDXL_BASE, ModelConfig
+from minisdxl.text import TextEncoders
+from minisdxl.unet import UNet
+from minisdxl.vae import VAE
+
+logger = logging.getLogger(__name__)
+
+UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = PARTS["unet"].prefix, PARTS["vae"].prefix, "conditioner."
+CONFIG_KEY = "minisdxl.config"  # of the file's metadata: ModelConfig.to_dict() as JSON
+
+
+class Modules(NamedTuple):
+    """What a checkpoint holds."""
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoders
+
+
+def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the tensor ``name`` in a model of ``dtype``: that of the VAE is fp32 or wider.
+
+    The official VAE overflows in fp16, and bf16 has no more digits than the picture.
+    """
+    return torch.promote_types(dtype, torch.float32) if name.startswith(VAE_PREFIX) else dtype
+
+
+def read_config(path: str | Path, *, vae: str | Path | None = None, unet: str | Path | None = None) -> ModelConfig:
+    """The config of a model, all of whose names and shapes fit it. Arguments and errors as :func:`open_source`."""
+    return open_source(path, vae=vae, unet=unet).config
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
+    loras: Sequence[LoRA] = (),
+) -> tuple[ModelConfig, Modules]:
+    """Reads a model, in evaluation mode. Arguments and errors as :func:`open_source`.
+
+    Built without memory and filled by :meth:`Source.load`, which maps tensors or converts them one by one: at the peak
+    there is little more in memory than the weights in their :func:`part_dtype`. Then ``loras`` are merged into them,
+    tensor by tensor, with the errors of :func:`minisdxl.checkpoint.lora.open_loras` (before anything is read) and
+    :func:`minisdxl.checkpoint.lora.merge`.
+    """
+    source, modules = _open(Path(path), dtype, vae, unet)
+    changes = open_loras(loras, source.config, source.shapes)
+    for note in source.notes:
+        logger.warning(note)
+    tensors = source.load({name: part_dtype(name, dtype) for name in source.shapes}, device)
+    merge(changes, tensors)
+    for module in modules:
+        module.eval()
+    modules.unet.load_state_dict(_part(tensors, UNET_PREFIX), strict=True, assign=True)
+    modules.vae.load_state_dict(_part(tensors, VAE_PREFIX), strict=True, assign=True)
+    text = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_PREFIX)}
+    load_official_text_state(modules.text, text)
+    return source.config, modules
+
+
+def open_source(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
+) -> Source:
+    """Finds every tensor of a model; reads headers and configs only.
+
+    Args:
+        path: one file in the official layout, or a diffusers folder.
+        dtype: that is wanted: it decides between plain weights and an fp16 variant, where a folder has both.
+        vae: a file or folder with another VAE, in either layout; ``None`` for the one in ``path``.
+        unet: the same for the U-Net. What is replaced need not be in ``path``.
+
+    Raises:
+        CheckpointError: if something is damaged, something else, or has missing, unexpected or mis-shaped tensors.
+    """
+    return _open(Path(path), dtype, vae, unet)[0]
+
+
+def _open(path: Path, dtype: torch.dtype, vae: str | Path | None, unet: str | Path | None) -> tuple[Source, Modules]:
+    """The source of a model, and the model without memory."""
+    others = {part: Path(other) for part, other in (("vae", vae), ("unet", unet)) if other is not None}
+    own = [part for part in PARTS if part not in others]
+    if path.is_dir():
+        config = _folder_config(path)
+        weight_files = [open_part(path / part, part, dtype) for part in own]
+    else:
+        weight_files = [open_file(path, own)]
+        config = _file_config(weight_files[0])
+    weight_files += [open_part(other, part, dtype) for part, other in others.items()]
+    try:
+        _check_extent(config, sum(len(holder.entries) for holder in weight_files))
+        modules = without_memory(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # of torch too, for impossible numbers
+        raise _damaged(path, error) from error
+    source = find_source(config, official_shapes(modules), weight_files)
+    for part, other in others.items():
+        folder_reader.check_part(other, part, config)
+    return source, modules
+
+
+def save(path: str | Path, config: ModelConfig, modules: Modules, dtype: torch.dtype = torch.float16) -> None:
+    """Writes a model of ``config`` in the official layout, whole or not at all.
+
+    Raises:
+        CheckpointError: if the file cannot be written, or the modules are not of ``config`` (nothing is written then).
+    """
+    tensors = official_state_dict(modules)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problems = misfits(shapes, official_shapes(without_memory(config)))
+    if problems:
+        raise CheckpointError(f"cannot write {path}: the modules do not fit {config.name}: {problems}")
+    specs = {name: (dtype, shape) for name, shape in shapes.items()}
+    write_tensors(path, specs, tensors.values(), file_metadata(config))
+
+
+def file_metadata(config: ModelConfig) -> dict[str, str]:
+    """What a file says of the model in it."""
+    return {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}
+
+
+def official_state_dict(modules: Modules) -> dict[str, Tensor]:
+    """All weights under their official names."""
+    unet = {UNET_PREFIX + name: tensor for name, tensor in modules.unet.state_dict().items()}
+    vae = {VAE_PREFIX + name: tensor for name, tensor in modules.vae.state_dict().items()}
+    return unet | vae | official_text_state(modules.text)
+
+
+def official_shapes(modules: Modules) -> dict[str, Shape]:
+    """Shape of every weight, by its official name."""
+    return {name: tuple(tensor.shape) for name, tensor in official_state_dict(modules).items()}
+
+
+def without_memory(config: ModelConfig) -> Modules:
+    """A model whose weights have shapes and no numbers (the meta device)."""
+    with torch.device("meta"):
+        return Modules(UNet(config.unet), VAE(config.vae), TextEncoders(config.text))
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _file_config(holder: WeightFiles) -> ModelConfig:
+    """The config in a file's metadata, or the official one; the tensors are yet to be compared with it."""
+    stored = holder.metadata.get(CONFIG_KEY)
+    if stored is None:
+        return SDXL_BASE
+    try:
+        config = ModelConfig.from_dict(json.loads(stored))
+        check_values(config)
+        return config
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(holder.path, error) from error
+
+
+def _folder_config(path: Path) -> ModelConfig:
+    """The config that a diffusers folder describes, unless its U-Net is that of another family."""
+    try:
+        config = folder_reader.read_config(path)
+    except CheckpointError as error:
+        if what := _unet_family(path):
+            raise CheckpointError(f"{path} is {what}; expected the folder of an SDXL base model") from error
+        raise
+    cut_out = config.unet.model_channels == SDXL_BASE.unet.model_channels and config != SDXL_BASE
+    if cut_out and (what := _unet_family(path)):
+        raise CheckpointError(f"{path} is {what}; expected the folder of an SDXL base model")
+    return config
+
+
+def _unet_family(path: Path) -> str | None:
+    """What the U-Net of a diffusers folder is, if it is there and known as something else."""
+    try:
+        return open_part(path / "unet", "unet", torch.float32).family()
+    except CheckpointError:
+        return None
+
+
+def _check_extent(config: ModelConfig, tensors: int) -> None:
+    """Refuses to build a model that cannot be in files of so many tensors: a damaged number may ask for billions."""
+    unet, vae = config.unet, config.vae
+    layers = (2 * unet.res_blocks + 1) * sum(1 + level.depth for level in unet.levels) + unet.middle_depth
+    layers += 2 * vae.res_blocks * len(vae.multipliers) + sum(text.layers for text in config.text)
+    if config != SDXL_BASE and layers > tensors:
+        raise ValueError(f"{config.name} has {layers} layers, more than there are tensors ({tensors})")
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    what = CONFIG_KEY if path.is_file() else "config"
+    return CheckpointError(f"{path} holds a damaged {what}: {str(error).partition(chr(10))[0]}")

@@ -1,0 +1,85 @@
+"""What the commands share: one clear line for what goes wrong, and sizes as people write them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+# What bad input and missing packages raise, here and in the libraries that read files.
+FAILURES: tuple[type[Exception], ...] = (ValueError, OSError, ArithmeticError, ImportError)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line on stderr and exit code 2, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    @contextmanager
+    def one_line(self, left: str, *more: type[Exception]) -> Iterator[None]:
+        """What goes wrong inside ends the program with a line: :data:`FAILURES` and ``more`` as :meth:`error`.
+
+        So does Ctrl-C, with exit code 130, and a line that says what is ``left`` behind.
+        """
+        failures = FAILURES + more
+        try:
+            yield
+        except failures as error:
+            self.error(str(error))
+        except KeyboardInterrupt:
+            self.exit(130, f"interrupted: {left}\n")
+
+
+def add_pruning(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a token-reduction preset and its budget."""
+    parser.add_argument(
+        "--prune",
+        nargs="?",
+        const=True,
+        metavar="PRESET",
+        help="reduce tokens; the preset (default: the model's best, at-edm for SDXL) may carry settings, as in "
+        "at-edm:rho=0.5,tau=10; 'list' prints all presets",
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="FLOPS|SHARE",
+        help="find the preset's ratio by what a U-Net call may cost: 4.1T, or 61%% of dense",
+    )
+    parser.add_argument(
+        "--budget-for",
+        choices=("average", "steady"),
+        default="average",
+        help="what is to meet the budget: the average of all steps, or the last step (default: %(default)s)",
+    )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of ``WxH``. Raises ``argparse.ArgumentTypeError`` for other texts."""
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"size is {text!r}, expected WIDTHxHEIGHT in pixels, such as 1024x1024")
+    return int(match[1]), int(match[2])
+
+
+def parse_point(text: str) -> tuple[int, int]:
+    """(left, top) of ``X,Y``. Raises ``argparse.ArgumentTypeError`` for other texts."""
+    match = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"point is {text!r}, expected LEFT,TOP in pixels, such as 0,0")
+    return int(match[1]), int(match[2])
+
+
+def plain_warnings() -> None:
+    """Shows a warning as one line, without the place in the code that gave it: it is meant for the user."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,68 @@
+"""Picture files: read to start from, written with a record of what it takes to make them again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from minisdxl.checkpoint.atomic import atomic_path
+
+# What Pillow's decoders raise for damaged files of one kind or another, beyond OSError.
+DAMAGED = (ValueError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, Image.DecompressionBombError)
+
+
+class InitImage(NamedTuple):
+    """A picture to start from, and what identifies its file."""
+
+    image: Image.Image
+    name: str
+    sha256: str
+
+
+def read_picture(path: str | Path) -> InitImage:
+    """A picture of any format that Pillow reads, turned upright as its EXIF data says.
+
+    Raises:
+        ValueError: if the file is no picture, or a damaged one.
+        OSError: if there is no such file or it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file, expected a picture")
+    data = Path(path).read_bytes()
+    try:
+        image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+        image.load()
+    except (OSError, *DAMAGED) as error:
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise ValueError(f"{path} cannot be read as a picture{reason}, expected a PNG, JPEG or WebP file") from error
+    return InitImage(image, Path(path).name, hashlib.sha256(data).hexdigest())
+
+
+def write_picture(path: Path, image: Image.Image, record: Mapping[str, Any]) -> None:
+    """A PNG file, whole or not at all, with ``record`` as JSON in its text ``minisdxl``. Raises ``OSError``."""
+    notes = PngInfo()
+    notes.add_itxt("prompt", record["prompt"])
+    notes.add_itxt("minisdxl", json.dumps(record, ensure_ascii=False))
+    with atomic_path(path) as temporary:
+        image.save(temporary, pnginfo=notes)
+
+
+def side_by_side(images: Mapping[str, Image.Image]) -> Image.Image:
+    """Pictures of one size in a row, each with its name above."""
+    first = next(iter(images.values()))
+    label = max(20, first.height // 20)
+    row = Image.new("RGB", (first.width * len(images), first.height + label), "white")
+    draw = ImageDraw.Draw(row)
+    for column, (name, image) in enumerate(images.items()):
+        row.paste(image, (column * first.width, label))
+        draw.text((column * first.width + 4, label // 2), name, "black", anchor="lm", font_size=label * 0.7)
+    return row

@@ -1,0 +1,115 @@
+"""A run of ``minisdxl.sample``: pictures made in batches, with what they cost, progress and previews."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from atedm.plan import TokenPlan
+from minisdxl.cli.jobs import Job
+from minisdxl.cli.picture_files import InitImage, side_by_side, write_picture
+from minisdxl.cli.previews import Preview, RGBMap, fit_rgb
+from minisdxl.cost import count, format_flops
+from minisdxl.pipeline import SDXL
+from minisdxl.sampler import first_step
+from minisdxl.samplings import Sampling
+from minisdxl.settings import Settings, token_plans
+
+LOW_MEMORY_STRIP_ROWS = 8  # rows of the latent decoded at once, with --low-memory
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all pictures of a run share: a model, the command's options, and what is recorded of both.
+
+    ``options`` has numbers where the command line may have had none; ``source`` is the picture to start from.
+    """
+
+    sdxl: SDXL
+    sampling: Sampling
+    options: argparse.Namespace
+    source: InitImage | None
+    settings: dict[str, Any]
+
+    def make(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+        """Makes a batch, writes one picture after the other, and yields what the report says of each.
+
+        With ``--compare`` FLOPs are those of the pruned half, and seconds those of both. Raises as
+        :meth:`SDXL.generate`, and ``OSError``.
+        """
+        prune, began = self.options.prune, time.perf_counter()
+        kinds = [None, prune] if self.options.compare else [prune]
+        made = {kind: self._generate(jobs, kind) for kind in kinds}
+        seconds = (time.perf_counter() - began) / len(jobs)
+        flops, dense = (sum(self.step_flops(kind)) for kind in (prune, None))
+        for index, job in enumerate(jobs):
+            image = made[prune][index]
+            if self.options.compare:
+                image = side_by_side({kind or "dense": images[index] for kind, images in made.items()})
+            record = {"prompt": job.prompt, "negative": job.negative, "seed": job.seed}
+            write_picture(job.target, image, {**record, **self.settings})
+            cost = {"flops": flops, "dense_flops": dense, "share": flops / dense}
+            yield {"path": str(job.target), **record, "seconds": seconds, **cost}
+
+    def step_flops(self, prune: str | None) -> list[int]:
+        """What the U-Net costs for one picture in each step that is run, both halves of guidance together."""
+        config, options = self.sdxl.config, self.options
+        f, text = config.vae.downscale, config.text[0].context_length
+        width, height = options.size
+
+        def cost(plan: TokenPlan) -> int:
+            return count(config, height // f, width // f, plan, text).total
+
+        plans, calls = token_plans(config, prune, options.steps), self.sampling.calls(options.steps)
+        costs = {plan: cost(plan) for plan in set(plans)}
+        guidance = 1 if options.cfg == 1 else 2
+        first = 0 if options.strength is None else first_step(options.steps, options.strength)
+        return [guidance * calls[step] * costs[plans[step]] for step in range(first, options.steps)]
+
+    @cached_property
+    def _rgb(self) -> RGBMap:
+        return fit_rgb(self.sdxl.vae)
+
+    def _generate(self, jobs: Sequence[Job], prune: str | None) -> list[Image.Image]:
+        """Shows progress on a terminal."""
+        options = self.options
+        flops = self.step_flops(prune)
+        first = options.steps - len(flops)
+        preview = None
+        if options.preview is not None:
+            kind = f"-{'dense' if prune is None else 'pruned'}" if options.compare else ""
+            targets = [job.target.with_stem(job.target.stem + kind) for job in jobs]
+            preview = Preview(self._rgb, options.preview, targets)
+        with tqdm(total=len(flops), desc=prune or "dense", unit="step", disable=not sys.stderr.isatty()) as bar:
+
+            def on_step(step: int, _: torch.Tensor) -> None:
+                bar.set_postfix_str(f"{format_flops(len(jobs) * flops[step - first])}FLOPs/step", refresh=False)
+                bar.update()
+                if preview is not None:
+                    preview.write(step)
+
+            settings = Settings(
+                negative=jobs[0].negative,
+                sampling=self.sampling if preview is None else preview.watch(self.sampling),
+                steps=options.steps,
+                cfg=options.cfg,
+                seed=jobs[0].seed,
+                prune=prune,
+                size=options.size,
+                original_size=options.original_size,
+                crop=options.crop,
+                target_size=options.target_size,
+                image=None if self.source is None else self.source.image,
+                strength=options.strength,
+                strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
+            )
+            return self.sdxl.generate([job.prompt for job in jobs], settings, on_step=on_step)

@@ -1,0 +1,77 @@
+"""A path to a model: :func:`load`."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from minisdxl.checkpoint import modules
+from minisdxl.checkpoint.lora import LoRA
+from minisdxl.pipeline import SDXL
+from minisdxl.tokenizer import Tokenizer, load_vocabulary
+
+WEIGHTS = Path(str(files("minisdxl.weights")))  # the folder `weights` of the repository, package data of the wheel
+BUNDLED = {"shapes": WEIGHTS / "shapes" / "shapes.safetensors"}
+
+
+def load(
+    weights: str | Path = "shapes",
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
+    loras: Sequence[str | Path | LoRA] = (),
+    tokenizer: str | Path | None = None,
+) -> SDXL:
+    """Reads a model.
+
+    On the CPU, large weights that a file holds in their dtype are mapped into memory and not copied. Such a file may be
+    replaced or deleted while the model lives, but not written into: see ``TensorFile.map``.
+
+    Args:
+        weights: ``"shapes"``, the bundled model, or a single-file checkpoint in the official layout, or a diffusers
+            folder.
+        device: where it runs.
+        dtype: of U-Net and text encoders. The VAE computes in fp32 (the official one overflows in fp16), unless you
+            convert it: ``sdxl.vae.to(dtype)``.
+        vae: a file or folder with another VAE, in the official layout or that of diffusers.
+        unet: the same for the U-Net, as LCM-SDXL and SDXL-Lightning are published.
+        loras: files of LoRAs, as kohya's scripts or diffusers write them, that are merged into U-Net and text encoders
+            one after the other: ``"FILE"``, ``"FILE:SCALE"``, or a :class:`minisdxl.checkpoint.lora.LoRA`.
+        tokenizer: folder with CLIP's ``vocab.json`` and ``merges.txt``; ``None`` looks for it as
+            :func:`minisdxl.tokenizer.load_vocabulary` says.
+
+    Raises:
+        CheckpointError: if a file is damaged or holds no SDXL model or LoRA for it; says what it is.
+        ValueError: for a LoRA's scale that is no finite number.
+        FileNotFoundError: if there is no vocabulary.
+    """
+    path = weights_path(weights)
+    merged = [lora if isinstance(lora, LoRA) else LoRA.parse(str(lora)) for lora in loras]
+    with _no_garbage_collection():
+        vocabulary = load_vocabulary(path, tokenizer)
+        config, parts = modules.load(path, device, dtype, vae=vae, unet=unet, loras=merged)
+        return SDXL(config, *parts, Tokenizer(*vocabulary, config.text))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Turns the collector off: loading makes hundreds of thousands of objects and drops hardly any."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def weights_path(weights: str | Path) -> Path:
+    """The file of a bundled model's name, or of a path."""
+    return BUNDLED.get(str(weights), Path(weights))

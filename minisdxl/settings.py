@@ -1,0 +1,119 @@
+"""What a caller may ask of a picture, and the checked numbers that ``SDXL.generate`` works with."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from atedm.plan import DENSE, TokenPlan
+from atedm.presets import parse_preset
+from atedm.schedule import Schedule
+from minisdxl.config import ModelConfig
+from minisdxl.sampler import first_step
+from minisdxl.samplings import Sampling, find_sampling
+
+Size = tuple[int, int]  # width and height, or left and top, in pixels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are made. ``None`` stands for the model's own best value (``ModelConfig.defaults``)."""
+
+    negative: str = ""  # what to guide away from; empty means the zeros that SDXL was trained with
+    sampling: str | Sampling | None = None  # a name in `minisdxl.samplings.SAMPLINGS`, such as "dpm++-2m"
+    steps: int | None = None  # denoising steps, 1 to 1000
+    cfg: float | None = None  # classifier-free guidance scale; 1 means none, at half the cost
+    seed: int = 0  # of the first picture, 0 to 2**32 - 1; picture i has seed + i
+    images_per_prompt: int = 1  # which follow one another in what is returned
+    prune: str | bool | Schedule | None = None  # a preset, as "at-edm:rho=0.5"; True: the model's own; None: dense
+    size: Size | None = None  # multiples of 8
+    original_size: Size | None = None  # told to SDXL: before training resized it; small sizes give blurred pictures
+    crop: Size = (0, 0)  # told to SDXL: where training cropped it
+    target_size: Size | None = None  # told to SDXL: after training resized it
+    image: Image.Image | None = None  # a picture to start from, stretched to the size
+    strength: float | None = None  # with an image, and only then: share of the steps to run, above 0, up to 1
+    strip_rows: int | None = None  # decode in strips of so many latent rows: less memory, the same picture
+
+
+@dataclass(frozen=True)
+class Checked:
+    """:class:`Settings` for one model: every number is there and possible."""
+
+    sampling: Sampling
+    steps: int
+    cfg: float
+    size: Size
+    micro_conditioning: list[int]  # six numbers
+    levels: Tensor  # sigmas of all steps and a final 0, (steps + 1,) float64
+    plans: list[TokenPlan]  # of all steps
+    first: int  # the first step that is run: 0, but for an image
+
+
+def check_settings(settings: Settings, config: ModelConfig) -> Checked:
+    """Fills in what was not asked for. Warns of what has no effect; raises ``ValueError`` for what is out of range."""
+    if settings.images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt is {settings.images_per_prompt}, expected 1 or more")
+    if settings.strip_rows is not None and settings.strip_rows < 1:
+        raise ValueError(f"strip_rows is {settings.strip_rows}, expected 1 or more, or None to decode all at once")
+    if (settings.image is None) != (settings.strength is None):
+        having = "without" if settings.image is None else "with"
+        raise ValueError(f"strength is {settings.strength} {having} an image, expected both")
+    sampling = find_sampling(settings.sampling or config.defaults.sampling)
+    steps = sampling.own_steps(config) if settings.steps is None else settings.steps
+    cfg = sampling.own_cfg(config) if settings.cfg is None else settings.cfg
+    if not math.isfinite(cfg):
+        raise ValueError(f"guidance scale cfg is {cfg}, expected a finite number, such as 7.0")
+    if cfg == 1 and settings.negative:
+        warnings.warn(f"negative prompt {settings.negative!r} has no effect without guidance, at cfg 1", stacklevel=4)
+    levels = sampling.sigmas(steps, config.noise)
+    plans = token_plans(config, settings.prune, steps)
+    first = 0 if settings.strength is None else first_step(steps, settings.strength)
+    size = sampling.picture_size(config, settings.size)
+    if settings.size not in (None, (sampling.size, sampling.size)):
+        _warn_outside_buckets(config, size)
+    told = micro_conditioning(size, settings.original_size, settings.crop, settings.target_size)
+    return Checked(sampling, steps, cfg, size, told, levels, plans, first)
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises ``ValueError`` for no prompts, and for one string, which would be read letter by letter."""
+    if not prompts or isinstance(prompts, str):
+        raise ValueError(f"prompts is {prompts!r}, there are no prompts in it; expected a list of strings")
+
+
+def token_plans(config: ModelConfig, prune: str | bool | Schedule | None, steps: int) -> list[TokenPlan]:
+    """The token plan of each of ``steps`` steps. Raises ``ValueError`` for a preset that does not exist or fit."""
+    if prune is None or prune is False:
+        return [DENSE] * steps
+    preset = config.defaults.prune if prune is True else prune
+    schedule = parse_preset(preset) if isinstance(preset, str) else preset
+    sites = list(config.unet.attention_sites())
+    return [schedule.plan(step, steps, sites) for step in range(steps)]
+
+
+def micro_conditioning(size: Size, original: Size | None, crop: Size, target: Size | None) -> list[int]:
+    """SDXL's micro-conditioning: original height and width, crop top and left, target height and width.
+
+    Arguments are (width, height) and (left, top); ``None`` stands for ``size``. Raises ``ValueError`` for sizes below 1
+    and crops below 0.
+    """
+    original, target = original or size, target or size
+    for name, pair, least in (("original_size", original, 1), ("crop", crop, 0), ("target_size", target, 1)):
+        if min(pair) < least:
+            raise ValueError(f"{name} is {pair[0]} x {pair[1]}, expected {least} or more pixels on both sides")
+    return [*reversed(original), *reversed(crop), *reversed(target)]
+
+
+def _warn_outside_buckets(config: ModelConfig, size: Size) -> None:
+    nearest = config.nearest_bucket(size)
+    if nearest is not None and size not in config.buckets:
+        warnings.warn(
+            f"{config.name} was not trained on pictures of {size[0]}x{size[1]}; "
+            f"the nearest size that it was trained on is {nearest[0]}x{nearest[1]}",
+            stacklevel=5,
+        )

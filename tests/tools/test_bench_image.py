@@ -1,0 +1,45 @@
+"""The timing of whole pictures, at a small size: what is measured is a picture, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.bench_image import main, table
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+SHAPES = Path(__file__).parents[2] / "weights" / "shapes" / "shapes.safetensors"
+
+
+def test_both_libraries_make_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--weights", str(SHAPES), "--size", "64x64", "--steps", "3", "--presets", "--repeats", "1", "--json"]
+    main(small)
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert runs.keys() == {"diffusers", "dense"}
+    for (run,) in runs.values():
+        assert 0 < run["picture"] < run["first_step"]  # three small steps beside a start of Python
+
+
+def test_table_has_ratios_of_one_round() -> None:
+    runs = {
+        "diffusers": [{"picture": 2.0, "first_step": 10.0}, {"picture": 4.0, "first_step": 10.0}],
+        "dense": [{"picture": 1.0, "first_step": 5.0}, {"picture": 3.0, "first_step": 9.0}],
+    }
+    assert table(runs).splitlines()[3] == "| dense | 2.00 | 0.62 (0.50 to 0.75) | 7.00 | 0.70 (0.50 to 0.90) |"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps is 0, expected 1 or more"),
+        (["--presets", "fast"], "unknown preset 'fast'"),
+        (["--weights", "missing.safetensors"], "missing.safetensors does not exist"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,99 @@
+"""How long a whole picture takes, and a program until its first step, beside diffusers in the same run.
+
+    python -m tools.bench_image --weights weights/shapes/shapes.safetensors --size 256x256 # the bundled model
+    python -m tools.bench_image --size 512x512 --steps 10                                  # SDXL, random weights
+
+Every measurement is a process of its own, and all take turns: it starts, loads, makes two steps of a picture, and then
+a whole one, which is timed. ``first step`` is what a user waits from the start of the program to the end of step one.
+Fewer steps than 50 have the same share of prune-less ones. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from atedm import parse_preset
+from minisdxl.cli.options import DTYPES, Parser, parse_size
+from tools.memory import CONFIGS, machine, measure, prepared
+
+PEER = "diffusers"
+MEASURES = {"picture": "s a picture", "first_step": "s to the first step"}
+
+
+def measure_pictures(weights: Path, folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """All measurements of diffusers, ours dense, and ours with each preset, by these names."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PEER, "dense", *options.presets)}
+    what = {"weights": str(weights), "folder": str(folder), "dtype": str(DTYPES[options.dtype])[6:]}
+    what |= {"size": options.size, "steps": options.steps, "cfg": options.cfg}
+    for repeat in range(options.repeats):
+        for name in runs if repeat % 2 == 0 else reversed(runs):
+            library, prune = PEER if name == PEER else "ours", None if name in (PEER, "dense") else name
+            run = measure("whole", {**what, "library": library, "prune": prune, "started": time.time()})
+            runs[name].append(run)
+            print(
+                f"{repeat + 1} of {options.repeats}, {name}: {run['picture']:.2f} s a picture, "
+                f"first step after {run['first_step']:.2f} s",
+                file=sys.stderr,
+            )
+    return runs
+
+
+def table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Markdown: medians of both times, and of their ratios to those of diffusers in the same round, with spread."""
+    head = ["", *(text for label in MEASURES.values() for text in (label, f"of {PEER}"))]
+    lines = [head, ["---"] * len(head)]
+    for name, mine in runs.items():
+        cells = [name]
+        for key in MEASURES:
+            ratios = [run[key] / peer[key] for run, peer in zip(mine, runs[PEER], strict=True)]
+            cells.append(f"{statistics.median(run[key] for run in mine):.2f}")
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; exit code 2 with one line for what cannot be measured."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    with parser.one_line("no file was left", RuntimeError):
+        for name in ("steps", "repeats"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name} is {getattr(options, name)}, expected 1 or more")
+        for preset in options.presets:
+            parse_preset(preset)
+        with prepared(options) as (weights, folder):
+            runs = measure_pictures(weights, folder, options)
+    size = "x".join(map(str, options.size))
+    what = f"{machine()}\n{size} px, {options.steps} steps, CFG {options.cfg:g}, {options.dtype}"
+    report = {"machine": what, "runs": runs}
+    print(json.dumps(report, indent=1) if options.json else f"{what}\n\n{table(runs)}")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m tools.bench_image", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--scale", choices=CONFIGS, default="full", help="of the random weights (default: %(default)s)")
+    add("--weights", type=Path, metavar="FILE", help="instead of a file of random numbers")
+    add("--tokenizer", type=Path, metavar="DIR", help="with the vocabulary (default: 'tokenizer' beside the weights)")
+    add("--folder", type=Path, metavar="DIR", help="for 7 GB of files (default: the system's)")
+    add("--size", type=parse_size, default=(512, 512), metavar="WxH", help="in pixels (default: 512x512)")
+    add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    add("--cfg", type=float, default=7.0, help="guidance scale (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="fp32", help="of U-Net and text (default: %(default)s)")
+    add("--presets", nargs="*", default=["at-edm"], metavar="PRESET", help="beside dense (default: at-edm)")
+    add("--repeats", type=int, default=2, help="of each measurement (default: %(default)s)")
+    add("--json", action="store_true", help="every number, as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

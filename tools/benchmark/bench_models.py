@@ -1,0 +1,152 @@
+"""What ``tools.bench`` times: this U-Net with token plans, or one attention block of it, and diffusers' U-Net.
+
+All share one set of random weights, so that they fit into memory beside each other. Only the convolutions are there
+twice where diffusers runs as it comes: its kernels have the channels outside, ours inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from atedm.plan import DENSE, TokenPlan
+from atedm.presets import parse_preset
+from minisdxl.checkpoint.folder_writer import json_files
+from minisdxl.checkpoint.layouts import unet_layout
+from minisdxl.config import SDXL_BASE, ModelConfig
+from minisdxl.runtime.compiled import CompiledUNet
+from minisdxl.text import TextEmbeddings
+from minisdxl.transformer import AttentionBlock
+from minisdxl.unet import UNet
+
+# Small is of SDXL's depth, at a fifth of its width.
+CONFIGS = {
+    "full": SDXL_BASE,
+    "small": replace(SDXL_BASE, name="small", unet=replace(SDXL_BASE.unet, model_channels=64)),
+}
+PEERS = ("diffusers", "diffusers-channels-last", "tomesd")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to be timed: ``call`` makes one step, on the device alone."""
+
+    name: str
+    call: Callable[[], Tensor]
+
+
+def plan_of(preset: str, config: ModelConfig) -> TokenPlan:
+    """What ``preset`` does at the last of 50 steps, the steady one. Raises ``ValueError`` for no such preset."""
+    if preset == "dense":
+        return DENSE
+    return parse_preset(preset).plan(49, 50, config.unet.attention_sites())
+
+
+def randomize(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives a module on the meta device numbers on another one, of a scale at which all its parts matter."""
+    torch.manual_seed(0)
+    module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for name, weight in module.named_parameters():
+        if weight.ndim > 1:
+            weight.normal_(std=weight[0].numel() ** -0.5)
+        else:
+            weight.fill_(float(name.endswith("weight")))  # normalizations scale by 1, biases are 0
+    convert_conv2d_weight_memory_format(module, torch.channels_last)  # as they are loaded
+
+
+def unets(
+    config: ModelConfig,
+    size: int,
+    batch: int,
+    presets: Sequence[str],
+    peers: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    compile_all: bool = False,
+) -> Iterator[Contender]:
+    """One call of the U-Net each, for ``batch`` latents of pictures with ``size`` pixels on a side.
+
+    What depends on the prompt alone is there already, as it is after the first step of a picture: here keys and values
+    of the text too, in diffusers its encoded words. ``compile_all`` has torch compile ours and theirs, for CUDA graphs
+    where there is a GPU. Raises ``ValueError`` for no such preset.
+    """
+    plans = {preset: plan_of(preset, config) for preset in presets}
+    side = size // config.vae.downscale
+    with torch.device("meta"):
+        unet = UNet(config.unet)
+    randomize(unet, device, dtype)
+    with device:
+        x = torch.randn(batch, config.unet.in_channels, side, side, dtype=dtype)
+        timestep = torch.full((batch,), 500)
+        words = TextEmbeddings(
+            torch.randn(batch, config.text[0].context_length, config.unet.context_channels, dtype=dtype),
+            torch.randn(batch, config.text[1].projection or 0, dtype=dtype),
+        )
+        sizes = torch.tensor([[size, size, 0, 0, size, size]]).expand(batch, -1)
+    vector, text = words.vector(sizes, config.size_channels).to(dtype), unet.project_context(words.context)
+    network = CompiledUNet(unet) if compile_all else unet
+    for preset, plan in plans.items():
+        yield Contender(preset, lambda plan=plan: network(x, timestep, text, vector, plan))  # type: ignore[misc]
+    added = {"text_embeds": words.pooled, "time_ids": sizes}
+    plain: dict[Tensor, Tensor] = {}  # convolutions with the channels outside, for two peers
+    for name in peers:
+        peer = diffusers_unet(unet, config, None if name == "diffusers-channels-last" else plain)
+        if name == "tomesd":
+            import tomesd
+
+            tomesd.apply_patch(peer, ratio=0.5, max_downsample=4)
+        if compile_all:
+            peer = torch.compile(peer, mode="reduce-overhead" if device.type == "cuda" else None)
+        yield Contender(
+            name,
+            lambda peer=peer: peer(x, timestep, words.context, added_cond_kwargs=added, return_dict=False)[0],  # type: ignore[misc]
+        )
+
+
+def diffusers_unet(unet: UNet, config: ModelConfig, plain: dict[Tensor, Tensor] | None) -> Any:
+    """diffusers' U-Net with our tensors; ``plain`` collects copies of those that it is to have in its own order."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        peer = UNet2DConditionModel.from_config(json_files(Path(config.name), config)["unet/config.json"])
+    table, tensors = unet_layout(config.unet), dict[str, Tensor]()
+    for official, weight in unet.named_parameters():
+        tensor = weight.detach()
+        if plain is not None and not tensor.is_contiguous():
+            tensor = plain.setdefault(weight, tensor.contiguous())
+        mapping = table.mapping(official)
+        tensors.update(zip(mapping.names, mapping.split(tensor), strict=True))
+    peer.load_state_dict(tensors, assign=True)
+    return peer.eval().requires_grad_(False)
+
+
+def blocks(
+    config: ModelConfig,
+    name: str,
+    size: int,
+    batch: int,
+    presets: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[Contender]:
+    """The attention block called ``name`` alone. Raises ``ValueError`` if there is none, or for no such preset."""
+    plans = {preset: plan_of(preset, config).get(name) for preset in presets}
+    sites = {site.name: site for site in config.unet.attention_sites()}
+    if name not in sites:
+        raise ValueError(f"there is no attention block {name!r}, expected one of {', '.join(sites)}")
+    site, c = sites[name], config.unet
+    with torch.device("meta"):
+        block = AttentionBlock(name, site.channels, site.depth, c.context_channels, c.head_channels, c.norm_groups)
+    randomize(block, device, dtype)
+    side = -(-(size // config.vae.downscale) >> site.level)
+    with device:
+        x = torch.randn(batch, site.channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+        text = block.project_context(torch.randn(batch, config.text[0].context_length, c.context_channels, dtype=dtype))
+    for preset, plan in plans.items():
+        yield Contender(preset, lambda plan=plan: block(x, text, plan))  # type: ignore[misc]

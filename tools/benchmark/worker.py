@@ -1,0 +1,187 @@
+"""One measurement of ``tools.memory`` or ``tools.bench_image`` in a fresh process; prints JSON as its last line.
+
+Each function imports what it measures and nothing else, because imports count in the memory of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROMPT = "a photograph of an astronaut riding a horse"
+
+
+def ours(weights: str, folder: str, dtype: str) -> dict[str, Any]:
+    """Loads with ``minisdxl.load``."""
+    import torch
+
+    began = _clocks()
+    from minisdxl import load
+
+    imported = _clocks()
+    sdxl = load(weights, dtype=getattr(torch, dtype), tokenizer=Path(folder) / "tokenizer")
+    called = _clocks()
+    assert isinstance(sdxl.text, torch.nn.Module)
+    return _loaded(began, imported, called, [sdxl.unet, sdxl.vae, sdxl.text])
+
+
+def diffusers(weights: str, folder: str, dtype: str) -> dict[str, Any]:
+    """Loads with diffusers, whose ``config=`` names a local folder: nothing is asked of the hub.
+
+    The VAE is brought to fp32, as is done here while loading, and in diffusers, from fp16, before it decodes.
+    """
+    import torch
+
+    began = _clocks()
+    from diffusers import StableDiffusionXLPipeline
+
+    imported = _clocks()
+    pipeline = StableDiffusionXLPipeline.from_single_file(
+        weights, config=folder, torch_dtype=getattr(torch, dtype), local_files_only=True
+    )
+    called = _clocks()
+    pipeline.vae.float()
+    modules = [pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
+    return _loaded(began, imported, called, modules)
+
+
+def picture(
+    weights: str, folder: str, dtype: str, size: tuple[int, int] | None, steps: int, strip_rows: int | None
+) -> dict[str, Any]:
+    """Makes a picture, guided; with a ``strip_rows`` also without text encoders while it samples."""
+    import torch
+
+    from minisdxl import load
+
+    stages: dict[str, dict[str, float]] = {}
+    began = time.perf_counter()
+
+    def note(stage: str) -> None:
+        stages[stage] = {"seconds": time.perf_counter() - began, "resident": _memory("VmRSS"), "peak": _memory("VmHWM")}
+
+    sdxl = load(weights, dtype=getattr(torch, dtype), tokenizer=Path(folder) / "tokenizer")
+    note("loading")
+    if strip_rows is not None:
+        sdxl = sdxl.encode_ahead([PROMPT])
+        note("encoding the prompt")
+    sdxl.generate(
+        [PROMPT],
+        steps=steps,
+        cfg=7.0,
+        size=size,
+        strip_rows=strip_rows,
+        on_step=lambda step, _: note(f"step {step + 1} of {steps}"),
+    )
+    note("decoding")
+    return {"stages": stages, "peak": _memory("VmHWM")}
+
+
+def whole(
+    library: str,
+    weights: str,
+    folder: str,
+    dtype: str,
+    size: tuple[int, int],
+    steps: int,
+    cfg: float,
+    prune: str | None,
+    started: float,
+) -> dict[str, Any]:
+    """Makes two pictures, guided, and times the second; the first one's first step ends what a start takes.
+
+    ``started`` is when the process was asked for, in seconds of ``time.time()``. No ``prune`` with diffusers.
+    """
+    import torch
+
+    first_steps: list[float] = []
+
+    def note(*_: Any) -> None:
+        if not first_steps:
+            first_steps.append(time.time() - started)
+
+    if library == "ours":
+        from minisdxl import load
+
+        sdxl = load(weights, dtype=getattr(torch, dtype), tokenizer=Path(folder) / "tokenizer")
+
+        def make(steps: int) -> Any:
+            asked = {"steps": steps, "cfg": cfg, "size": tuple(size), "prune": prune, "on_step": note}
+            return sdxl.generate([PROMPT], **asked)  # type: ignore[arg-type]
+    else:
+        from diffusers import StableDiffusionXLPipeline
+
+        pipeline = StableDiffusionXLPipeline.from_single_file(
+            weights, config=folder, torch_dtype=getattr(torch, dtype), local_files_only=True, add_watermarker=False
+        )
+        pipeline.vae.float()
+        pipeline.set_progress_bar_config(disable=True)
+
+        def seen(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            note()
+            return tensors
+
+        def make(steps: int) -> Any:
+            width, height = size
+            asked = {"num_inference_steps": steps, "guidance_scale": cfg, "width": width, "height": height}
+            return pipeline(PROMPT, **asked, callback_on_step_end=seen).images
+
+    make(2)
+    began = time.perf_counter()
+    make(steps)
+    return {"first_step": first_steps[0], "picture": time.perf_counter() - began}
+
+
+class Clocks(NamedTuple):
+    """Seconds by the wall, and of the processor, for which it makes no difference what else the machine does."""
+
+    wall: float
+    processor: float
+
+
+def _clocks() -> Clocks:
+    return Clocks(time.perf_counter(), time.process_time())
+
+
+def _loaded(began: Clocks, imported: Clocks, called: Clocks, modules: Iterable[nn.Module]) -> dict[str, Any]:
+    """Seconds from the library's import, which torch's comes before, until all weights can be used, and of loading
+    alone, without that import; their bytes; and the most memory of the process.
+
+    One byte of each page is read: a library may map a file into memory, and would read it later than it says.
+    """
+    import torch
+
+    storages = {
+        storage.data_ptr(): storage
+        for module in modules
+        for storage in (weight.untyped_storage() for weight in module.parameters())
+    }
+    for storage in storages.values():
+        torch.empty(0, dtype=torch.uint8).set_(storage)[::4096].sum()
+    ended = _clocks()
+    return {
+        "seconds": ended.wall - began.wall,
+        "processor": ended.processor - began.processor,
+        "loading": ended.wall - imported.wall,
+        "called": called.wall - imported.wall,
+        "peak": _memory("VmHWM"),
+        "weights": sum(storage.nbytes() for storage in storages.values()),
+    }
+
+
+def _memory(field: str) -> int:
+    """Bytes of a field of the process's status: VmRSS is what it has in memory, VmHWM the most that it had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    kinds: tuple[Callable[..., dict[str, Any]], ...] = (ours, diffusers, picture, whole)
+    measure = {kind.__name__: kind for kind in kinds}[sys.argv[1]]
+    print(json.dumps(measure(**json.loads(sys.argv[2]))))

@@ -1,0 +1,186 @@
+"""The experiments of ``tools.experiments``, as data: what is compared with what, and which claims that decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+BASELINE = "at-edm"  # what all others are compared with
+CFG = 4.0  # what the bundled model is at its best with
+
+
+class Claim(NamedTuple):
+    """That one preset beats another, as the paper has it or as a student might ask."""
+
+    text: str
+    better: str
+    worse: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Presets under every combination of budget, CFG scale and number of steps, with the dense model beside them.
+
+    A budget is a share of the dense FLOPs, average of all steps, or a preset that all are to cost as much as. ``axis``
+    is the plot's horizontal axis (``AXES`` of ``plots``), ``None`` for presets side by side, with pictures.
+    """
+
+    about: str
+    presets: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    budgets: tuple[float | str, ...] = (BASELINE,)
+    cfgs: tuple[float, ...] = (CFG,)
+    steps: tuple[int, ...] = (50,)
+    axis: str | None = None
+
+
+_RIVALS = (
+    Claim("AT-EDM beats ToMe (table 1)", "at-edm", "tome"),
+    Claim("AT-EDM beats ToMe with DSAP", "at-edm", "tome-dsap"),
+    Claim("G-WPR beats drawing by lot", "at-edm", "random"),
+    Claim("DSAP helps ToMe (figure 6)", "tome-dsap", "tome"),
+)
+_COMPARED = ("at-edm", "tome", "tome-dsap", "random")
+_RANKINGS = (
+    *("at-edm:ranking=lowest", "random"),
+    *("at-edm:ranking=grid", "at-edm:ranking=covered", "at-edm:ranking=dissimilarity"),
+)
+_RECOVERIES = tuple(
+    f"dissimilarity:recovery={name}"
+    for name in ("nearest-two-change", "nearest", "similarity-change", "direct", "similarity")
+)
+_RANKED_WITH_CHANGE = tuple(
+    f"{name}recovery=nearest-change"
+    for name in ("at-edm:", "at-edm:ranking=covered,", "at-edm:ranking=lowest,", "random:", "at-edm:ranking=grid,")
+)
+_ITERATIONS = ("at-edm", "at-edm:iterations=1", "at-edm:iterations=3", "at-edm:graph=subsampled")
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "table-1": Experiment(
+        "Table 1, by cost: each budget d to a is the share of the dense FLOPs that the paper's is, 4.5, 4.1, 3.6 and "
+        "2.9 of 6.7 T.",
+        presets=_COMPARED,
+        claims=_RIVALS,
+        budgets=(4.5 / 6.7, 4.1 / 6.7, 3.6 / 6.7, 2.9 / 6.7),
+        axis="flops_share",
+    ),
+    "table-1-ratios": Experiment(
+        "Table 1, by ratio: each budget d to a is what AT-EDM costs with the rho that the paper's needs, 0.52, 0.63, "
+        "0.75 and 0.94. For models whose attention blocks take too small a share for the budgets of table-1.",
+        presets=_COMPARED,
+        claims=_RIVALS,
+        budgets=("at-edm:d", "at-edm:c", "at-edm:b", "at-edm:a"),
+        axis="flops_share",
+    ),
+    "figure-7": Experiment(
+        "Figure 7: quality against the CFG scale.",
+        presets=("at-edm", "at-edm-dagger", "tome"),
+        claims=(Claim("AT-EDM beats ToMe (figure 7)", "at-edm", "tome"),),
+        cfgs=(1.0, 2.0, 3.0, 4.0, 6.0, 8.0),
+        axis="cfg",
+    ),
+    "figure-8": Experiment(
+        "Figure 8: tokens ranked by self-attention, by cross-attention, and by lot.",
+        presets=("at-edm", "ca-wpr", "random"),
+        claims=(
+            Claim("self-attention ranking beats cross-attention (figure 8)", "at-edm", "ca-wpr"),
+            Claim("self-attention ranking beats drawing by lot", "at-edm", "random"),
+        ),
+    ),
+    "figure-9": Experiment(
+        "Figure 9: what pruned tokens come back as.",
+        presets=("at-edm", "direct", "bicubic", "zeros"),
+        claims=tuple(
+            Claim(f"similarity copy beats {name} (figure 9)", "at-edm", recovery)
+            for name, recovery in (("direct copy", "direct"), ("bicubic", "bicubic"), ("zeros", "zeros"))
+        ),
+    ),
+    "figure-10": Experiment(
+        "Figure 10: the number of prune-less early steps, and prune-more early steps, at one budget.",
+        presets=("at-edm", *(f"at-edm:tau={tau}" for tau in (0, 5, 30, 45)), "at-edm:early=more"),
+        budgets=(0.85,),  # tau 45 leaves little to save
+        claims=(
+            Claim("DSAP beats no DSAP (figure 10)", "at-edm", "at-edm:tau=0"),
+            *(Claim(f"tau 15 beats tau {tau} (figure 10)", "at-edm", f"at-edm:tau={tau}") for tau in (5, 30, 45)),
+            Claim("prune-less early steps beat prune-more ones", "at-edm", "at-edm:early=more"),
+        ),
+    ),
+    "feed-forward": Experiment(
+        "Pruning after the feed-forward, as the paper does, or before it, which saves more at the same ratio.",
+        presets=("at-edm", "at-edm:place=before-ff"),
+        claims=(Claim("before the feed-forward beats after it at equal FLOPs", "at-edm:place=before-ff", "at-edm"),),
+    ),
+    "iterations": Experiment(
+        "How often G-WPR votes: until it settles, once, three times; and a sketch of it by every fifth query.",
+        presets=_ITERATIONS,
+        claims=tuple(
+            Claim(f"settled G-WPR beats {other.partition(':')[2]}", "at-edm", other) for other in _ITERATIONS[1:]
+        ),
+    ),
+    "rankings": Experiment(
+        "Which tokens stay, at equal FLOPs and with the paper's recovery: the sign of the ranking, and coverage.",
+        presets=("at-edm", *_RANKINGS),
+        claims=tuple(Claim(f"G-WPR beats {other.partition('=')[2] or other}", "at-edm", other) for other in _RANKINGS),
+    ),
+    "recoveries": Experiment(
+        "What pruned tokens come back as, at equal FLOPs, where the tokens stay that are unlike the rest.",
+        presets=("at-edm", "dissimilarity", *_RECOVERIES),
+        claims=tuple(
+            Claim(f"nearest-change beats {other.partition('=')[2]}", "dissimilarity", other) for other in _RECOVERIES
+        ),
+    ),
+    "rankings-with-change": Experiment(
+        "Which tokens stay, at equal FLOPs, where pruned tokens take on the change of the nearest one that stayed.",
+        presets=("at-edm", "dissimilarity", *_RANKED_WITH_CHANGE),
+        claims=(
+            *(
+                Claim(f"G-WPR beats {name}", _RANKED_WITH_CHANGE[0], other)
+                for name, other in zip(
+                    ("its best of each window", "its reverse", "drawing by lot", "a grid"),
+                    _RANKED_WITH_CHANGE[1:],
+                    strict=True,
+                )
+            ),
+            *(
+                Claim(f"dissimilarity beats {name}", "dissimilarity", other)
+                for name, other in zip(
+                    ("G-WPR", "its best of each window", "its reverse", "lots", "a grid"),
+                    _RANKED_WITH_CHANGE,
+                    strict=True,
+                )
+            ),
+        ),
+    ),
+    "better-method": Experiment(
+        "The presets dissimilarity and moving-grid, with an ablation of each, beside AT-EDM and ToMe. Each budget is "
+        "what AT-EDM costs with rho 0.3, 0.5, 0.63, 0.75.",
+        presets=(
+            *("at-edm", "tome", "tome-dsap", "dissimilarity:tau=0"),
+            *("dissimilarity", "dissimilarity:recovery=nearest-two-change", "moving-grid", "moving-grid:ranking=grid"),
+        ),
+        claims=(
+            Claim("dissimilarity beats AT-EDM", "dissimilarity", "at-edm"),
+            Claim("dissimilarity beats ToMe", "dissimilarity", "tome"),
+            Claim("dissimilarity beats ToMe with DSAP", "dissimilarity", "tome-dsap"),
+            Claim("moving-grid beats AT-EDM", "moving-grid", "at-edm"),
+            Claim("moving-grid beats ToMe", "moving-grid", "tome"),
+            Claim("moving-grid beats ToMe with DSAP", "moving-grid", "tome-dsap"),
+            Claim("moving-grid beats dissimilarity", "moving-grid", "dissimilarity"),
+            Claim("a moving grid beats one that stays", "moving-grid", "moving-grid:ranking=grid"),
+            Claim("two changes beat one", "dissimilarity:recovery=nearest-two-change", "dissimilarity"),
+            Claim("DSAP helps dissimilarity", "dissimilarity", "dissimilarity:tau=0"),
+        ),
+        budgets=("at-edm:rho=0.3", "at-edm:rho=0.5", "at-edm", "at-edm:rho=0.75"),
+        axis="flops_share",
+    ),
+    "few-steps": Experiment(
+        "Sampling in 10 and 20 steps, against the dense model in as many.",
+        presets=("at-edm", "dissimilarity", "tome"),
+        claims=(
+            Claim("AT-EDM beats ToMe", "at-edm", "tome"),
+            Claim("dissimilarity beats ToMe", "dissimilarity", "tome"),
+        ),
+        steps=(10, 20, 50),
+        axis="steps",
+    ),
+}

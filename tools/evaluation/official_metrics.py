@@ -1,0 +1,119 @@
+"""FID and CLIP score as papers give them, through torchmetrics (the extra "evaluate"), from local weight files.
+
+Nothing is downloaded. torchmetrics is imported when one of these is made.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minisdxl.cli.picture_files import read_picture
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+FEATURES = 2048  # of Inception's last pooling, which FID is defined on
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder, by name. Raises ``ValueError`` for fewer than two, ``OSError`` for no folder."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    if len(found) < 2:
+        raise ValueError(f"{folder} has {len(found)} pictures, expected 2 or more: {', '.join(PICTURES)}")
+    return found
+
+
+class Fid:
+    """Frechet Inception distance (Heusel et al. 2017) to the pictures in the files ``references``.
+
+    ``network`` is the file of Inception's weights that torch-fidelity reads (pt_inception-2015-12-05-6726825d.pth or
+    its re-release), or any network of pictures (1, 3, H, W) uint8 to features (1, D).
+
+    Raises ``ValueError`` for a file that holds anything else than tensors, ``OSError``, and ``ModuleNotFoundError``.
+    """
+
+    def __init__(self, network: Path | nn.Module, references: Sequence[Path], device: torch.device) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        if isinstance(network, nn.Module):
+            metric = FrechetInceptionDistance(feature=network, reset_real_features=False)
+        else:
+            _check_tensors(network)
+            metric = FrechetInceptionDistance(
+                FEATURES, reset_real_features=False, feature_extractor_weights_path=str(network)
+            )
+        self.metric: Any = metric.to(device)
+        for path in references:
+            self.metric.update(_pixels(path).to(device), real=True)
+
+    def __call__(self, pictures: Iterable[Path]) -> float:
+        """The distance of two or more pictures."""
+        self.metric.reset()
+        for path in pictures:
+            self.metric.update(_pixels(path).to(self.metric.device), real=False)
+        return float(self.metric.compute())
+
+
+class ClipFeatures(nn.Module):
+    """A CLIP model of transformers whose features are tensors, as torchmetrics wants; transformers 5 wraps them."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+        features: Tensor = self.model.get_image_features(pixel_values).pooler_output
+        return features
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T), (B, T) -> (B, D)."""
+        features: Tensor = self.model.get_text_features(input_ids, attention_mask).pooler_output
+        return features
+
+
+class ClipScore:
+    """CLIP score (Hessel et al. 2021, without its factor 2.5): 100 times the mean cosine of picture and caption.
+
+    What the AT-EDM paper gives as 0.3284 is 32.84 here. ``folder`` holds a CLIP model in the layout of transformers,
+    with its tokenizer and preprocessor. Raises ``OSError`` for another folder, and ``ModuleNotFoundError``.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        from torchmetrics.multimodal.clip_score import CLIPScore
+        from transformers import CLIPModel, CLIPProcessor
+
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is no folder, expected one with a CLIP model and its processor")
+        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        self.metric: Any = CLIPScore(model_name_or_path=lambda: (ClipFeatures(model), processor)).to(device)
+
+    @torch.no_grad()
+    def __call__(self, pictures: Iterable[Path], captions: Iterable[str]) -> float:
+        """Of one or more pictures, each with its caption."""
+        self.metric.reset()
+        for path, caption in zip(pictures, captions, strict=True):
+            self.metric.update(_pixels(path).to(self.metric.device), [caption])
+        return float(self.metric.compute())
+
+
+def _pixels(path: Path) -> Tensor:
+    """(1, 3, H, W) uint8."""
+    return torch.from_numpy(np.array(read_picture(path).image.convert("RGB"))).permute(2, 0, 1)[None]
+
+
+def _check_tensors(path: Path) -> None:
+    """torch-fidelity would run whatever code a pickle names: only a file of tensors alone gets that far."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a file of tensors alone, expected Inception's weights") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a file of named tensors, expected Inception's weights")

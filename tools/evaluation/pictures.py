@@ -1,0 +1,219 @@
+"""Pictures of the same captions from the same noise, dense and under presets, each of them a row."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atedm.presets import parse_preset
+from minisdxl.budget import preset_within
+from minisdxl.checkpoint.modules import open_source
+from minisdxl.cli.prompt_files import read_prompts
+from minisdxl.cli.reports import hardware
+from minisdxl.config import ModelConfig
+from minisdxl.cost import summary
+from minisdxl.loading import weights_path
+from minisdxl.pipeline import SDXL
+from tools.check_shapes import check
+from tools.evaluation.metrics import latent_error, psnr, ssim
+from tools.evaluation.rows import DENSE, Folder, Row
+from tools.shapes import held_out, parse_caption, random_scene
+
+SPLITS = {"test": "test", "all": None}  # of random_scene: captions that training never saw, or any
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What is drawn; caption i has seed i. ``drawn`` says that the detector can read their pictures."""
+
+    texts: tuple[str, ...]
+    drawn: bool
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def drawn_captions(count: int, split: str = "test") -> Captions:
+    """``count`` different captions of the drawn world, the same ones every time. ``split`` is one of ``SPLITS``.
+
+    Raises ``ValueError`` if there are not as many, or not to be found in a reasonable number of draws.
+    """
+    rng = random.Random("evaluate")
+    captions: dict[str, None] = {}
+    for _ in range(1000 + 5 * count):
+        captions[random_scene(rng, SPLITS[split]).caption] = None
+        if len(captions) == count:
+            return Captions(tuple(captions), drawn=True)
+    raise ValueError(f"--captions is {count}, expected 1 to {len(captions)}: what the drawn world, {split}, has")
+
+
+def file_captions(path: Path, count: int) -> Captions:
+    """The first ``count`` prompts of a file. Raises as ``read_prompts``, and ``ValueError`` for too few of them.
+
+    So it does for a prompt with a seed or a negative prompt of its own: here all are treated alike.
+    """
+    prompts = read_prompts(path)
+    if len(prompts) < count:
+        raise ValueError(f"{path} has {len(prompts)} prompts, expected {count} or more; or fewer --captions")
+    for prompt in prompts[:count]:
+        if (prompt.negative, prompt.seed) != (None, None):
+            raise ValueError(f"{path} has a seed or negative for {prompt.prompt!r}, expected captions alone")
+    return Captions(tuple(prompt.prompt for prompt in prompts[:count]), drawn=False)
+
+
+def weights_sha256(weights: str, dtype: torch.dtype) -> str:
+    """Of all weights that are read, one file after the other."""
+    digest = hashlib.sha256()
+    for path in open_source(weights_path(weights), dtype).files:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+def solve(
+    config: ModelConfig, size: tuple[int, int], presets: Sequence[str], steps: int, share: float | None, measure: str
+) -> dict[str, str]:
+    """Each preset's text with the ratio that brings it to ``share`` of the dense FLOPs, to 0.01 %; without, as it is.
+
+    ``measure`` is ``average`` or ``steady``. Raises ``ValueError`` for presets that do not exist, have a ratio of their
+    own, or cannot reach that share, and for a share outside (0, 1].
+    """
+    if share is None:
+        for preset in presets:
+            if preset != DENSE:
+                parse_preset(preset)
+        return {preset: preset for preset in presets}
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, expected more than 0 and at most 1: of the FLOPs of the dense model")
+    budget = f"{100 * share:.2f}%"
+    return {
+        preset: preset if preset == DENSE else preset_within(config, size, preset, steps, budget, measure)
+        for preset in presets
+    }
+
+
+def average_share(config: ModelConfig, size: tuple[int, int], preset: str, steps: int) -> float:
+    """FLOPs of a U-Net call, average of all steps, as a share of the dense model's."""
+    f = config.vae.downscale
+    calls = summary(config, size[1] // f, size[0] // f, None if preset == DENSE else parse_preset(preset), steps)
+    return float(calls["average"] / calls["dense"])
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of ``i/n``. Raises ``ValueError`` unless 1 <= i <= n."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"shard is {text!r}, expected i/n with i from 1 to n, as 2/4")
+    return int(index), int(count)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What all rows of a folder share.
+
+    Batches are the same in every run, and a shard is every n-th of them: with the same settings a row is the same to
+    the last bit, whether a run was stopped, sharded, or neither.
+    """
+
+    sdxl: SDXL
+    captions: Captions
+    folder: Folder
+    steps: int
+    cfg: float
+    size: tuple[int, int]
+    batch: int
+    sampling: str = "euler"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or not self.captions.texts:
+            raise ValueError(f"batch is {self.batch} of {len(self.captions)} captions, expected 1 or more of both")
+        if self.captions.drawn and (self.size[0] != self.size[1] or self.size[0] < 64):
+            raise ValueError("size is {}x{}, expected a square of 64 or more pixels: drawn scenes".format(*self.size))
+
+    def run(self, presets: Sequence[str], shard: tuple[int, int] = (1, 1)) -> None:
+        """Makes the pictures of this shard that are not there yet; prints a line for each batch.
+
+        The dense ones come first in every batch: the others are compared with them. Raises as ``SDXL.generate``.
+        """
+        index, count = shard
+        file = "rows.csv" if count == 1 else f"rows-{index}-of-{count}.csv"
+        starts = range(0, len(self.captions), self.batch)[index - 1 :: count]
+        kinds = [DENSE, *(preset for preset in presets if preset != DENSE)]
+        for start in starts:
+            for preset in kinds:
+                numbers = range(start, min(start + self.batch, len(self.captions)))
+                missing = [number for number in numbers if not self.folder.has(preset, number)]
+                if missing:
+                    rows = list(self._make(preset, numbers, missing))
+                    self.folder.add(file, rows)
+                    print(f"captions {numbers[0]} to {numbers[-1]}, {preset}: {_progress(rows)}", flush=True)
+
+    def missing(self, presets: Sequence[str]) -> int:
+        """How many rows are not there yet."""
+        kinds = {DENSE, *presets}
+        return sum(not self.folder.has(kind, number) for kind in kinds for number in range(len(self.captions)))
+
+    def _make(self, preset: str, numbers: range, wanted: Sequence[int]) -> Iterator[Row]:
+        """Makes the whole batch, as ever, and gives those that are wanted."""
+        captions, last = self.captions.texts[numbers.start : numbers.stop], dict[str, Tensor]()
+        began = time.perf_counter()
+        images = self.sdxl.generate(
+            captions,
+            sampling=self.sampling,
+            steps=self.steps,
+            cfg=self.cfg,
+            seed=numbers.start,
+            prune=None if preset == DENSE else preset,
+            size=self.size,
+            on_step=lambda _, x: last.update(x=x),
+        )
+        seconds = (time.perf_counter() - began) / len(numbers)
+        for number, caption, image, latent in zip(numbers, captions, images, last["x"].cpu(), strict=True):
+            if number not in wanted:
+                continue
+            self.folder.save_picture(preset, number, image)
+            if preset == DENSE:
+                self.folder.save_latent(number, latent)
+            pixels, dense = np.asarray(image), self.folder.picture(DENSE, number)
+            yield Row(
+                preset=preset,
+                number=number,
+                seed=number,
+                steps=self.steps,
+                cfg=self.cfg,
+                caption=caption,
+                **_verdict(pixels, caption, self.captions.drawn),
+                psnr=psnr(pixels, dense),
+                ssim=ssim(pixels, dense),
+                latent_error=latent_error(latent, self.folder.latent(number)),
+                flops_share=_share(self.sdxl.config, self.size, preset, self.steps),
+                seconds=seconds,
+                machine=hardware(self.sdxl.device),
+            )
+
+
+_share = cache(average_share)
+
+
+def _verdict(pixels: Any, caption: str, drawn: bool) -> dict[str, Any]:
+    if not drawn:
+        return {"obeyed": None, "held_out": None, "reasons": ""}
+    verdict = check(pixels, caption)
+    reasons = "; ".join(verdict.reasons)
+    return {"obeyed": verdict.obeyed, "held_out": held_out(parse_caption(caption)), "reasons": reasons}
+
+
+def _progress(rows: Sequence[Row]) -> str:
+    obeyed = sum(row.obeyed is True for row in rows)
+    judged = "" if rows[0].obeyed is None else f"{obeyed} of {len(rows)} obeyed, "
+    return f"{judged}{rows[0].seconds:.1f} s each"

@@ -1,0 +1,120 @@
+"""Plots of summaries: a measure with its intervals against the cost, a setting, or preset by preset; and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw
+
+from minisdxl.checkpoint.atomic import atomic_path
+from tools.evaluation.metrics import Picture
+from tools.evaluation.paired_statistics import Estimate
+from tools.evaluation.rows import DENSE
+from tools.evaluation.summaries import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 12, 5  # inches of 100 pixels
+THUMBNAIL, LABEL = 128, 18  # pixels
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A field of a summary that is an estimate, and what to write beside it; ``factor`` makes it that unit."""
+
+    field: str
+    label: str
+    factor: float = 1.0
+
+    def of(self, summary: Summary) -> Estimate | None:
+        """The estimate, in the unit of the label."""
+        found: Estimate | None = getattr(summary, self.field)
+        return None if found is None else Estimate(*(self.factor * number for number in found))
+
+
+OBEYED = Measure("obeyed", "captions obeyed, %", 100)
+LATENT_ERROR = Measure("latent_error", "mean squared latent error to dense")
+AXES = {  # what a panel can be drawn against
+    "flops_share": "FLOPs of a U-Net call, average of all steps, share of dense",
+    "cfg": "CFG scale",
+    "steps": "denoising steps",
+}
+
+
+def draw_against(panel: Any, summaries: Sequence[Summary], measure: Measure, axis: str) -> None:
+    """A line for each preset, whatever its ratio, over ``axis``, one of ``AXES``, with bars of 95 %."""
+    lines: dict[str, list[tuple[float, Estimate]]] = {}
+    for each in summaries:
+        found = measure.of(each)
+        if found is not None and not (each.preset == DENSE and measure.field == "latent_error"):  # always 0
+            lines.setdefault(family(each.preset), []).append((getattr(each, axis), found))
+    order = list(dict.fromkeys(family(each.preset) for each in summaries))  # one color in all panels
+    for name, points in lines.items():
+        xs, estimates = zip(*sorted(points), strict=True)
+        style = {"marker": "o", "capsize": 3, "color": f"C{order.index(name)}"}
+        panel.errorbar(xs, [e.value for e in estimates], _bars(estimates), label=name, **style)
+    panel.set(xlabel=AXES[axis], ylabel=measure.label)
+    panel.legend()
+
+
+def draw_presets(panel: Any, summaries: Sequence[Summary], measure: Measure) -> None:
+    """A point with its bar of 95 % for each preset, top down."""
+    shown = [(each.preset, found) for each in summaries if (found := measure.of(each)) is not None]
+    estimates = [found for _, found in shown]
+    panel.errorbar([e.value for e in estimates], range(len(shown)), xerr=_bars(estimates), fmt="o", capsize=3)
+    panel.set_yticks(range(len(shown)), [preset for preset, _ in shown])
+    panel.set(xlabel=measure.label)
+    panel.invert_yaxis()
+
+
+def family(preset: str) -> str:
+    """A preset's text without its ratio: what is one line, however many ratios meet its budgets."""
+    name, _, settings = preset.partition(":")
+    others = [part for part in settings.split(",") if part and not part.startswith(("rho=", "r="))]
+    return f"{name}:{','.join(others)}" if others else name
+
+
+def save_figure(path: Path, summaries: Sequence[Summary], measures: Sequence[Measure], axis: str | None) -> None:
+    """Panels side by side of those measures that were taken, against ``axis``, or preset by preset for ``None``.
+
+    Writes a PNG file. Raises ``ModuleNotFoundError`` without matplotlib, ``OSError``, and ``ValueError`` if nothing was
+    measured.
+    """
+    import matplotlib  # not a dependency of the package but of its extra "evaluate"
+    from matplotlib.figure import Figure
+
+    taken = [measure for measure in measures if any(measure.of(each) is not None for each in summaries)]
+    if not taken:
+        raise ValueError(f"{path.name} has nothing to show: there is no {measures[0].label}")
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "font.size": 9}), atomic_path(path) as temporary:
+        figure: Figure = Figure(layout="constrained", figsize=(WIDTH / 2 * len(taken), HEIGHT))
+        for panel, measure in zip(figure.subplots(1, len(taken), squeeze=False)[0], taken, strict=True):
+            if axis is None:
+                draw_presets(panel, summaries, measure)
+            else:
+                draw_against(panel, summaries, measure, axis)
+        first = summaries[0]
+        figure.suptitle(f"{first.captions} captions, bars are intervals of 95 %")
+        figure.savefig(temporary, dpi=100, metadata={"Software": None})
+
+
+def save_pictures(path: Path, rows: Mapping[str, Sequence[Picture]]) -> None:
+    """Small pictures in a PNG file of 256 colors: a row for each preset, under its name. Raises ``OSError``."""
+    columns, height = max(map(len, rows.values())), THUMBNAIL + LABEL
+    sheet = Image.new("RGB", (columns * THUMBNAIL, len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (preset, pictures) in enumerate(rows.items()):
+        draw.text((4, row * height + LABEL // 2), preset, "black", anchor="lm", font_size=12)
+        for column, picture in enumerate(pictures):
+            small = Image.fromarray(picture).resize((THUMBNAIL, THUMBNAIL))
+            sheet.paste(small, (column * THUMBNAIL, row * height + LABEL))
+    with atomic_path(path) as temporary:
+        sheet.quantize(256).save(temporary, optimize=True)
+
+
+def _bars(estimates: Sequence[Estimate]) -> tuple[list[float], list[float]]:
+    return [e.value - e.low for e in estimates], [e.high - e.value for e in estimates]

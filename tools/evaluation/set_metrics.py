@@ -1,0 +1,67 @@
+"""Measures of all pictures of a preset together: distances between crowds of pictures, and CLIP score."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from minisdxl.vae import VAE
+from tools.evaluation.metrics import Picture, frechet_distance, vae_features
+from tools.evaluation.official_metrics import ClipScore, Fid
+from tools.evaluation.pictures import Evaluation
+from tools.shapes import draw, random_scene
+
+REFERENCES = 1000  # drawn pictures that Frechet distances are taken to
+
+
+class Drawn:
+    """Drawn pictures of one size, as the encoder of a VAE sees them: what Frechet distances are taken to."""
+
+    def __init__(self, vae: VAE, side: int) -> None:
+        self.vae, self.side = vae, side
+
+    def distance(self, pictures: Iterable[Picture]) -> float:
+        """Of two or more pictures to ``REFERENCES`` drawn ones of captions that training never saw."""
+        return frechet_distance(vae_features(self.vae, pictures), self._references)
+
+    def own_distance(self, count: int) -> float:
+        """Of ``count`` other drawn pictures: what a perfect model would have."""
+        return self.distance(self._draw("other", count))
+
+    @cached_property
+    def _references(self) -> torch.Tensor:
+        return vae_features(self.vae, self._draw("reference", REFERENCES))
+
+    def _draw(self, seed: str, count: int) -> Iterator[Picture]:
+        rng = random.Random(seed)
+        return (draw(random_scene(rng, "test"), self.side) for _ in range(count))
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Measures of all pictures of a preset together, see :func:`tools.evaluation.summaries.summarize`.
+
+    For drawn captions the Frechet distance to drawn pictures; for others FID and CLIP score, as far as there are
+    weights for them.
+    """
+
+    evaluation: Evaluation
+    drawn: Drawn
+    fid: Fid | None = None
+    clip: ClipScore | None = None
+
+    def of(self, numbers: Sequence[int]) -> Callable[[str], Mapping[str, float]]:
+        """Of the captions with these numbers; none for less than 2 pictures, which have no spread."""
+        return lambda preset: self._measure(preset, numbers) if len(numbers) > 1 else {}
+
+    def _measure(self, preset: str, numbers: Sequence[int]) -> dict[str, float]:
+        folder, captions = self.evaluation.folder, self.evaluation.captions
+        if captions.drawn:
+            return {"Fréchet distance": self.drawn.distance(folder.picture(preset, number) for number in numbers)}
+        paths = [folder.picture_path(preset, number) for number in numbers]
+        found = {} if self.fid is None else {"FID": self.fid(paths)}
+        return found if self.clip is None else {**found, "CLIP": self.clip(paths, [captions.texts[n] for n in numbers])}

@@ -1,0 +1,192 @@
+"""The sound model that ``tools.fuzz`` damages, in all the forms in which users have models."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from minisdxl.checkpoint.layouts import PARTS
+from minisdxl.checkpoint.modules import file_metadata, official_shapes, open_source, without_memory
+from minisdxl.config import Level, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from minisdxl.convert import write_folder
+from minisdxl.tokenizer import END, START, Vocabulary
+
+TOKENS = ("!", "a", "b", "a</w>", "b</w>", "ab</w>", START, END)
+VOCABULARY = Vocabulary({token: index for index, token in enumerate(TOKENS)}, [("a", "b</w>")])
+IDS: dict[str, int] = {"vocabulary": 8, "start_token": 6, "end_token": 7, "context_length": 5}
+# As few tensors as a model can have whose U-Net has a level with attention and one without.
+CONFIG = ModelConfig(
+    name="fuzz",
+    unet=UNetConfig(
+        model_channels=4,
+        levels=(Level(1, 0), Level(2, 1)),
+        middle_depth=1,
+        res_blocks=1,
+        head_channels=4,
+        context_channels=12,
+        vector_channels=20,
+        norm_groups=2,
+    ),
+    vae=VAEConfig(channels=4, multipliers=(1,), res_blocks=1, scale_factor=0.5, norm_groups=2),
+    text=(
+        TextConfig(4, 2, 2, "quick_gelu", **IDS, pad_token=7),
+        TextConfig(8, 2, 2, "gelu", **IDS, pad_token=0, projection=8),
+    ),
+    size=8,
+    size_channels=2,
+)
+
+LORA = "lora.safetensors"
+# What the LoRA changes, by the names of modules in it.
+LORA_MODULES = {
+    "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q": (
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    ),
+    "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
+    ),
+    "lora_te2_text_model_encoder_layers_1_mlp_fc1": (
+        "conditioner.embedders.1.model.transformer.resblocks.1.mlp.c_fc.weight"
+    ),
+}
+
+Node = Literal["folder", "pipe"]  # what can be in the place of a file
+Files = dict[str, bytes | Node]  # by their paths
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model as users have it."""
+
+    files: Files
+    weights: str  # the path that is given to load
+    options: Mapping[str, str] = field(default_factory=dict)  # and those for vae, unet or lora
+    damaged: str = ""  # how the paths begin of the files that get damaged
+    official: bool = False  # whether nothing but names and shapes says which model it is
+
+    @property
+    def subject(self) -> str:
+        """What a refusal must name."""
+        return next(iter(self.options.values()), self.weights)
+
+
+@cache
+def weights() -> dict[str, Tensor]:
+    """The model by official names: fp16 numbers, no two of them the same, so that each tells where it comes from.
+
+    Their bits count up from the smallest normal number, so most of them are small, as those of a model are.
+    """
+    shapes = official_shapes(without_memory(CONFIG))
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    index = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
+    numbers = (0x0400 + index // 2 - 0x8000 * (index % 2)).to(torch.int16).view(torch.float16)
+    assert numbers.isfinite().all(), "the model has more weights than fp16 has numbers"
+    pieces = zip(shapes.items(), torch.split(numbers, sizes), strict=True)
+    return {name: piece.reshape(shape) for (name, shape), piece in pieces}
+
+
+def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file, the same in every process: the library has fields of metadata in any order.
+
+    Raises what the library raises.
+    """
+    content = save(dict(tensors), dict(metadata) if metadata else None)
+    length = 8 + int.from_bytes(content[:8], "little")
+    table = json.loads(content[8:length])
+    if metadata:
+        table["__metadata__"] = dict(sorted(metadata.items()))
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at multiples of 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[length:]
+
+
+def tensors_of(content: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, in alphabetical order; the library has them in any.
+
+    Raises what the library raises.
+    """
+    return dict(sorted(load(content).items()))
+
+
+@cache
+def forms() -> dict[str, Form]:
+    """The model in all its forms."""
+    official, metadata, single = weights(), file_metadata(CONFIG), "model.safetensors"
+    extras = {
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(5)[None],
+        "conditioner.embedders.1.model.logit_scale": torch.zeros(()),
+        "denoiser.sigmas": torch.zeros(9),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        (place / single).write_bytes(file_bytes(official, metadata))
+        write_folder(open_source(place / single), place / "model", VOCABULARY)
+        paths = [path for path in sorted((place / "model").rglob("*")) if path.is_file()]
+        folder: Files = {str(path.relative_to(place)): path.read_bytes() for path in paths}
+    tokenizer: Files = {f"tokenizer/{name}": folder[f"model/tokenizer/{name}"] for name in ("vocab.json", "merges.txt")}
+    files = {part: f"model/{part}/{PARTS[part].weights}" for part in PARTS}
+    parts = {part: tensors_of(bytes_of(folder[f"{path}.safetensors"])) for part, path in files.items()}
+    described = {path: content for path, content in folder.items() if not path.endswith(".safetensors")}
+
+    def beside(part: str) -> Files:
+        """A model with nothing but zeros in a part, which is to come from elsewhere."""
+        prefix = PARTS[part].prefix
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in official.items() if name.startswith(prefix)}
+        return {single: file_bytes({**official, **zeros}, metadata), **tokenizer}
+
+    shards: Files = {path: content for path, content in folder.items() if path != f"{files['unet']}.safetensors"}
+    table: dict[str, str] = {}
+    for number in (1, 2):
+        shard = f"{files['unet']}-{number:05}-of-00002.safetensors"
+        names = sorted(parts["unet"])[number - 1 :: 2]
+        shards[shard] = file_bytes({name: parts["unet"][name] for name in names}, {"format": "pt"})
+        table |= dict.fromkeys(names, Path(shard).name)
+    shards[f"{files['unet']}.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": table}).encode()
+    variants = described | {f"{files[part]}.fp16.safetensors": file_bytes(parts[part]) for part in PARTS}
+    for part in ("unet", "text_encoder"):
+        variants[f"{files[part]}.safetensors"] = file_bytes({name: t.float() for name, t in parts[part].items()})
+    codes = (torch.float32, torch.float16, torch.float64)
+    mixed = {name: tensor.to(codes[index % 3]) for index, (name, tensor) in enumerate(official.items())}
+    vae, unet = "vae.safetensors", "unet.safetensors"
+    vae_file = file_bytes({name: t.float() for name, t in official.items() if name.startswith(PARTS["vae"].prefix)})
+    vae_folder = {path.removeprefix("model/"): folder[path] for path in folder if path.startswith("model/vae/")}
+    return {
+        "single file": Form({single: file_bytes(mixed | extras, metadata), **tokenizer}, single, {}, single),
+        "official file": Form({single: file_bytes(official | extras), **tokenizer}, single, {}, single, True),
+        "folder": Form(folder, "model", {}, "model/"),
+        "shards": Form(shards, "model", {}, "model/unet/"),
+        "fp16 variant": Form(variants, "model", {}, "model/"),
+        "--vae file": Form({**beside("vae"), vae: vae_file}, single, {"vae": vae}, vae),
+        "--vae folder": Form({**beside("vae"), **vae_folder}, single, {"vae": "vae"}, "vae/"),
+        "--unet file": Form({**beside("unet"), unet: file_bytes(parts["unet"])}, single, {"unet": unet}, unet),
+        "--lora file": Form(
+            {single: file_bytes(official, metadata), **tokenizer, LORA: lora_file()}, single, {"lora": LORA}, LORA
+        ),
+    }
+
+
+def lora_file() -> bytes:
+    """A LoRA of rank 2 as kohya's scripts write it."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, official in LORA_MODULES.items():
+        rows, columns = weights()[official].shape
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator).half()
+        tensors[f"{name}.alpha"] = torch.tensor(1.5)
+    return file_bytes(tensors, {"ss_network_dim": "2"})
+
+
+def bytes_of(content: bytes | Node) -> bytes:
+    """The content of a file, nothing if it is none."""
+    return content if isinstance(content, bytes) else b""

@@ -1,0 +1,249 @@
+"""What is right for ``tools.fuzz``: damaged files as the safetensors library reads them, JSON as it is documented."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as read_tensors
+from torch import Tensor
+
+from minisdxl.checkpoint.folder_writer import COMPONENTS
+from minisdxl.checkpoint.layouts import PARTS
+from minisdxl.checkpoint.modules import CONFIG_KEY
+from tools.fuzzing.damage import Case
+from tools.fuzzing.forms import CONFIG, IDS, LORA, LORA_MODULES, Files, bytes_of, forms, weights
+
+
+class Violation(Exception):
+    """What should not have come of a case."""
+
+
+def stored(files: Files, variant: bool) -> dict[str, Tensor]:
+    """The tensors that count, by folder (or file) and name; of fp16 files before plain ones, or the other way round."""
+    paths = [path for path, content in files.items() if path.endswith(".safetensors") and isinstance(content, bytes)]
+    preferred = {role(path) for path in paths if (".fp16." in path) == variant}
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        if (".fp16." in path) == variant or role(path) not in preferred:
+            tensors |= {f"{role(path)}: {name}": tensor for name, tensor in read_tensors(bytes_of(files[path])).items()}
+    return tensors
+
+
+def role(path: str) -> str:
+    """The folder of a file, or the file if it is in none."""
+    return path.rpartition("/")[0] or path
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All numbers, in float64, which holds those of the other types."""
+    return torch.cat([tensor.reshape(-1).double() for tensor in tensors])
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where the weights of a sound model are stored."""
+
+    names: set[str]  # of all its tensors
+    shapes: dict[str, tuple[int, ...]]  # of those that are to be read; others are zeros, or number positions
+    places: Tensor  # among all numbers of these, of each number of the weights
+
+
+@cache
+def origins(form: str) -> Origins:
+    """Where the weights of the sound model are in one of its forms."""
+    found = stored(forms()[form].files, variant=False)
+    tensors = {
+        name: tensor
+        for name, tensor in found.items()
+        if tensor.any() and not name.startswith(LORA) and not name.endswith("position_ids")
+    }
+    numbers, order = flat(tensors.values()).sort()
+    wanted = flat(weights().values())
+    places = torch.searchsorted(numbers, wanted)
+    assert torch.equal(numbers[places], wanted)
+    return Origins(set(found), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, order[places])
+
+
+def right_weights(case: Case) -> tuple[Tensor, Tensor]:
+    """All numbers of the model, one official tensor after the other, and how far off they may be.
+
+    Raises ``Violation`` if there is no such model.
+    """
+    sound = origins(case.form)
+    try:
+        found = stored(case.files, case.dtype == torch.float16)
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise Violation(f"loaded, but the safetensors library says {error!r}") from error
+    for name, shape in sound.shapes.items():
+        if name not in found:
+            raise Violation(f"loaded without {name}")
+        pair = [tuple(found[name].shape), shape]
+        if re.search("attn_1|mid_block.attentions", name):  # a matrix or a convolution in the VAE
+            pair = [tuple(each[: -2 if each[-2:] == (1, 1) else None]) for each in pair]
+        if pair[0] != pair[1]:
+            raise Violation(f"loaded {name} of shape {list(found[name].shape)}, expected {list(shape)}")
+    new = [name for name in found if name not in sound.names and not may_be_added(case.form, name.partition(": ")[2])]
+    if new:
+        raise Violation(f"loaded with {new[0][:100]!r}, a tensor that is not of the model")
+    numbers = flat(found[name] for name in sound.shapes)[sound.places]
+    # The VAE is fp32 always.
+    numbers = torch.where(vae_mask(), numbers.float().double(), numbers.to(case.dtype).double())
+    return merge_lora(numbers, found, case.dtype) if LORA in case.files else (numbers, torch.zeros_like(numbers))
+
+
+def merge_lora(numbers: Tensor, found: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All numbers with alpha / rank * up @ down added to those of some, and how far off they may be."""
+    margins = torch.zeros_like(numbers)
+    sizes = [tensor.numel() for tensor in weights().values()]
+    views = zip(torch.split(numbers, sizes), torch.split(margins, sizes), strict=True)
+    places = dict(zip(weights(), views, strict=True))
+    for module, official in LORA_MODULES.items():
+        kinds = ("lora_down.weight", "lora_up.weight", "alpha")
+        down, up, alpha = (found.get(f"{LORA}: {module}.{kind}") for kind in kinds)
+        if down is None and up is None and alpha is None:
+            continue
+        if down is None or up is None:
+            raise Violation(f"loaded with half of {module}")
+        factor = 1.0 if alpha is None else float(alpha) / len(down)
+        down, up = (tensor.double().flatten(1) for tensor in (down, up))
+        values, margin = places[official]  # views of what is returned
+        values += factor * (up @ down).flatten()
+        margin += 1e-5 * abs(factor) * (up.abs() @ down.abs()).flatten() + torch.finfo(dtype).eps * values.abs()
+        values.copy_(values.to(dtype))
+    return numbers, margins
+
+
+@cache
+def vae_mask() -> Tensor:
+    """Which numbers are of the VAE."""
+    prefix = PARTS["vae"].prefix
+    return flat(torch.full_like(tensor, name.startswith(prefix)) for name, tensor in weights().items()).bool()
+
+
+def may_be_added(form: str, name: str) -> bool:
+    """Whether a tensor beyond those of the model does no harm."""
+    given = form.removeprefix("--").partition(" ")[0]
+    unused = [part.prefix for key, part in PARTS.items() if given in ("vae", "unet") and key != given]
+    harmless = ("model_ema.", "denoiser.", *unused)
+    return name.startswith(harmless) or name.endswith(("position_ids", "logit_scale"))
+
+
+# Fields that say nothing of the model, or what the shapes of its tensors say too.
+FREE = {
+    "model": {*COMPONENTS, "_name_or_path"},
+    "scheduler": {"_class_name", "timestep_spacing"},
+    "unet": {
+        *("_class_name", "addition_time_embed_dim", "block_out_channels", "cross_attention_dim", "in_channels"),
+        *("layers_per_block", "out_channels", "projection_class_embeddings_input_dim", "transformer_layers_per_block"),
+    },
+    "vae": {
+        *("_class_name", "block_out_channels", "force_upcast", "in_channels", "latent_channels", "layers_per_block"),
+        *("out_channels", "sample_size"),
+    },
+    "text_encoder": {
+        *("architectures", "attention_dropout", "bos_token_id", "hidden_size", "intermediate_size"),
+        *("max_position_embeddings", "model_type", "num_hidden_layers", "pad_token_id", "projection_dim", "vocab_size"),
+    },
+}
+FREE["text_encoder_2"] = FREE["text_encoder"]
+# Fields without which diffusers would take something else than SDXL has.
+NEEDED = {"unet": {"addition_embed_type", "use_linear_projection"}, "scheduler": {"beta_schedule"}}
+# What diffusers and transformers take for a field that is not there; 128 is ours.
+DEFAULTS = {
+    **{"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "norm_num_groups": 32, "sample_size": 128},
+    **{"attention_head_dim": 8, "scaling_factor": 0.18215, "num_attention_heads": 8, "hidden_act": "quick_gelu"},
+    **{"eos_token_id": 49407, "_name_or_path": None},
+}
+
+
+def put_field(config: dict[str, Any], part: str, key: str, value: Any) -> bool:
+    """Puts the value of a field of a folder's JSON in its place in a config; whether it has one."""
+    text = config["text"][part == "text_encoder_2"]
+    match part, key:
+        case "model", "_name_or_path":
+            config["name"] = value if isinstance(value, str) and value.isprintable() else part
+        case "scheduler", "num_train_timesteps":
+            config["noise"]["steps"] = value
+        case "scheduler", "beta_start" | "beta_end":
+            config["noise"][key] = float(value)
+        case "unet", "attention_head_dim":  # the number of heads, whose width is a number of the config
+            config["unet"]["head_channels"] = 8 // (value[-1] if isinstance(value, list) else value)
+        case "unet" | "vae", "norm_num_groups":
+            config[part]["norm_groups"] = value
+        case "unet", "sample_size":
+            config["size"] = value
+        case "vae", "scaling_factor":
+            config["vae"]["scale_factor"] = float(value)
+        case "text_encoder" | "text_encoder_2", "num_attention_heads":
+            text["heads"] = value
+        case "text_encoder" | "text_encoder_2", "hidden_act":
+            text["activation"] = value
+        case "text_encoder" | "text_encoder_2", "eos_token_id":
+            end = IDS["vocabulary"] - 1 if value == 2 else value  # 2 is known to be wrong in published files
+            text |= {"end_token": end, "start_token": end - 1}
+            text["pad_token"] = end if part == "text_encoder" else 0
+        case _:
+            return False
+    return True
+
+
+def right_config(case: Case, folder: Path) -> dict[str, Any]:
+    """The config that the files say. Raises ``Violation`` if they say of no such model."""
+    config: dict[str, Any] = json.loads(json.dumps(CONFIG.to_dict()))
+    form = forms()[case.form]
+    if form.weights.endswith(".safetensors"):
+        with safe_open(folder / form.weights, "pt") as file:
+            metadata = file.metadata() or {}
+        if CONFIG_KEY in metadata:
+            config = merged(config, json.loads(metadata[CONFIG_KEY]))
+    for path, before in form.files.items():
+        part = role(path).rpartition("/")[2]
+        if not path.endswith((f"{part}/config.json", "model_index.json", "scheduler_config.json")):
+            continue
+        if form.options and not isinstance(case.files.get(path), bytes):
+            continue  # another VAE may come without its config
+        old, new = (json.loads(bytes_of(each)) for each in (before, case.files[path]))
+        for key in old | new:
+            if key in new and key in old and old[key] == new[key]:
+                continue
+            known = put_field(config, part, key, new.get(key, DEFAULTS.get(key)))
+            passed_over = key in old if key in new else key in NEEDED.get(part, ())
+            if not known and passed_over and key not in FREE[part]:
+                raise Violation(f"passed over {key}, which is {new.get(key)!r:.100}, expected {old[key]!r:.100}")
+    return config
+
+
+def merged(sound: Any, found: Any) -> Any:
+    """``found``, with what is sound for the fields that are not there: the defaults are those of ``CONFIG``."""
+    if isinstance(sound, dict) and isinstance(found, dict):
+        return found | {key: merged(value, found[key]) if key in found else value for key, value in sound.items()}
+    if isinstance(sound, list) and isinstance(found, list) and len(sound) == len(found):
+        return [merged(*pair) for pair in zip(sound, found, strict=True)]
+    return found
+
+
+def right_tokens(case: Case, pad: int) -> list[tuple[str, list[int]]]:
+    """Some words, and what the files make of them by byte-pair encoding at its simplest."""
+    folder = next(path for path in forms()[case.form].files if path.endswith("tokenizer/vocab.json")).rpartition("/")[0]
+    vocabulary = json.loads(bytes_of(case.files[f"{folder}/vocab.json"]))
+    lines = bytes_of(case.files[f"{folder}/merges.txt"]).decode().split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    right = []
+    for word in ("a", "b", "ab", "aab", "!"):
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        for pair in merges:
+            for index in range(len(parts) - 1, 0, -1):
+                if parts[index - 1 : index + 1] == pair:
+                    parts[index - 1 : index + 1] = ["".join(pair)]
+        if all(part in vocabulary for part in parts):
+            ids = [IDS["start_token"], *(vocabulary[part] for part in parts), IDS["end_token"]]
+            right.append((word, ids + [pad] * (IDS["context_length"] - len(ids))))
+    return right

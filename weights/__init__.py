@@ -1,0 +1,1 @@
+"""The bundled model and the table of published weights: data only."""
