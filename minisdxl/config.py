@@ -272,11 +272,15 @@ class ModelConfig:
             raise ValueError(f"model config is not usable: {error}") from error
 
 
+def known_defaults(name: str) -> Defaults:
+    """Those of the model called ``name`` in ``MODELS``, or SDXL's."""
+    return MODELS.get(name, SDXL_BASE).defaults
+
+
 def _defaults(data: dict[str, Any]) -> Defaults:
-    """Those in a config's ``data``; files from before version 0.2 have none: then those of the model of that name."""
+    """Those in a config's ``data``; files from before version 0.2 have none."""
     if "defaults" not in data:
-        known = MODELS.get(data["name"])
-        return Defaults() if known is None else known.defaults
+        return known_defaults(data["name"])
     values = data["defaults"]
     notes = tuple((str(preset), str(note)) for preset, note in values["prune_notes"])
     return Defaults(**{**values, "prune_notes": notes})

@@ -16,7 +16,16 @@ from minisdxl.checkpoint.identify import pipeline_family, scheduler_family
 from minisdxl.checkpoint.json_fields import Fields, check_values, differences
 from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.weight_files import part_folder
-from minisdxl.config import SDXL_BASE, Level, ModelConfig, NoiseConfig, TextConfig, UNetConfig, VAEConfig
+from minisdxl.config import (
+    SDXL_BASE,
+    Level,
+    ModelConfig,
+    NoiseConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+    known_defaults,
+)
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -109,6 +118,7 @@ def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig
             size=fields["unet"].integer("sample_size", 128) * vae.downscale,
             size_channels=fields["unet"].integer("addition_time_embed_dim"),
             noise=_noise_config(scheduler),
+            defaults=known_defaults(_name(index, folder)),
         )
         check_values(config)
     except (ValueError, ArithmeticError) as error:  # of the config, for numbers that do not go together
@@ -118,7 +128,9 @@ def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig
     if (unet.model_channels, unet.levels) != (SDXL_BASE.unet.model_channels, SDXL_BASE.unet.levels):
         return config
     # Nothing in a folder says what SDXL was trained on; and Turbo, which has SDXL's numbers, names another size.
-    config = replace(config, name=SDXL_BASE.name, size=SDXL_BASE.size, buckets=SDXL_BASE.buckets)
+    config = replace(
+        config, name=SDXL_BASE.name, size=SDXL_BASE.size, buckets=SDXL_BASE.buckets, defaults=SDXL_BASE.defaults
+    )
     if config != SDXL_BASE:
         raise CheckpointError(f"{folder} is not quite SDXL: {', '.join(differences(config, SDXL_BASE))}")
     return config

@@ -29,7 +29,7 @@ def json_files(folder: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
 
     Raises:
         CheckpointError: if they would not describe ``config`` whole, because diffusers has no such model. Training
-            sizes (``buckets``) alone have no place there.
+            sizes (``buckets``) and ``defaults`` have no place there.
     """
     files: dict[str, dict[str, Any]] = {
         INDEX: {
@@ -45,7 +45,7 @@ def json_files(folder: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
         "text_encoder_2/config.json": _text("text_encoder_2", config.text[1]),
     }
     described = described_config(folder, lambda name: Fields(folder / name, files[name]))
-    lost = differences(replace(described, buckets=config.buckets), config)
+    lost = differences(replace(described, buckets=config.buckets, defaults=config.defaults), config)
     if lost:
         raise CheckpointError(
             f"cannot write {folder}: diffusers has no such model, it would be read as one whose {', '.join(lost)}"

@@ -85,11 +85,11 @@ def check_values(config: ModelConfig) -> None:
     """Refuses a config in which something is of a wrong type, or out of range. Raises ``ValueError`` naming it."""
     for name, value in _numbers("", config.to_dict()):
         field = name.rpartition(".")[2]
-        if field in ("name", "activation"):
+        if field in ("name", "activation", "sampling", "prune"):
             right = isinstance(value, str) and value.isprintable()
         elif field in ("beta_start", "beta_end"):
             right = _is_number(value) and 0 < value < 1
-        elif field == "scale_factor":
+        elif field in ("scale_factor", "cfg"):
             right = _is_number(value)
         elif field == "steps":
             right = type(value) is int and 1 <= value <= NOISE_LEVELS
@@ -98,7 +98,7 @@ def check_values(config: ModelConfig) -> None:
         elif name == "text[0].projection":
             right = value is None
         else:
-            right = field == "buckets" or (type(value) is int and value >= 0)
+            right = field in ("buckets", "prune_notes") or (type(value) is int and value >= 0)
         if not right:
             raise ValueError(f"{name} is {repr(value)[:100]}, a value of another kind or size than it should be")
     for index, text in enumerate(config.text):

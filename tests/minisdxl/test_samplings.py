@@ -150,7 +150,7 @@ def test_few_step_samplings_ask_for_what_their_model_cards_say() -> None:
     assert asked["turbo"] == (1, 1.0, 512)
     assert asked["lightning"] == (4, 1.0, None)
     assert asked["lcm"] == (4, 1.0, None)
-    assert asked["euler"] == (50, 7.0, None)
+    assert asked["euler"] == (50, None, None)
     assert SAMPLINGS["turbo"].picture_size(SDXL_BASE, None) == (512, 512)
     assert SAMPLINGS["turbo"].picture_size(SDXL_BASE, (768, 640)) == (768, 640)
     assert SAMPLINGS["lcm"].picture_size(SDXL_BASE, None) == (1024, 1024)
