@@ -19,7 +19,7 @@ from minisdxl.checkpoint.modules import open_source
 from minisdxl.cli.jobs import batches, find_jobs
 from minisdxl.cli.options import DEVICES, DTYPES, Parser, add_pruning, parse_point, parse_size, plain_warnings
 from minisdxl.cli.picture_files import InitImage, read_picture
-from minisdxl.cli.presets import settle_preset
+from minisdxl.cli.presets import preset_note, settle_preset
 from minisdxl.cli.reports import hardware, versions, write_report
 from minisdxl.cli.runs import Run
 from minisdxl.config import ModelConfig
@@ -56,6 +56,8 @@ def _sample(options: argparse.Namespace) -> None:
     reports = [] if options.json in (None, "-") else [Path(options.json)]
     _check_writable([job.target for job in jobs] + reports)
     source = _source(options)
+    if note := preset_note(weights.config, options.prune):
+        print(f"note: {note}", file=sys.stderr)
     began = time.perf_counter()
     sdxl = load(
         options.weights,

@@ -24,11 +24,6 @@ def settle_preset(config: ModelConfig, options: argparse.Namespace) -> str | Non
     if prune is not None:
         parse_preset(prune)
         prune = current_spelling(prune)
-        if options.prune is True and prune != "at-edm":
-            print(f"--prune is {prune}, which is best on {config.name}", file=sys.stderr)
-        note = dict(config.defaults.prune_notes).get(prune.partition(":")[0])
-        if note is not None:
-            print(f"note: {note}", file=sys.stderr)
     if options.budget is None:
         return prune
     if prune is None:
@@ -37,6 +32,14 @@ def settle_preset(config: ModelConfig, options: argparse.Namespace) -> str | Non
     measure = {"average": f"average of {options.steps} steps", "steady": "steady step"}[options.budget_for]
     print(f"{found}: its {measure} is within {options.budget}", file=sys.stderr)
     return found
+
+
+def preset_note(config: ModelConfig, prune: str | None) -> str | None:
+    """What is known of a preset on this model: that it is its best one, or what it does to pictures."""
+    name = None if prune is None else prune.partition(":")[0]
+    if name == config.defaults.prune != "at-edm":
+        return f"--prune is {name}, the best preset on {config.name}"
+    return dict(config.defaults.prune_notes).get(name or "")
 
 
 def list_presets(config: ModelConfig, steps: int) -> str:

@@ -41,7 +41,9 @@ PROMPT = "a small red circle above a big blue square on a white background"
 
 @pytest.fixture(scope="module")
 def sdxl() -> SDXL:
-    return minisdxl.load("shapes")
+    """The bundled model with SDXL's own default settings, which diffusers' pipeline has too."""
+    shapes = minisdxl.load("shapes")
+    return replace(shapes, config=replace(shapes.config, defaults=SDXL_BASE.defaults))
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -116,7 +118,7 @@ def test_picture_equals_diffusers(sdxl: SDXL, peer: StableDiffusionXLPipeline) -
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_picture_of_each_sampling_equals_diffusers(sdxl: SDXL, peer: StableDiffusionXLPipeline, name: str) -> None:
-    cfg = SAMPLINGS[name].cfg
+    cfg = SAMPLINGS[name].own_cfg(sdxl.config)
     ours = sdxl.generate([PROMPT], sampling=name, steps=4, seed=3, size=(64, 64))[0]
     theirs = diffusers_picture(sdxl, peer, name, steps=4, side=64, seed=3, guidance_scale=cfg)
     error = np.abs(pixels(ours) - pixels(theirs))

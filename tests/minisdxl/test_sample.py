@@ -27,6 +27,7 @@ from minisdxl.loading import BUNDLED
 from minisdxl.pipeline import SDXL
 from minisdxl.sample import main
 from minisdxl.samplings import SAMPLINGS
+from minisdxl.settings import Settings
 from tests.minisdxl.tiny import tiny_file
 
 PROMPT = "a small red circle above a big blue square on a white background"
@@ -243,7 +244,7 @@ def test_prompts_of_a_file_keep_their_own_seeds(tmp_path: Path, capsys: pytest.C
 def test_low_memory_makes_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without text encoders in memory, and in strips."""
     encoders: list[weakref.ref[Any]] = []
-    tiles: list[int | None] = []
+    strips: list[int | None] = []
     generate = SDXL.generate
 
     def load(*arguments: Any, **options: Any) -> SDXL:
@@ -251,10 +252,10 @@ def test_low_memory_makes_the_same_pictures(tmp_path: Path, monkeypatch: pytest.
         encoders.append(weakref.ref(sdxl.text))
         return sdxl
 
-    def watched(self: SDXL, prompts: list[str], **options: Any) -> Any:
-        tiles.append(options["tile"])
-        assert (encoders[-1]() is None) == (options["tile"] is not None)
-        return generate(self, prompts, **options)
+    def watched(self: SDXL, prompts: list[str], settings: Settings, **more: Any) -> Any:
+        strips.append(settings.strip_rows)
+        assert (encoders[-1]() is None) == (settings.strip_rows is not None)
+        return generate(self, prompts, settings, **more)
 
     monkeypatch.setattr("minisdxl.sample.load", load)
     monkeypatch.setattr(SDXL, "generate", watched)
@@ -268,7 +269,7 @@ def test_low_memory_makes_the_same_pictures(tmp_path: Path, monkeypatch: pytest.
         main([*options, "--low-memory", "--out", str(tmp_path / "low")])
     finally:
         gc.enable()
-    assert tiles == [None] * 3 + [8] * 3
+    assert strips == [None] * 3 + [8] * 3
     plain, low = (sorted((tmp_path / name).iterdir()) for name in ("plain", "low"))
     assert [path.name for path in low] == [path.name for path in plain]
     assert [record_of(path) for path in low] == [record_of(path) for path in plain]
@@ -399,10 +400,10 @@ def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_no_report_of_half_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = SDXL.generate
 
-    def generate_once(self: SDXL, prompts: list[str], **options: Any) -> Any:
-        if options["seed"] > 0:
+    def generate_once(self: SDXL, prompts: list[str], settings: Settings, **more: Any) -> Any:
+        if settings.seed > 0:
             raise KeyboardInterrupt
-        return generate(self, prompts, **options)
+        return generate(self, prompts, settings, **more)
 
     monkeypatch.setattr(SDXL, "generate", generate_once)
     with pytest.raises(SystemExit) as stop:
@@ -603,5 +604,5 @@ def test_interrupt_leaves_no_partial_picture(
 def test_runs_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "minisdxl.sample", PROMPT, *QUICK, "--prune", "--out", str(tmp_path / "x.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stderr == ""  # no progress bar: this is no terminal
+    assert done.stderr == "note: --prune is moving-grid, the best preset on shapes\n"  # no progress bar: no terminal
     assert Image.open(tmp_path / "x.png").size == (64, 64)
