@@ -23,10 +23,10 @@ from minisdxl.flops import summary
 from minisdxl.pipeline import SDXL, weights_path
 from minisdxl.prompts import read_prompts
 from minisdxl.report import hardware
-from tools.check_shapes import check
+from tools.drawn.detector import check
+from tools.drawn.world import held_out, parse_caption, random_scene
 from tools.metrics import latent_error, psnr, ssim
 from tools.rows import DENSE, Folder, Row
-from tools.shapes import held_out, parse_caption, random_scene
 
 SPLITS = {"test": "test", "all": None}  # of random_scene: captions that training never saw, or any
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tools.shapes import draw, held_out, parse_caption, random_scene
+from tools.train_vae import balance_latents, train_vae
 
 from minisdxl.checkpoint import load
 from minisdxl.config import SHAPES
 from minisdxl.pipeline import BUNDLED
 from minisdxl.vae import VAE
-from tools.shapes import draw, held_out, parse_caption, random_scene
 from tools.train_shapes import main, parse_stages
-from tools.train_vae import balance_latents, train_vae
 from tools.training import Balance, batch_of_pictures, noise_levels, warm_then_decay
 
 

@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 from PIL.PngImagePlugin import PngInfo
-
-from tools import check_shapes
-from tools.check_shapes import check, look, one_word_changes
 from tools.shapes import (
     BACKGROUNDS,
     COLORS,
@@ -33,6 +30,9 @@ from tools.shapes import (
     parse_caption,
     random_scene,
 )
+
+from tools import check_shapes
+from tools.check_shapes import check, look, one_word_changes
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATOR = np.random.default_rng(0)
