@@ -70,8 +70,8 @@ def _best_of_kind(kind: str, values: Floats, x: Floats, y: Floats) -> Likeness:
     across = (np.cos(angles)[:, None] * y - np.sin(angles)[:, None] * x) / periods[:, None]
     turns = [2 * math.pi * (u * along + v * across) for u, v in WAVES[kind]]
     basis = np.stack([np.ones_like(along), *map(np.cos, turns), *map(np.sin, turns)], axis=-1)
-    gram = np.einsum("mni, mnj -> mij", basis, basis) + 1e-3 * len(values) * np.eye(basis.shape[-1])
-    moments = np.einsum("mni, n -> mi", basis, values)
+    gram = basis.swapaxes(1, 2) @ basis + 1e-3 * len(values) * np.eye(basis.shape[-1])
+    moments = values @ basis
     weights = np.linalg.solve(gram, moments[..., None])[..., 0]
     explained = (weights * moments).sum(axis=-1)
     count = len(turns)
