@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,8 +38,8 @@ def parse_stages(text: str) -> list[tuple[int, int]]:
     return stages
 
 
-def main() -> None:
-    """Parses the command line and trains."""
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with defaults that depend on other options filled in. Exits with status 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--run", type=Path, default=Path("runs/shapes"), help="folder of training state, logs and grids"
@@ -95,16 +96,24 @@ def main() -> None:
         help="share of the learning rate that query and key maps of self-attention have (default: %(default)s)",
     )
     parser.add_argument("--watch-every", type=int, default=200, help="U-Net steps between two looks at self-attention")
+    parser.add_argument("--watch-pictures", type=int, default=8, help="plain and as many open pictures of such a look")
     parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids")
-    options = parser.parse_args()
+    parser.add_argument("--grid-pictures", type=int, default=16, help="of a grid, in rows of four")
+    options = parser.parse_args(arguments)
     if options.teach is not None and options.init is None:
         parser.error(f"--teach is {options.teach} without --init, expected both: from nothing, all colors are learned")
     if options.sharpness is None:
         options.sharpness = SHARPNESS if options.init is None else 0.0
-    on_gpu = torch.device(options.device).type == "cuda"
     if options.workers is None:
+        on_gpu = torch.device(options.device).type == "cuda"
         options.workers = max(1, (os.cpu_count() or 1) - 2) if on_gpu else 0
-    if on_gpu:
+    return options
+
+
+def main() -> None:
+    """Parses the command line and trains."""
+    options = parse_options()
+    if torch.device(options.device).type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     tokenizer = Tokenizer.from_directory(TOKENIZER, SHAPES.text)

@@ -157,7 +157,7 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
             save(options.run / "shapes.safetensors", config, Modules(average.unet, vae, average.text))
         sdxl = SDXL(config, average.unet, vae, average.text, tokenizer)
         if step % options.watch_every == 0 or step == steps:
-            log(options.run / "watch.csv", step=step, **watch(sdxl))
+            log(options.run / "watch.csv", step=step, **watch(sdxl, options.watch_pictures))
         if step % options.grid_every == 0 or step == steps:
             accuracy = sample_grid(options, step, sdxl, side)
             log(options.run / "grid.csv", step=step, side=side, accuracy=accuracy)
@@ -167,8 +167,8 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
 
 @torch.no_grad()
 def sample_grid(options: argparse.Namespace, step: int, sdxl: SDXL, side: int) -> float:
-    """Draws 16 unseen captions with 20 steps, writes them as one picture, and returns the share that is right."""
-    captions = unseen_captions(16)
+    """Draws unseen captions of all kinds with 20 steps, writes them as one picture, and returns the share that is right."""
+    captions = unseen_captions(options.grid_pictures)
     with torch.autocast(sdxl.device.type, torch.bfloat16, enabled=options.bf16):
         images = sdxl.generate(captions, sampling="euler", steps=20, cfg=options.cfg, seed=0, size=(side, side))
     pictures = np.stack([np.asarray(image) for image in images])
