@@ -95,9 +95,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SHARE",
         help="share of the learning rate that query and key maps of self-attention have (default: %(default)s)",
     )
-    parser.add_argument("--watch-every", type=int, default=200, help="U-Net steps between two looks at self-attention")
+    parser.add_argument(
+        "--watch-every", type=int, default=200, help="U-Net steps between two looks at self-attention, 0: none"
+    )
     parser.add_argument("--watch-pictures", type=int, default=8, help="plain and as many open pictures of such a look")
-    parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids")
+    parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids, 0: none")
     parser.add_argument("--grid-pictures", type=int, default=16, help="of a grid, in rows of four")
     options = parser.parse_args(arguments)
     if options.teach is not None and options.init is None:

@@ -53,7 +53,7 @@ def test_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     final = load(tmp_path / "final.safetensors")[1]
     assert torch.equal(first.vae.quant_conv.weight, final.vae.quant_conv.weight)
     assert not torch.equal(first.unet.state_dict()["out.2.weight"], final.unet.state_dict()["out.2.weight"])
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.part")) and not (tmp_path / "watch.csv").exists()
 
 
 def test_self_attention_starts_from_the_kernel_only_from_nothing() -> None:

@@ -188,8 +188,14 @@ def parse_caption(text: str) -> Scene:
 
 
 def has_new_pair(caption: str) -> bool:
-    """Whether a caption asks for one of ``NEW_PAIRS``; an open one does if it names the color of either object."""
-    scene = parse_caption(caption)
+    """Whether a caption asks for one of ``NEW_PAIRS``; an open one does if it names the color of either object.
+
+    Text of another grammar does not.
+    """
+    try:
+        scene = parse_caption(caption)
+    except ValueError:
+        return False
     return any((thing.color or scene.named_color, thing.shape) in NEW_PAIRS for thing in scene.objects)
 
 

@@ -117,6 +117,7 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
         for _ in range(count)
     ]
     steps = len(sizes)
+    sdxl = SDXL(config, average.unet, vae, average.text, tokenizer)
     began, first, losses = time.time(), step, list[Tensor]()
     for pictures, captions in draw_ahead(DrawnBatches("unet", options.seed, sizes), step, options.workers):
         torch.manual_seed(step)
@@ -151,23 +152,27 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
             seconds = (time.time() - began) / (step - first)
             log(options.run / "unet.csv", step=step, side=side, loss=mean, seconds_per_step=seconds)
             losses = []
-        if step % 100 == 0 or step == steps:
+        if _due(step, 100, steps):
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state()}
             save_state(state_file, state | {"typical": balance.typical, "step": step})
             save(options.run / "shapes.safetensors", config, Modules(average.unet, vae, average.text))
-        sdxl = SDXL(config, average.unet, vae, average.text, tokenizer)
-        if step % options.watch_every == 0 or step == steps:
+        if _due(step, options.watch_every, steps):
             log(options.run / "watch.csv", step=step, **watch(sdxl, options.watch_pictures))
-        if step % options.grid_every == 0 or step == steps:
+        if _due(step, options.grid_every, steps):
             accuracy = sample_grid(options, step, sdxl, side)
             log(options.run / "grid.csv", step=step, side=side, accuracy=accuracy)
     if options.out is not None:
         save(options.out, config, Modules(average.unet, vae, average.text))
 
 
+def _due(step: int, every: int, steps: int) -> bool:
+    """Whether something is done after ``step`` of ``steps`` that is done every so many steps, 0 for never."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
 @torch.no_grad()
 def sample_grid(options: argparse.Namespace, step: int, sdxl: SDXL, side: int) -> float:
-    """Draws unseen captions of all kinds with 20 steps, writes them as one picture, and returns the share that is right."""
+    """Draws unseen captions of all kinds with 20 steps, writes them as one picture; the share that is right."""
     captions = unseen_captions(options.grid_pictures)
     with torch.autocast(sdxl.device.type, torch.bfloat16, enabled=options.bf16):
         images = sdxl.generate(captions, sampling="euler", steps=20, cfg=options.cfg, seed=0, size=(side, side))

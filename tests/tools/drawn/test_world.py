@@ -251,6 +251,7 @@ def test_training_never_paints_a_new_pair() -> None:
         assert not any((scene.look.tint, thing.shape) in NEW_PAIRS for thing in scene.objects)
     assert has_new_pair("a small cyan circle above a big triangle on a gray background")
     assert not has_new_pair("a small cyan circle above a big square on a gray background")
+    assert not has_new_pair("a photo of a cyan triangle in the sea")
 
 
 def test_open_scenes_are_split_as_plain_ones() -> None:

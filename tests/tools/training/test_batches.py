@@ -37,9 +37,9 @@ def test_parts_are_cut_out_of_whole_pictures() -> None:
     assert (places == parts[0]).all(axis=(2, 3, 4)).any()
 
 
-def test_workers_draw_the_same_batches_in_order_and_go_on_in_the_middle() -> None:
+def test_a_worker_draws_the_same_batches_in_order_and_go_on_in_the_middle() -> None:
     drawn = DrawnBatches("test", 1, [BatchSize(2, 64, 64), BatchSize(3, 64, 64), BatchSize(2, 64, 128)] * 2)
-    here, ahead, later = (list(draw_ahead(drawn, first, workers)) for first, workers in ((0, 0), (0, 2), (4, 0)))
+    here, ahead, later = (list(draw_ahead(drawn, first, workers)) for first, workers in ((0, 0), (0, 1), (4, 0)))
     assert [len(captions) for _, captions in here] == [2, 3, 2, 2, 3, 2]
     for (pictures, captions), (others, other_captions) in zip(here, ahead, strict=True):
         assert np.array_equal(pictures, others) and captions == other_captions
