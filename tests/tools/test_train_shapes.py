@@ -25,21 +25,8 @@ def test_stages_are_read_and_refused() -> None:
 
 def test_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(steps: int, *more: str) -> None:
-        options = [
-            "--vae-steps",
-            "1",
-            "--text-steps",
-            "1",
-            "--batch",
-            "2",
-            "--watch-pictures",
-            "1",
-            "--grid-every",
-            "100",
-            "--seed",
-            "1",
-            *more,
-        ]
+        options = ["--vae-steps", "1", "--text-steps", "1", "--batch", "2", "--seed", "1", *more]
+        options += ["--grid-every", "100", "--grid-pictures", "4", "--watch-every", "0"]
         monkeypatch.setattr(sys, "argv", ["train_shapes", "--run", str(tmp_path), "--stages", f"64:{steps}", *options])
         main()
 
