@@ -20,6 +20,8 @@ CAPTION_WORDS = (
     "a small big red green blue yellow orange purple cyan pink circle square triangle above below left right of on and "
     "white black gray background"
 )
+# Caption words that came later, with tokens in the place of the last English ones, so that no other id changes.
+LATER_WORDS = "huge"
 # Frequent English words give the rest of the merges, so that other text takes fewer tokens than letters.
 ENGLISH_WORDS = (
     "the be to in that have it for not with as you do at this but his by from they we say her she or an will my one "
@@ -70,11 +72,13 @@ def make_vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     room = size - 2 * 256 - 2
     merges = learn_merges(CAPTION_WORDS.split(), [], room)
     merges = learn_merges(ENGLISH_WORDS.split(), merges, room)
+    later = learn_merges(LATER_WORDS.split(), merges, size)[len(merges) :]
+    merges = [*merges[: room - len(later)], *later]
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    missing = [word for word in CAPTION_WORDS.split() if f"{word}</w>" not in vocabulary]
+    missing = [word for word in [*CAPTION_WORDS.split(), *LATER_WORDS.split()] if f"{word}</w>" not in vocabulary]
     if missing or len(vocabulary) != size:
         raise ValueError(f"vocabulary has {len(vocabulary)} tokens, expected {size}; caption words split: {missing}")
     return vocabulary, merges

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from minisdxl.pipeline import SDXL
 from minisdxl.sampler import discrete_sigmas
 from minisdxl.settings import micro_conditioning
 from minisdxl.transformer import AttentionBlock
+from tools.drawn.painting import draw, object_mask
+from tools.drawn.world import Scene, random_scene
 from tools.memory import machine
-from tools.shapes import BACKGROUNDS, draw, random_scene
 
 PRESETS = (
     *("at-edm", "at-edm:ranking=lowest", "at-edm:ranking=covered", "random"),
@@ -68,16 +69,19 @@ class Pictures:
     vector: Tensor
 
 
-def drawn_pictures(sdxl: SDXL, number: int) -> Pictures:
-    """The first ``number`` pictures of the test split, of the size that the model was made for."""
+def drawn_pictures(
+    sdxl: SDXL, number: int, draw_scene: Callable[[random.Random, str | None], Scene] = random_scene
+) -> Pictures:
+    """The first ``number`` pictures of the test split, of the size that the model was made for, on its device."""
     rng, side = random.Random(0), sdxl.config.picture_size(None)[0]
-    scenes = [random_scene(rng, "test") for _ in range(number)]
-    pixels = np.stack([draw(scene, side) for scene in scenes])
-    backgrounds = np.array([BACKGROUNDS[scene.background] for scene in scenes])[:, None, None]
-    objects = torch.from_numpy((pixels != backgrounds).any(axis=-1)).float()[:, None]
-    latents = sdxl.vae.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1))
+    scenes = [draw_scene(rng, "test") for _ in range(number)]
+    pixels = torch.from_numpy(np.stack([draw(scene, side) for scene in scenes])).to(sdxl.device)
+    objects = (
+        torch.from_numpy(np.stack([object_mask(scene, side) for scene in scenes])).to(sdxl.device).float()[:, None]
+    )
+    latents = sdxl.vae.encode(pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1))
     words = sdxl.text.encode([scene.caption for scene in scenes], sdxl.tokenizer)
-    sizes = torch.tensor([micro_conditioning((side, side), None, (0, 0), None)]).expand(number, -1)
+    sizes = torch.tensor([micro_conditioning((side, side), None, (0, 0), None)], device=sdxl.device).expand(number, -1)
     return Pictures(
         latents, objects, sdxl.unet.project_context(words.context), words.vector(sizes, sdxl.config.size_channels)
     )
@@ -93,10 +97,11 @@ def outcomes(sdxl: SDXL, pictures: Pictures, presets: Sequence[str], timesteps: 
         return count(sdxl.config, size[0], size[1], plan, sdxl.config.text[0].context_length).total
 
     for timestep in timesteps:
-        noise = torch.randn(pictures.latents.shape, generator=torch.Generator().manual_seed(timestep))
+        generator = torch.Generator().manual_seed(timestep)
+        noise = torch.randn(pictures.latents.shape, generator=generator).to(pictures.latents.device)
         sigma = float(levels[timestep])
         noisy = (pictures.latents + sigma * noise) / (1 + sigma**2) ** 0.5
-        c_noise = torch.full((len(noise),), timestep)
+        c_noise = torch.full((len(noise),), timestep, device=noise.device)
         dense = sdxl.unet(noisy, c_noise, pictures.text, pictures.vector, DENSE)
         error = (dense - noise).square().mean().item()
         for preset, plan in plans.items():
@@ -126,7 +131,7 @@ class Watch:
 
     def _see(self, _: object, __: object, output: Any) -> None:
         tokens = output[0]
-        kept = torch.ones(tokens.values.shape[0], tokens.size, dtype=torch.bool)
+        kept = torch.ones(tokens.values.shape[0], tokens.size, dtype=torch.bool, device=tokens.values.device)
         if tokens.positions is not None:
             kept = torch.zeros_like(kept).scatter(1, tokens.positions, True)
         object_here = F.adaptive_avg_pool2d(self.objects, tokens.grid).flatten(1) > 0.5

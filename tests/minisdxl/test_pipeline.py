@@ -32,7 +32,8 @@ from minisdxl.settings import micro_conditioning, token_plans
 from minisdxl.text import TextEncoders
 from tests.minisdxl.peers import diffusers_unet, diffusers_vae
 from tests.minisdxl.test_samplings import own_scale, scheduler
-from tools.shapes import Place, draw, parse_caption
+from tools.drawn.painting import draw
+from tools.drawn.world import Place, parse_caption
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 

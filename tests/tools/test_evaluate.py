@@ -23,13 +23,13 @@ import minisdxl
 from atedm.presets import parse_preset
 from minisdxl.config import SHAPES
 from minisdxl.cost import summary
-from tools.check_shapes import check
+from tools.drawn.detector import check
+from tools.drawn.world import held_out, parse_caption
 from tools.evaluate import main
 from tools.evaluation.metrics import psnr, ssim
 from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
 from tools.evaluation.pictures import average_share, drawn_captions, parse_shard, solve
 from tools.evaluation.rows import Row, read_rows, write_rows
-from tools.shapes import held_out, parse_caption
 
 PRESET = "at-edm:rho=0.3"
 QUICK = ("--steps", "2", "--size", "64x64", "--presets", PRESET, "--device", "cpu")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minisdxl.config import SHAPES
-from tools import shapes
+from tools.drawn import world
 from tools.make_tokenizer import ENGLISH_WORDS, learn_merges, make_vocabulary, write
 
 BUNDLED = Path(__file__).parents[2] / "weights" / "shapes" / "tokenizer"
@@ -32,9 +32,22 @@ def test_layout_is_that_of_clip() -> None:
 
 def test_every_caption_word_is_one_token() -> None:
     vocabulary, _ = make_vocabulary(640)
-    spoken = chain(shapes.COLORS, shapes.BACKGROUNDS, shapes.SHAPES, shapes.SIZES, *map(str.split, shapes.RELATIONS))
+    spoken = chain(world.COLORS, world.SHAPES, world.SIZES, *map(str.split, [*world.RELATIONS, *world.GROUNDS]))
     for word in [*spoken, "a", "on", "background"]:
         assert f"{word}</w>" in vocabulary
+
+
+def test_a_later_word_moves_no_earlier_one() -> None:
+    """Token ids as the first weights were trained with them, before "huge" came."""
+    vocabulary, _ = make_vocabulary(640)
+    first = {
+        **{"a": 320, "small": 524, "big": 526, "red": 528, "green": 531, "blue": 533, "yellow": 536, "orange": 539},
+        **{"purple": 543, "cyan": 546, "pink": 549, "circle": 553, "square": 558, "triangle": 561, "above": 565},
+        **{"below": 567, "left": 570, "right": 573, "of": 574, "on": 575, "and": 576, "white": 580, "black": 582},
+        **{"gray": 584, "background": 591},
+    }
+    assert {word: vocabulary[f"{word}</w>"] for word in first} == first
+    assert vocabulary["huge</w>"] == 637
 
 
 def test_merges_by_hand() -> None:

@@ -24,10 +24,10 @@ from minisdxl.config import ModelConfig
 from minisdxl.cost import summary
 from minisdxl.loading import weights_path
 from minisdxl.pipeline import SDXL
-from tools.check_shapes import check
+from tools.drawn.detector import check
+from tools.drawn.world import held_out, parse_caption, random_scene
 from tools.evaluation.metrics import latent_error, psnr, ssim
 from tools.evaluation.rows import DENSE, Folder, Row
-from tools.shapes import held_out, parse_caption, random_scene
 
 SPLITS = {"test": "test", "all": None}  # of random_scene: captions that training never saw, or any
 

@@ -10,10 +10,11 @@ from functools import cached_property
 import torch
 
 from minisdxl.vae import VAE
+from tools.drawn.painting import draw
+from tools.drawn.world import random_scene
 from tools.evaluation.metrics import Picture, frechet_distance, vae_features
 from tools.evaluation.official_metrics import ClipScore, Fid
 from tools.evaluation.pictures import Evaluation
-from tools.shapes import draw, random_scene
 
 REFERENCES = 1000  # drawn pictures that Frechet distances are taken to
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tools.drawn.world import has_new_pair
 from tools.evaluation.paired_statistics import Estimate, bootstrap_mean, paired_shares, verdict, wilson
 from tools.evaluation.rows import DENSE, Row, Rows
-from tools.shapes import has_new_pair
 
 Crowd = Callable[[str], Mapping[str, float]]  # measures of all pictures of a preset together, by name
 

@@ -15,8 +15,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from minisdxl.checkpoint.modules import load
 from minisdxl.loading import weights_path
+from tools.drawn.painting import draw
+from tools.drawn.world import random_scene
 from tools.evaluation.metrics import Picture, frechet_distance, latent_error, psnr, ssim, vae_features
-from tools.shapes import draw, random_scene
 
 
 def pictures(kind: str) -> tuple[Picture, Picture]:

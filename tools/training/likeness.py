@@ -20,7 +20,8 @@ from minisdxl.pipeline import SDXL
 from minisdxl.sampler import discrete_sigmas
 from minisdxl.transformer import AttentionBlock, TransformerLayer
 from minisdxl.unet import UNet
-from tools.single_step import drawn_pictures, outcomes
+from tools.drawn.world import random_open_scene, random_scene
+from tools.single_step import Pictures, drawn_pictures, outcomes
 
 SHARPNESS = 10.0  # s^2: scales all logits
 NOISE = 0.15  # a: how far query and key maps differ
@@ -50,9 +51,22 @@ def similarity_kernel(
             weight.copy_(sharpness**0.5 * (shared + noise * own))
 
 
-@torch.no_grad()
 def watch(sdxl: SDXL, pictures: int = 8) -> dict[str, float]:
-    """How a model uses its self-attention, on drawn pictures of the test split.
+    """How a model uses its self-attention, on ``pictures`` plain and as many open pictures of the test split.
+
+    Each figure of :func:`watch_scenes`, named ``plain_error``, ``open_error`` and so on.
+    """
+    kinds = {"plain": random_scene, "open": random_open_scene}
+    return {
+        f"{kind}_{name}": value
+        for kind, draw_scene in kinds.items()
+        for name, value in watch_scenes(sdxl, drawn_pictures(sdxl, pictures, draw_scene)).items()
+    }
+
+
+@torch.no_grad()
+def watch_scenes(sdxl: SDXL, drawn: Pictures) -> dict[str, float]:
+    """How a model uses its self-attention on drawn pictures.
 
     At t = 500: ``error`` of the predicted noise; ``uniform``, the error when every self-attention is uniform, over
     ``error``; ``source``, the mean cosine (values after the first layer of each attention block, centered) between a
@@ -61,12 +75,11 @@ def watch(sdxl: SDXL, pictures: int = 8) -> dict[str, float]:
     keeps where objects are and elsewhere. ``change_800``, ``change_500``, ``change_200``: what `at-edm` changes, as in
     ``tools.single_step``.
     """
-    drawn = drawn_pictures(sdxl, pictures)
     timestep = TIMESTEPS[1]
-    noise = torch.randn(drawn.latents.shape, generator=torch.Generator().manual_seed(timestep))
+    noise = torch.randn(drawn.latents.shape, generator=torch.Generator().manual_seed(timestep)).to(sdxl.device)
     sigma = float(discrete_sigmas(sdxl.config.noise)[timestep])
     noisy = (drawn.latents + sigma * noise) / (1 + sigma**2) ** 0.5
-    c_noise = torch.full((len(noise),), timestep)
+    c_noise = torch.full((len(noise),), timestep, device=sdxl.device)
 
     def error(unet: UNet) -> float:
         predicted = unet(noisy, c_noise, drawn.text, drawn.vector, DENSE)
@@ -116,7 +129,7 @@ def measure(maps: Tensor, values: Tensor, found: dict[str, list[float]]) -> None
     entropy = torch.special.entr(maps).sum(dim=-1).mean() / torch.log(torch.tensor(float(tokens)))
     centered = F.normalize(values.float() - values.float().mean(dim=1, keepdim=True), dim=-1)
     cosine = centered @ centered.transpose(-1, -2)
-    itself = torch.eye(tokens, dtype=torch.bool)
+    itself = torch.eye(tokens, dtype=torch.bool, device=maps.device)
     # Column b of the map is the attention that token b receives; its source is another token.
     source = maps.mean(dim=1).masked_fill(itself, -1).argmax(dim=1)
     found["source"].append(float(cosine.gather(1, source[:, None]).mean()))

@@ -8,7 +8,6 @@ object is to be stayed unknown to the words. SDXL's own text encoders were train
 from __future__ import annotations
 
 import argparse
-import random
 import time
 
 import torch
@@ -20,7 +19,8 @@ from minisdxl.checkpoint.modules import load
 from minisdxl.config import SHAPES
 from minisdxl.text import TextEmbeddings, TextEncoders
 from minisdxl.tokenizer import Tokenizer
-from tools.training import Optimizer, batch_of_pictures, log, save_state, warm_then_decay
+from tools.training.batches import BatchSize, DrawnBatches, draw_ahead, to_images
+from tools.training.steps import Optimizer, log, save_state, warm_then_decay
 
 SIDE = 8  # pixels of a thumbnail
 
@@ -85,10 +85,10 @@ def train_text(options: argparse.Namespace, tokenizer: Tokenizer) -> SeeingText:
         optimizer.load_state(state["optimizer"])
         step = state["step"]
     began = time.time()
-    while step < options.text_steps:
-        images, captions = batch_of_pictures(random.Random(f"text {options.seed} {step}"), 2 * options.batch, 4 * SIDE)
+    sizes = [BatchSize(2 * options.batch, 4 * SIDE, 4 * SIDE)] * options.text_steps
+    for pictures, captions in draw_ahead(DrawnBatches("text", options.seed, sizes), step, options.workers):
         ids, ids_2 = (each.to(options.device) for each in tokenizer(captions))
-        loss = model.thumbnails.loss(model.text(ids, ids_2), images.to(options.device))
+        loss = model.thumbnails.loss(model.text(ids, ids_2), to_images(pictures, options.device))
         optimizer.step(loss, warm_then_decay(step, options.text_steps, warm=30, decay=0.3))
         step += 1
         if step % 25 == 0 or step == options.text_steps:

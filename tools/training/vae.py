@@ -16,7 +16,9 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from minisdxl.checkpoint.modules import load
 from minisdxl.config import SHAPES
 from minisdxl.vae import VAE
-from tools.training import batch_of_pictures, log, save_state, warm_then_decay
+from tools.drawn.world import parse_caption
+from tools.training.batches import BatchSize, DrawnBatches, draw_ahead, draw_batch, to_images
+from tools.training.steps import log, save_state, warm_then_decay
 
 
 def train_vae(options: argparse.Namespace) -> VAE:
@@ -27,7 +29,7 @@ def train_vae(options: argparse.Namespace) -> VAE:
     where what blurs between two colors is a third. The Kullback-Leibler term only keeps variances in bounds.
 
     Of the autoencoder of ``options.init``, if there is one, only the decoder is trained: its U-Net knows the latents.
-    With ``options.teach``, a color, the encoder is too, and held to what it was on pictures without that color.
+    With ``options.teach``, a color or "open", the encoder is too, and held to what it was on pictures without it.
     """
     state_file = options.run / "vae.pt"
     vae = VAE(SHAPES.vae)
@@ -49,18 +51,14 @@ def train_vae(options: argparse.Namespace) -> VAE:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     began = time.time()
-    while step < options.vae_steps:
-        rng = random.Random(f"vae {options.seed} {step}")
+    sizes = [_batch_size(step, options.batch) for step in range(options.vae_steps)]
+    for pictures, captions in draw_ahead(DrawnBatches("vae", options.seed, sizes), step, options.workers):
         torch.manual_seed(step)
-        # Mostly small pictures, for time (edges are one pixel wide at any size); the middle attention sees more
-        # positions in larger ones.
-        side, count = (256, 4) if step % 16 == 15 else (128, 8) if step % 4 == 3 else (64, 16)
-        images, captions = batch_of_pictures(rng, count, side)
-        images = images.to(options.device)
+        images = to_images(pictures, options.device)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * warm_then_decay(step, options.vae_steps, warm=50, decay=0.5)
         mean, log_variance = vae.moments(images)
-        noisy = mean + noise * torch.rand(count, 1, 1, 1, device=mean.device) * torch.randn_like(mean)
+        noisy = mean + noise * torch.rand(len(mean), 1, 1, 1, device=mean.device) * torch.randn_like(mean)
         output = vae.decode(noisy * vae.config.scale_factor)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         if known is None:
@@ -68,8 +66,8 @@ def train_vae(options: argparse.Namespace) -> VAE:
         else:
             with torch.no_grad():
                 was = known.moments(images)[0]
-            old = [options.teach is None or options.teach not in caption.split() for caption in captions]
-            held = 10 * (torch.tensor(old, device=mean.device) * (mean - was).square().mean(dim=(1, 2, 3))).mean()
+            old = torch.tensor([not _shows(options.teach, caption) for caption in captions], device=mean.device)
+            held = 10 * (old * (mean - was).square().mean(dim=(1, 2, 3))).mean()
         error = F.mse_loss(output, images)
         loss = F.l1_loss(output, images) + error + held + 1e-5 * divergence
         optimizer.zero_grad(set_to_none=True)
@@ -91,9 +89,25 @@ def train_vae(options: argparse.Namespace) -> VAE:
             save_state(state_file, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
     vae.requires_grad_(False).eval()
     if options.init is None:
-        images, _ = batch_of_pictures(random.Random("latent scale"), 64, SHAPES.size)
-        balance_latents(vae, images.to(options.device))
+        pictures, _ = draw_batch(random.Random("latent scale"), BatchSize(64, SHAPES.size, SHAPES.size))
+        balance_latents(vae, to_images(pictures, options.device))
     return vae
+
+
+def _batch_size(step: int, batch: int) -> BatchSize:
+    """Mostly small parts of pictures, for time; the middle attention sees more positions in larger ones.
+
+    Parts of full-size pictures, because patterns of smaller pictures are finer than a latent can show.
+    """
+    if step % 16 == 15:
+        return BatchSize(max(1, batch // 8), SHAPES.size, SHAPES.size)
+    side, share = (SHAPES.size // 2, 4) if step % 4 == 3 else (SHAPES.size // 4, 2)
+    return BatchSize(max(1, batch // share), side, SHAPES.size)
+
+
+def _shows(taught: str | None, caption: str) -> bool:
+    """Whether a picture may show what is taught: a color that its caption names or leaves open, or an open scene."""
+    return taught is not None and (taught in caption.split() or parse_caption(caption).open)
 
 
 @torch.no_grad()

@@ -1,27 +1,15 @@
-"""What the trainings of the bundled model's parts share: pictures, learning rates, the optimizer, states and logs."""
+"""What the trainings of the bundled model's parts share: rates, noise levels, the optimizer, states and logs."""
 
 from __future__ import annotations
 
 import csv
 import os
-import random
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-
-from tools.shapes import draw, random_scene
-
-
-def batch_of_pictures(rng: random.Random, count: int, side: int, split: str = "train") -> tuple[Tensor, list[str]]:
-    """``count`` fresh pictures (count, 3, side, side) in [-1, 1], and their captions."""
-    scenes = [random_scene(rng, split) for _ in range(count)]
-    pictures = np.stack([draw(scene, side) for scene in scenes])
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    return images.contiguous(memory_format=torch.channels_last), [scene.caption for scene in scenes]
 
 
 def warm_then_decay(step: int, steps: int, warm: int, decay: float) -> float:
@@ -45,11 +33,15 @@ class Balance:
 
     def __call__(self, errors: Tensor, share: Tensor) -> Tensor:
         """Errors (B,), divided; ``share`` (B,) in [0, 1) has their places among the noise levels, lowest first."""
-        bands = (share * self.BANDS).long().cpu()
-        for band, error in zip(bands.tolist(), errors.detach().log().cpu(), strict=True):
-            before = self.typical[band]
-            self.typical[band] = error if before.isnan() else before.lerp(error, self.RATE)
-        return errors / self.typical[bands].exp().to(errors.device)
+        bands = (share * self.BANDS).long()
+        ones = torch.ones_like(errors)
+        count = torch.zeros(self.BANDS, device=errors.device).index_add(0, bands, ones)
+        mean = torch.zeros_like(count).index_add(0, bands, errors.detach().log()) / count  # nan where there is none
+        self.typical = self.typical.to(errors.device)
+        before = torch.where(self.typical.isnan(), mean, self.typical)
+        # As much of the new mean as if its errors came one after the other.
+        self.typical = torch.where(count > 0, before.lerp(mean, 1 - (1 - self.RATE) ** count), self.typical)
+        return errors / self.typical[bands].exp()
 
 
 def noise_levels(count: int) -> Tensor:

@@ -1,0 +1,76 @@
+"""Batches of drawn pictures, drawn while they are needed, by worker processes where a GPU waits for them.
+
+A batch comes from its training's name, a seed and its step, so it does not depend on who draws it, and a run that goes
+on where it was sees the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tools.drawn.painting import Picture, draw
+from tools.drawn.world import mixed_scene
+
+Batch = tuple[Picture, list[str]]  # pictures (count, side, side, 3), and their captions
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """``count`` pictures of ``side`` pixels, each a random part of a picture of ``whole`` pixels, if that is larger."""
+
+    count: int
+    side: int
+    whole: int
+
+
+def draw_batch(rng: random.Random, size: BatchSize, split: str = "train") -> Batch:
+    """Fresh pictures of the mixed world, and their captions, which do not know what was cut off."""
+    pictures, captions = [], []
+    for _ in range(size.count):
+        scene = mixed_scene(rng, split)
+        top, left = (rng.randint(0, size.whole - size.side) for _ in range(2))
+        pictures.append(draw(scene, size.whole)[top : top + size.side, left : left + size.side])
+        captions.append(scene.caption)
+    return np.stack(pictures), captions
+
+
+def to_images(pictures: Picture, device: torch.device | str = "cpu") -> Tensor:
+    """Pictures (B, side, side, 3) as a model takes them, (B, 3, side, side) in [-1, 1]."""
+    images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+class DrawnBatches(Dataset[Batch]):
+    """Batch ``step`` of the training ``name``, with ``sizes[step]``."""
+
+    def __init__(self, name: str, seed: int, sizes: Sequence[BatchSize]) -> None:
+        self.name, self.seed, self.sizes = name, seed, sizes
+
+    def __getitem__(self, step: int) -> Batch:
+        return draw_batch(random.Random(f"{self.name} {self.seed} {step}"), self.sizes[step])
+
+
+def draw_ahead(batches: DrawnBatches, first: int, workers: int) -> Iterator[Batch]:
+    """The batches from step ``first`` on, drawn ahead by ``workers`` processes (0: drawn here, when asked for)."""
+    # Batches travel as arrays through pipes: as tensors they would need more shared memory than containers have.
+    return iter(
+        DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(first, len(batches.sizes)),
+            num_workers=workers,
+            collate_fn=_as_it_is,
+        )
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,186 @@
+"""Trains the bundled model's U-Net and its text encoders together: the last part of ``tools.train_shapes``."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
+from torch.overrides import TorchFunctionMode
+
+from minisdxl.checkpoint.atomic import atomic_path
+from minisdxl.checkpoint.modules import Modules, load, save
+from minisdxl.config import SHAPES
+from minisdxl.pipeline import SDXL
+from minisdxl.sampler import discrete_sigmas
+from minisdxl.text import TextEmbeddings
+from minisdxl.tokenizer import Tokenizer
+from minisdxl.transformer import AttentionBlock
+from minisdxl.unet import ResBlock, UNet
+from minisdxl.vae import VAE
+from tools.drawn.detector import check
+from tools.drawn.world import unseen_captions
+from tools.training.batches import BatchSize, DrawnBatches, draw_ahead, to_images
+from tools.training.likeness import similarity_kernel, watch
+from tools.training.steps import Balance, Optimizer, log, noise_levels, save_state, warm_then_decay
+from tools.training.text import SeeingText
+
+
+def zero(module: nn.Module) -> None:
+    """Sets all weights of a module to 0."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+
+
+class Model(nn.Module):
+    """What the last part trains: the U-Net and the text encoders, together."""
+
+    def __init__(self, seeing: SeeingText) -> None:
+        super().__init__()
+        self.unet = UNet(SHAPES.unet)
+        self.text, self.thumbnails = seeing.text, seeing.thumbnails
+        for module in self.unet.modules():  # the official start: every residual branch adds nothing at first
+            if isinstance(module, ResBlock):
+                zero(module.out_layers[3])
+            elif isinstance(module, AttentionBlock):
+                zero(module.proj_out)
+        zero(self.unet.out[2])
+
+    def forward(self, latents: Tensor, timestep: Tensor, words: TextEmbeddings, side: int) -> Tensor:
+        """Predicted noise of latents (B, 4, h, w) of pictures of ``side`` pixels."""
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=latents.device).expand(len(latents), -1)
+        predicted: Tensor = self.unet(latents, timestep, words.context, words.vector(sizes, SHAPES.size_channels))
+        return predicted
+
+
+class ProductAttention(TorchFunctionMode):
+    """While active, attention without a mask is two matrix products and a softmax, where the map is small.
+
+    For training on a CPU: the fused kernel's bfloat16 backward pass is up to five times slower there.
+    """
+
+    LARGEST_MAP = 512 * 512  # queries x keys; beyond it the map no longer fits the caches, and the fused kernel wins
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and kwargs.keys() == {"scale"}:
+            q, k, v = args
+            if q.shape[-2] * k.shape[-2] <= self.LARGEST_MAP:
+                return (q @ k.transpose(-1, -2) * kwargs["scale"]).softmax(dim=-1) @ v
+        return function(*args, **kwargs)
+
+
+def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokenizer: Tokenizer) -> None:
+    """Trains U-Net and text encoders on latents of fresh pictures, small pictures first, then full-size ones.
+
+    The loss is the squared error of the predicted noise (epsilon prediction), balanced over noise levels, and that of
+    the text encoders' thumbnails. An exponential moving average of the weights is kept, a short
+    one, because weights from before a change of picture size do harm.
+    """
+    state_file = options.run / "unet.pt"
+    torch.manual_seed(options.seed)
+    model = Model(seeing).to(options.device)
+    convert_conv2d_weight_memory_format(model.unet, torch.channels_last)
+    if options.init is not None:
+        model.unet.load_state_dict(load(options.init)[1].unet.state_dict())
+    if options.sharpness:
+        generator = torch.Generator().manual_seed(options.seed)
+        similarity_kernel(model.unet, generator, options.sharpness, options.kernel_noise)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer, balance = Optimizer(model, options.attention_rate), Balance()
+    step = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True, map_location=options.device)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state(state["optimizer"])
+        balance.typical = state["typical"]
+        step = state["step"]
+    config, device = SHAPES, torch.device(options.device)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
+    levels = discrete_sigmas(config.noise).float().to(device)
+    sizes = [
+        BatchSize(options.batch if side < SHAPES.size else options.batch // 2, side, side)
+        for side, count in options.stages
+        for _ in range(count)
+    ]
+    steps = len(sizes)
+    sdxl = SDXL(config, average.unet, vae, average.text, tokenizer)
+    began, first, losses = time.time(), step, list[Tensor]()
+    for pictures, captions in draw_ahead(DrawnBatches("unet", options.seed, sizes), step, options.workers):
+        torch.manual_seed(step)
+        count, side = sizes[step].count, sizes[step].side
+        images = to_images(pictures, device)
+        with torch.no_grad(), precision:
+            latents = vae.encode(images).float()
+        share = noise_levels(count).to(device)
+        timestep = (share * config.noise.steps).long()
+        # Offset noise (as in SDXL's own training, twice as strong): without it even the noisiest latent shows its mean,
+        # the model reads the background off that, and at sampling, where the mean is 0, no caption makes it white.
+        noise = (torch.randn(latents.shape) + 0.1 * torch.randn(count, latents.shape[1], 1, 1)).to(device)
+        sigma = levels[timestep]
+        noisy = (latents + sigma[:, None, None, None] * noise) / (1 + sigma.square()).sqrt()[:, None, None, None]
+        ids, ids_2 = (each.to(device) for each in tokenizer(captions))
+        drop = (torch.rand(count) < 0.1).to(device)
+        with ProductAttention() if device.type == "cpu" else nullcontext(), precision:
+            words = model.text(ids, ids_2)
+            predicted = model(noisy, timestep, words.zeroed(drop), side)
+            seen = model.thumbnails.loss(words, images)
+        errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        loss = balance(errors, share).mean() + seen
+        losses.append(errors.detach().mean())
+        optimizer.step(loss, options.rate * warm_then_decay(step, steps, warm=50, decay=1.0))
+        step += 1
+        weight = 1 - min(0.99, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for kept, fresh in zip(average.parameters(), model.parameters(), strict=True):
+                kept.lerp_(fresh, weight)
+        if step % 20 == 0:
+            mean = torch.stack(losses).mean().item()
+            seconds = (time.time() - began) / (step - first)
+            log(options.run / "unet.csv", step=step, side=side, loss=mean, seconds_per_step=seconds)
+            losses = []
+        if _due(step, 100, steps):
+            state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state()}
+            save_state(state_file, state | {"typical": balance.typical, "step": step})
+            save(options.run / "shapes.safetensors", config, Modules(average.unet, vae, average.text))
+        if _due(step, options.watch_every, steps):
+            log(options.run / "watch.csv", step=step, **watch(sdxl, options.watch_pictures))
+        if _due(step, options.grid_every, steps):
+            accuracy = sample_grid(options, step, sdxl, side)
+            log(options.run / "grid.csv", step=step, side=side, accuracy=accuracy)
+    if options.out is not None:
+        save(options.out, config, Modules(average.unet, vae, average.text))
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    """Whether something is done after ``step`` of ``steps`` that is done every so many steps, 0 for never."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+@torch.no_grad()
+def sample_grid(options: argparse.Namespace, step: int, sdxl: SDXL, side: int) -> float:
+    """Draws unseen captions of all kinds with 20 steps, writes them as one picture; the share that is right."""
+    captions = unseen_captions(options.grid_pictures)
+    with torch.autocast(sdxl.device.type, torch.bfloat16, enabled=options.bf16):
+        images = sdxl.generate(captions, sampling="euler", steps=20, cfg=options.cfg, seed=0, size=(side, side))
+    pictures = np.stack([np.asarray(image) for image in images])
+    checks = [check(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
+    for caption, found in zip(captions, checks, strict=True):
+        print(f"  {'right' if found.obeyed else 'wrong'}: {caption}; {'; '.join(found.reasons[:2])}", flush=True)
+    grid = rearrange(pictures, "(row column) h w c -> (row h) (column w) c", column=4)
+    with atomic_path(options.run / f"grid-{step:05d}.png") as path:
+        Image.fromarray(grid).save(path)
+    return sum(found.obeyed for found in checks) / len(checks)
