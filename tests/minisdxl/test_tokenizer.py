@@ -20,8 +20,12 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
+import minisdxl
+from minisdxl.checkpoint.modules import save
 from minisdxl.config import SDXL_BASE, SHAPES
+from minisdxl.text import TextEncoders
 from minisdxl.tokenizer import Tokenizer, Vocabulary, clip_vocabulary, load_vocabulary, read_vocabulary
+from tests.minisdxl.tiny import TINY, tiny_modules
 
 BUNDLED = Path(__file__).parents[2] / "weights" / "shapes" / "tokenizer"
 PROMPTS = [
@@ -249,6 +253,16 @@ def test_all_ways_give_the_same_ids(way: str, clip: Vocabulary, published: Path,
     assert [str(warning.message) for warning in caught] == [f"prompt has 98 tokens and only 75 fit: cut off {lost!r}"]
     whole = peer.encode(LONG)
     assert len(whole) == 98 and cut[0].tolist() == [49406, *whole[:75], 49407] and peer.encode(lost) == whole[75:]
+
+
+def test_one_checkpoint_file_is_enough(tmp_path: Path) -> None:
+    first, second = (replace(each, vocabulary=49408, start_token=49406, end_token=49407) for each in TINY.text)
+    text = (replace(first, pad_token=49407), second)
+    modules = tiny_modules()._replace(text=TextEncoders(text))
+    save(tmp_path / "model.safetensors", replace(TINY, text=text), modules, torch.float32)
+    _, ids = minisdxl.load(tmp_path / "model.safetensors").tokenizer(EXCLAIMED)
+    expected = torch.from_numpy(instant_clip_tokenizer.Tokenizer().tokenize_batch(EXCLAIMED).astype("int64"))
+    assert torch.equal(ids, expected)
 
 
 def test_equals_both_published_tokenizers(clip: Vocabulary, published: Path) -> None:
