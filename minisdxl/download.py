@@ -76,9 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"{unknown[0]!r} is not known, expected list or some of {', '.join(table)}")
         if not re.fullmatch(ADDRESS, constants.ENDPOINT):
             raise ValueError(f"HF_ENDPOINT is {constants.ENDPOINT!r}, expected an address like https://huggingface.co")
-        # Each once, though two names may both want it.
-        files = dict.fromkeys(file for name in options.names for file in table[name].files)
-        missing = [file for file in files if not is_present(file, options.to)]
+        wanted = [file for name in dict.fromkeys(options.names) for file in table[name].files]
+        missing = [file for file in wanted if not is_present(file, options.to)]
         check_room(missing, options.to)
         for file in missing:
             fetch(file, options.to, options.retries)
@@ -94,14 +93,12 @@ def _parser() -> Parser:
 
 
 def read_table() -> dict[str, Download]:
-    """All known downloads by name; the files of one include those of the entries that it comes with."""
+    """All known downloads by name."""
     raw: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8"))
-    own = {name: tuple(HubFile(**file) for file in entry["files"]) for name, entry in raw.items()}
-    table = {}
-    for name, entry in raw.items():
-        files = tuple(file for part in (name, *entry["with"]) for file in own[part])
-        table[name] = Download(entry["about"], entry["license"], files)
-    return table
+    return {
+        name: Download(entry["about"], entry["license"], tuple(HubFile(**file) for file in entry["files"]))
+        for name, entry in raw.items()
+    }
 
 
 def is_present(file: HubFile, folder: Path) -> bool:

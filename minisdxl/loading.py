@@ -44,13 +44,13 @@ def load(
         unet: the same for the U-Net, as LCM-SDXL and SDXL-Lightning are published.
         loras: files of LoRAs, as kohya's scripts or diffusers write them, that are merged into U-Net and text encoders
             one after the other: ``"FILE"``, ``"FILE:SCALE"``, or a :class:`minisdxl.checkpoint.lora.LoRA`.
-        tokenizer: folder with CLIP's ``vocab.json`` and ``merges.txt``; ``None`` looks for it as
-            :func:`minisdxl.tokenizer.load_vocabulary` says.
+        tokenizer: folder with the model's ``vocab.json`` and ``merges.txt``; ``None`` takes the folder ``tokenizer`` in
+            or beside the weights, or else CLIP's own vocabulary.
 
     Raises:
         CheckpointError: if a file is damaged or holds no SDXL model or LoRA for it; says what it is.
-        ValueError: for a LoRA's scale that is no finite number.
-        FileNotFoundError: if there is no vocabulary.
+        ValueError: for a LoRA's scale that is no finite number, or a vocabulary that is not the model's.
+        FileNotFoundError: if a file is missing.
     """
     path = weights_path(weights)
     merged = [lora if isinstance(lora, LoRA) else LoRA.parse(str(lora)) for lora in loras]

@@ -126,7 +126,7 @@ def _parser() -> Parser:
     add(
         "--tokenizer",
         metavar="DIR",
-        help="folder of vocab.json and merges.txt (default: 'tokenizer' beside the weights)",
+        help="folder of vocab.json and merges.txt (default: 'tokenizer' in or beside the weights, else CLIP's own)",
     )
     add(
         "--sampling",

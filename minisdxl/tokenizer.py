@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from itertools import pairwise, product
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +18,6 @@ from minisdxl.config import TextConfig
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 FILES = ("vocab.json", "merges.txt")
-HUB_FOLDERS = (("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/"), ("openai/clip-vit-large-patch14", ""))
-PACKAGE = "instant-clip-tokenizer"  # on PyPI; the extra ``tokenizer`` installs it
-
 
 # What is merged by itself (Radford et al. 2021): English endings, words, single digits, runs of other signs.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -33,6 +28,16 @@ class Vocabulary(NamedTuple):
 
     tokens: dict[str, int]  # the text of each token, with its id
     merges: list[tuple[str, str]]  # pairs of tokens that become one; the earlier is merged first
+
+    @classmethod
+    def from_merges(cls, merges: list[tuple[str, str]]) -> Vocabulary:
+        """Numbers tokens as CLIP does (``simple_tokenizer.py`` of openai/CLIP).
+
+        First the 256 bytes, then the bytes at the end of a word, then what each merge makes, then start and end token.
+        """
+        symbols = byte_symbols()
+        texts = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges), START, END]
+        return cls({text: index for index, text in enumerate(texts)}, merges)
 
 
 class Tokenizer:
@@ -55,7 +60,10 @@ class Tokenizer:
             found = (len(vocabulary), vocabulary.get(START), vocabulary.get(END))
             expected = (config.vocabulary, config.start_token, config.end_token)
             if found != expected:
-                raise ValueError(f"vocabulary has (size, start, end token) {found}, the text encoder takes {expected}")
+                raise ValueError(
+                    f"vocabulary has (size, start, end token) {found}, the text encoder takes {expected}: name the "
+                    "model's own by --tokenizer, or put it into a folder tokenizer beside the weights"
+                )
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
             raise ValueError(f"vocabulary does not number its {len(vocabulary)} tokens 0 to {len(vocabulary) - 1}")
         for merge in merges:
@@ -121,49 +129,26 @@ def byte_pair_encoder(vocabulary: dict[str, int], merges: list[tuple[str, str]])
 
 
 def load_vocabulary(weights: Path, directory: str | Path | None) -> Vocabulary:
-    """CLIP's vocabulary for a checkpoint: from a folder (:func:`find_vocabulary`), else from an installed package.
+    """The vocabulary for a checkpoint, which is a file or a diffusers folder.
 
-    Only tokens and merges are taken from either, so the ids of a prompt do not depend on where they came from. They
+    That in ``directory`` where one is given; else that in the folder ``tokenizer`` in or beside ``weights``; else
+    CLIP's own (:func:`clip_vocabulary`).
+
+    Only tokens and merges are taken from a folder, so the ids of a prompt do not depend on where they came from. They
     are those of Stability AI's own code, which differ from the published tokenizer of encoder 2 in "!" alone: see
-    :class:`Tokenizer`.
-
-    Raises:
-        FileNotFoundError: if there is none; names the ways.
-        ValueError: if what is found cannot be read.
-    """
-    try:
-        folder = find_vocabulary(weights, directory)
-    except FileNotFoundError:
-        if find_spec(PACKAGE.replace("-", "_")) is None:
-            raise
-        return packaged_vocabulary()
-    return read_vocabulary(folder)
-
-
-def find_vocabulary(weights: Path, directory: str | Path | None) -> Path:
-    """The folder with the vocabulary for a checkpoint, which is a file or a diffusers folder.
-
-    ``directory`` where one is given; else the folder ``tokenizer`` in or beside ``weights``; else what the hub's cache
-    on this machine has of SDXL or CLIP. Nothing is downloaded. Raises ``FileNotFoundError`` naming all ways to have a
-    vocabulary, that of :func:`packaged_vocabulary` too.
+    :class:`Tokenizer`. Raises what :func:`read_vocabulary` raises.
     """
     if directory is not None:
-        return Path(directory)
+        return read_vocabulary(directory)
     for folder in (weights / "tokenizer", weights.parent / "tokenizer"):
         if folder.is_dir():
-            return folder
-    from huggingface_hub import try_to_load_from_cache  # not above: it takes longer to import than all else here
+            return read_vocabulary(folder)
+    return clip_vocabulary()
 
-    for repository, folder_name in HUB_FOLDERS:
-        cached = [try_to_load_from_cache(repository, folder_name + name) for name in FILES]
-        if all(isinstance(path, str) for path in cached):
-            return Path(str(cached[0])).parent
-    raise FileNotFoundError(
-        f"no CLIP vocabulary ({' and '.join(FILES)}) for {weights}: expected a folder tokenizer in or beside it "
-        f"(python -m minisdxl.download tokenizer --to {weights.parent}), a folder given by --tokenizer, those files of "
-        f"{' or '.join(repository for repository, _ in HUB_FOLDERS)} in the hub's cache on this machine, or the "
-        f"package {PACKAGE} (pip install {PACKAGE})"
-    )
+
+def clip_vocabulary() -> Vocabulary:
+    """CLIP's 49,408 tokens (OpenAI, MIT license: ``weights/clip``)."""
+    return Vocabulary.from_merges(_read_merges(Path(str(files("minisdxl.weights"))) / "clip" / "merges.txt"))
 
 
 def read_vocabulary(directory: str | Path) -> Vocabulary:
@@ -231,62 +216,7 @@ def _read_merges(file: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def packaged_vocabulary() -> Vocabulary:
-    """The vocabulary that the package ``instant-clip-tokenizer`` carries, which shows the text of each of its tokens.
-
-    Merges follow from the texts, because token 512 + k is what merge k makes: its two halves are what the merges before
-    k leave of its text. Where the merge was learned, no earlier one reached across the ends of that text, so they did
-    there what they do here.
-
-    Raises:
-        ImportError: if the package is not installed.
-        ValueError: if its tokens are not made that way.
-    """
-    import instant_clip_tokenizer  # not above: the package is an extra
-
-    package = instant_clip_tokenizer.Tokenizer()
-    symbols = byte_symbols()
-    texts = [*symbols.values(), *(f"{symbol}</w>" for symbol in symbols.values())]
-    ids = {byte: index for index, byte in enumerate(symbols)}
-    merges: dict[tuple[str, ...], int] = {}  # and the order of each
-    for token in range(len(texts), package.start_of_text()):
-        shown = _token_bytes(package.decode, token, ids)
-        letters = [symbols[byte] for byte in shown.removesuffix(b" ")]
-        if shown.endswith(b" "):  # how the package shows the end of a word, which is part of the last symbol
-            letters[-1] += "</w>"
-        merges[_split(letters, merges)] = len(merges)
-        texts.append("".join(letters))
-    return Vocabulary({text: index for index, text in enumerate([*texts, START, END])}, [(a, b) for a, b in merges])
-
-
-def byte_symbols() -> dict[int, str]:
-    """One character for each byte, in CLIP's order of ids: printable bytes as themselves, then the others."""
+def byte_symbols() -> list[str]:
+    """One character for each byte, in CLIP's order: printable bytes as themselves ("!" first), then the others."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = sorted(set(range(256)) - set(printable))
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
-
-
-def _token_bytes(decode: Callable[[list[int]], str], token: int, ids: dict[int, int]) -> bytes:
-    """What a token stands for. ``decode`` shows whole letters only, and some tokens are, or end in, a part of one.
-
-    So bytes that complete letters are put around the token until no replacement character is seen. A token that shows
-    one all the same is that character.
-    """
-    starts = (b"", b"\xc3", b"\xe1", b"\xf1")  # of letters that lack 0, 1, 2, 3 bytes
-    ends = (b"", *(byte * count for count in (1, 2, 3) for byte in (b"\xbf", b"\x80")))
-    for start, end in product(starts, ends):
-        shown = decode([*(ids[byte] for byte in start), token, *(ids[byte] for byte in end)])
-        if "\ufffd" not in shown:
-            return shown.encode()[len(start) :].removesuffix(end)
-    return decode([token]).encode()
-
-
-def _split(letters: list[str], merges: dict[tuple[str, ...], int]) -> tuple[str, ...]:
-    """The two parts that byte-pair encoding leaves of a token whose own merge is not known yet."""
-    parts = list(letters)
-    while any(pair in merges for pair in pairwise(parts)):
-        _, first = min((merges.get(pair, math.inf), index) for index, pair in enumerate(pairwise(parts)))
-        parts[first : first + 2] = ["".join(parts[first : first + 2])]
-    if len(parts) != 2:
-        raise ValueError(f"{PACKAGE} has the token {''.join(letters)!r}, of which its earlier tokens leave {parts}")
-    return tuple(parts)
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]

@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--weights", default="shapes", help="the bundled 'shapes' (default), a checkpoint file or a folder")
-    add("--tokenizer", metavar="DIR", help="of vocab.json and merges.txt (default: 'tokenizer' beside the weights)")
+    add("--tokenizer", metavar="DIR", help="with the vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
     add("--captions", type=int, default=8, metavar="N", help="how many, in one batch (default: %(default)s)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add("--cfg", type=float, default=4.0, help="guidance scale (default: %(default)s)")

@@ -83,7 +83,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--scale", choices=CONFIGS, default="full", help="of the random weights (default: %(default)s)")
     add("--weights", type=Path, metavar="FILE", help="instead of a file of random numbers")
-    add("--tokenizer", type=Path, metavar="DIR", help="with the vocabulary (default: 'tokenizer' beside the weights)")
+    add("--tokenizer", type=Path, metavar="DIR", help="(default: 'tokenizer' beside the weights, else CLIP's)")
     add("--folder", type=Path, metavar="DIR", help="for 7 GB of files (default: the system's)")
     add("--size", type=parse_size, default=(512, 512), metavar="WxH", help="in pixels (default: 512x512)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")

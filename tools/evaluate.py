@@ -53,7 +53,7 @@ def model_options(parser: Parser, *, weights: str, out: Path) -> None:
     add = parser.add_argument
     devices = [name for name in ("cpu", "mps", "cuda") if torch.get_device_module(name).is_available()]
     add("--weights", default=weights, help="the bundled 'shapes', a checkpoint file or a folder (default: %(default)s)")
-    add("--tokenizer", metavar="DIR", help="of vocab.json and merges.txt (default: 'tokenizer' beside the weights)")
+    add("--tokenizer", metavar="DIR", help="with the vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
     add("--captions", type=int, default=200, metavar="N", help="how many, of seeds 0 to N - 1 (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
     add("--sampling", choices=SAMPLINGS, default="euler", help="(default: %(default)s)")

@@ -261,7 +261,7 @@ def _parser() -> Parser:
             add("--prune", nargs="?", const="at-edm", metavar="PRESET", help="show this too (default: %(const)s)")
             continue
         add("--weights", default="shapes", help="the bundled 'shapes' (default) or an SDXL .safetensors file")
-        add("--tokenizer", metavar="DIR", help="of vocab.json and merges.txt (default: 'tokenizer' beside the weights)")
+        add("--tokenizer", metavar="DIR", help="vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
         add("--prompt", default=PROMPT, help="what to draw (default: %(default)s)")
         add("--cfg", type=float, default=7.0, help="classifier-free guidance scale (default: %(default)s)")
         add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from minisdxl.config import SHAPES
+from minisdxl.tokenizer import Vocabulary
 
 # Every word of a caption, each to become one token.
 CAPTION_WORDS = (
@@ -27,13 +28,6 @@ ENGLISH_WORDS = (
     "the be to in that have it for not with as you do at this but his by from they we say her she or an will my one "
     "all would there their what so up out if about who get which go me when make can like time no just him know take"
 )
-
-
-def byte_symbols() -> list[str]:
-    """One character for each byte, in CLIP's order: printable bytes as themselves ("!" first), then the others."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = sorted(set(range(256)) - set(printable))
-    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
 def apply_merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
@@ -74,10 +68,7 @@ def make_vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     merges = learn_merges(ENGLISH_WORDS.split(), merges, room)
     later = learn_merges(LATER_WORDS.split(), merges, size)[len(merges) :]
     merges = [*merges[: room - len(later)], *later]
-    symbols = byte_symbols()
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    vocabulary = Vocabulary.from_merges(merges).tokens
     missing = [word for word in [*CAPTION_WORDS.split(), *LATER_WORDS.split()] if f"{word}</w>" not in vocabulary]
     if missing or len(vocabulary) != size:
         raise ValueError(f"vocabulary has {len(vocabulary)} tokens, expected {size}; caption words split: {missing}")

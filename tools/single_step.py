@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--weights", default="shapes", help="'shapes' (default), or a model that draws such scenes")
-    add("--tokenizer", metavar="DIR", help="of vocab.json and merges.txt (default: 'tokenizer' beside the weights)")
+    add("--tokenizer", metavar="DIR", help="with the vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
     add("--presets", nargs="+", default=list(PRESETS), metavar="PRESET", help="(default: rankings by recoveries)")
     add("--timesteps", nargs="+", type=int, default=[800, 500, 200], metavar="T", help="(default: 800 500 200)")
     add("--pictures", type=int, default=16, metavar="N", help="in one batch (default: %(default)s)")

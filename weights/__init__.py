@@ -1,1 +1,1 @@
-"""The bundled model and the table of published weights: data only."""
+"""The bundled model, CLIP's merges and the table of published weights: data only."""

@@ -24,9 +24,9 @@ import pytest
 
 from minisdxl import download
 
-REPO, FILE, SMALL = "some/model", "model.safetensors", "tokenizer/vocab.json"
+REPO, FILE, SMALL = "some/model", "model.safetensors", "unet/config.json"
 BODY = random.Random(0).randbytes(3_000_000)
-VOCABULARY = b'{"a": 0}'
+CONFIG = b'{"a": 0}'
 CUT = 1_000_000
 
 
@@ -37,7 +37,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files = {f"{REPO}/{FILE}": BODY, f"{REPO}/{SMALL}": VOCABULARY}
+        self.files = {f"{REPO}/{FILE}": BODY, f"{REPO}/{SMALL}": CONFIG}
         self.sent: dict[str, bytes] = {}  # other contents than those announced
         # What befalls the next answers: an HTTP status, "cut", "stall", "refuse" or "no ranges".
         self.plan: list[str | int] = []
@@ -140,12 +140,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def write_table(path: Path) -> None:
-    def entry(file: str, body: bytes, extra: list[str]) -> dict[str, Any]:
+    def entry(file: str, body: bytes) -> dict[str, Any]:
         known = {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
         files = [{"repo": REPO, "file": file, "save_as": file, **known}]
-        return {"about": "a model", "license": "MIT", "with": extra, "files": files}
+        return {"about": "a model", "license": "MIT", "files": files}
 
-    path.write_text(json.dumps({"model": entry(FILE, BODY, []), "vocabulary": entry(SMALL, VOCABULARY, ["model"])}))
+    path.write_text(json.dumps({"model": entry(FILE, BODY), "config": entry(SMALL, CONFIG)}))
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -162,10 +162,10 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def test_a_download_arrives_whole(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new" / "folder"
-    code, output, _ = run(capsys, "vocabulary", "model", "--to", folder)
+    code, output, _ = run(capsys, "config", "model", "config", "--to", folder)
     assert code == 0 and output.count("sha256 as published") == 2
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert found == {FILE: BODY, SMALL: VOCABULARY}
+    assert found == {FILE: BODY, SMALL: CONFIG}
     assert hub.heads == 2 and hub.logins == ["Bearer hf_of_the_test"] * 2 and hub.leaks == [None]
 
 
@@ -259,13 +259,13 @@ def test_a_full_disk_is_seen_before(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / f"{FILE}.partial").write_bytes(BODY[:CUT])
-    needed = len(BODY) - CUT + len(VOCABULARY)
+    needed = len(BODY) - CUT + len(CONFIG)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    code, _, error = run(capsys, "vocabulary", "--to", tmp_path)
+    code, _, error = run(capsys, "config", "model", "--to", tmp_path)
     assert code == 2 and f"{needed - 1:,} bytes free, the download needs {needed:,} more" in error and hub.heads == 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
-    assert run(capsys, "vocabulary", "--to", tmp_path)[0] == 0
+    assert run(capsys, "config", "model", "--to", tmp_path)[0] == 0
 
 
 def test_a_disk_that_fills_up_leaves_what_came_for_the_next_run(
@@ -339,7 +339,7 @@ def test_a_wrong_address_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    code, _, error = run(capsys, "tokenizer")
+    code, _, error = run(capsys, "lcm-lora")
     assert code == 2 and f"HF_ENDPOINT is {address!r}, expected an address" in error
 
 
@@ -348,8 +348,8 @@ def test_a_wrong_address_is_one_line(
     [
         (["nonsense"], "'nonsense' is not known, expected list or some of sdxl-base,"),
         (["sdxl-base", "list"], "'list' is not known"),
-        (["tokenizer", "--retries", "-1"], "--retries is -1"),
-        (["tokenizer", "--to", __file__], "which is a file, expected a folder"),
+        (["lcm-lora", "--retries", "-1"], "--retries is -1"),
+        (["lcm-lora", "--to", __file__], "which is a file, expected a folder"),
         ([], "required: NAME"),
     ],
 )
@@ -363,13 +363,9 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     table = download.read_table()
     assert code == 0 and [line.split()[0] for line in output.splitlines()] == list(table)
     base = table["sdxl-base"].files
-    assert [file.save_as for file in base] == [
-        "sd_xl_base_1.0.safetensors",
-        "tokenizer/vocab.json",
-        "tokenizer/merges.txt",
-    ]
+    assert [file.save_as for file in base] == ["sd_xl_base_1.0.safetensors"]
     assert base[0].bytes == 6_938_078_334  # two bytes a number, and a header
     for file in (file for entry in table.values() for file in entry.files):
         assert re.fullmatch("[0-9a-f]{64}", file.sha256) and file.bytes > 0 and not Path(file.save_as).is_absolute()
-    names = [file.save_as for entry in table.values() for file in set(entry.files) - set(table["tokenizer"].files)]
+    names = [file.save_as for entry in table.values() for file in entry.files]
     assert len(set(names)) == len(names)  # all can be had in one folder

@@ -550,16 +550,13 @@ def test_bad_input_is_one_line(
     assert sorted(tmp_path.rglob("*.*")) == there
 
 
-def test_a_model_without_a_vocabulary_is_one_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_clips_vocabulary_is_refused_for_a_model_that_has_another(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tiny_file(tmp_path / "model.safetensors")
-    monkeypatch.setattr("minisdxl.tokenizer.find_spec", lambda _: None)  # the package is not installed
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     said = refused(capsys, PROMPT, *QUICK, "--weights", str(file), "--out", str(tmp_path / "x.png"))
-    assert "no CLIP vocabulary (vocab.json and merges.txt)" in said
-    for way in ("a folder tokenizer in or beside it", "minisdxl.download tokenizer", "--tokenizer", "pip install"):
-        assert way in said
+    assert "(49408, 49406, 49407), the text encoder takes (640, 638, 639)" in said
+    assert "--tokenizer" in said and "a folder tokenizer beside the weights" in said
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -1,7 +1,7 @@
 """Token ids against transformers' CLIPTokenizer and against instant-clip-tokenizer, an implementation of its own.
 
-The whole vocabulary of CLIP is the one that instant-clip-tokenizer carries: the files made of it here have the sha256
-of the published ones.
+instant-clip-tokenizer carries its own copy of CLIP's vocabulary. transformers reads ours, written as the published
+files of SDXL, which it then equals byte for byte.
 """
 
 from __future__ import annotations
@@ -15,23 +15,17 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub.constants
 import instant_clip_tokenizer
 import pytest
 import torch
 from transformers import CLIPTokenizer
 
-import minisdxl.tokenizer
+import minisdxl
+from minisdxl.checkpoint.modules import save
 from minisdxl.config import SDXL_BASE, SHAPES
-from minisdxl.download import read_table
-from minisdxl.tokenizer import (
-    Tokenizer,
-    Vocabulary,
-    find_vocabulary,
-    load_vocabulary,
-    packaged_vocabulary,
-    read_vocabulary,
-)
+from minisdxl.text import TextEncoders
+from minisdxl.tokenizer import Tokenizer, Vocabulary, clip_vocabulary, load_vocabulary, read_vocabulary
+from tests.minisdxl.tiny import TINY, tiny_modules
 
 BUNDLED = Path(__file__).parents[2] / "weights" / "shapes" / "tokenizer"
 PROMPTS = [
@@ -177,7 +171,11 @@ def test_a_broken_tokenizer_json_is_refused(tmp_path: Path, content: str, messag
         Tokenizer.from_directory(tmp_path, SHAPES.text)
 
 
-PUBLISHED = {Path(file.save_as).name: file.sha256 for file in read_table()["tokenizer"].files}
+# sha256 of tokenizer/ in stabilityai/stable-diffusion-xl-base-1.0, as the hub has it.
+PUBLISHED = {
+    "vocab.json": "e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349",
+    "merges.txt": "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
+}
 WORLD = [
     *PROMPTS,
     "cafe\u0301 A\u030angstro\u0308m ﬁ Ⅷ ½ İstanbul ẞ",
@@ -195,7 +193,7 @@ LONG = "a portrait of a red fox, " * 12 + "by Ōhara Koson 木版画 🦊"
 
 @pytest.fixture(scope="module")
 def clip() -> Vocabulary:
-    return packaged_vocabulary()
+    return clip_vocabulary()
 
 
 @pytest.fixture(scope="module")
@@ -210,16 +208,18 @@ def published(clip: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def test_the_package_gives_the_published_files(published: Path) -> None:
+def test_the_shipped_vocabulary_is_the_published_one(published: Path) -> None:
     found = {name: hashlib.sha256((published / name).read_bytes()).hexdigest() for name in PUBLISHED}
     assert found == PUBLISHED
 
 
-@pytest.mark.parametrize("way", ["in it", "beside it", "given", "hub: SDXL", "hub: CLIP", "saved", "package"])
-def test_all_ways_give_the_same_ids(
-    way: str, clip: Vocabulary, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+def test_a_smaller_vocabulary_follows_the_same_rule() -> None:
+    bundled = read_vocabulary(BUNDLED)
+    assert Vocabulary.from_merges(bundled.merges) == bundled
+
+
+@pytest.mark.parametrize("way", ["in it", "beside it", "given", "saved", "shipped"])
+def test_all_ways_give_the_same_ids(way: str, clip: Vocabulary, published: Path, tmp_path: Path) -> None:
     weights, given = tmp_path / "weights", None
     weights.mkdir()
     if way == "in it":
@@ -230,19 +230,8 @@ def test_all_ways_give_the_same_ids(
         weights.touch()
     elif way == "given":
         given = published
-    elif way.startswith("hub"):
-        name, folder = {
-            "hub: SDXL": ("stabilityai--stable-diffusion-xl-base-1.0", "tokenizer"),
-            "hub: CLIP": ("openai--clip-vit-large-patch14", "."),
-        }[way]
-        repository = tmp_path / "cache" / f"models--{name}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("0" * 40)
-        shutil.copytree(published, repository / "snapshots" / ("0" * 40) / folder)
     elif way == "saved":  # by transformers itself, in the layout of its release
         CLIPTokenizer.from_pretrained(str(published)).save_pretrained(weights / "tokenizer")
-    if way != "package":
-        monkeypatch.setattr(minisdxl.tokenizer, "packaged_vocabulary", lambda: pytest.fail("went on to the package"))
     found = load_vocabulary(weights, given)
     assert found == clip
 
@@ -264,6 +253,16 @@ def test_all_ways_give_the_same_ids(
     assert [str(warning.message) for warning in caught] == [f"prompt has 98 tokens and only 75 fit: cut off {lost!r}"]
     whole = peer.encode(LONG)
     assert len(whole) == 98 and cut[0].tolist() == [49406, *whole[:75], 49407] and peer.encode(lost) == whole[75:]
+
+
+def test_one_checkpoint_file_is_enough(tmp_path: Path) -> None:
+    first, second = (replace(each, vocabulary=49408, start_token=49406, end_token=49407) for each in TINY.text)
+    text = (replace(first, pad_token=49407), second)
+    modules = tiny_modules()._replace(text=TextEncoders(text))
+    save(tmp_path / "model.safetensors", replace(TINY, text=text), modules, torch.float32)
+    _, ids = minisdxl.load(tmp_path / "model.safetensors").tokenizer(EXCLAIMED)
+    expected = torch.from_numpy(instant_clip_tokenizer.Tokenizer().tokenize_batch(EXCLAIMED).astype("int64"))
+    assert torch.equal(ids, expected)
 
 
 def test_equals_both_published_tokenizers(clip: Vocabulary, published: Path) -> None:
@@ -299,34 +298,31 @@ def test_random_texts_equal_the_independent_tokenizer(clip: Vocabulary) -> None:
     assert torch.equal(ids, expected)
 
 
-def test_no_vocabulary_is_one_line_that_names_the_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(minisdxl.tokenizer, "find_spec", lambda name: None)
-    for find in (load_vocabulary, find_vocabulary):
-        with pytest.raises(FileNotFoundError) as caught:
-            find(tmp_path / "model.safetensors", None)
-        message = str(caught.value)
-        ways = ("tokenizer in or beside it", "--tokenizer", "hub's cache", "pip install instant-clip-tokenizer")
-        assert all(way in message for way in (*ways, "model.safetensors")) and "\n" not in message
+def test_a_given_folder_is_taken_first_then_that_in_the_weights_then_that_beside_them(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    expected = {}
+    for folder, merge in (
+        (tmp_path / "given", ("a", "b")),
+        (weights / "tokenizer", ("a", "c")),
+        (tmp_path / "tokenizer", ("a", "d")),
+    ):
+        folder.mkdir(parents=True)
+        expected[folder] = Vocabulary.from_merges([merge])
+        model = {"vocab": expected[folder].tokens, "merges": [merge]}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+    given, inside, beside = expected
+    assert load_vocabulary(weights, given) == expected[given]
+    assert load_vocabulary(weights, None) == expected[inside]
+    shutil.rmtree(inside)
+    assert load_vocabulary(weights, None) == expected[beside]
 
 
-def test_a_given_folder_is_not_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_a_folder_without_the_files_is_not_passed_over(tmp_path: Path, given: bool) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
     with pytest.raises(FileNotFoundError, match=r"vocab.json is missing"):
-        load_vocabulary(tmp_path / "model.safetensors", tmp_path)
-
-
-def test_half_a_vocabulary_in_the_cache_is_passed_over(
-    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--openai--clip-vit-large-patch14"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    shutil.copy(published / "vocab.json", snapshot)
-    with pytest.raises(FileNotFoundError, match="no CLIP vocabulary"):
-        find_vocabulary(tmp_path / "model.safetensors", None)
+        load_vocabulary(tmp_path / "model.safetensors", folder if given else None)
 
 
 def test_merges_as_strings_are_read_too(published: Path, clip: Vocabulary, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from minisdxl.checkpoint.resolve import SKIPPED, UNUSED
 from minisdxl.config import SDXL_BASE, SHAPES, Level, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from minisdxl.convert import write_folder
 from minisdxl.text import TextEncoders
-from minisdxl.tokenizer import packaged_vocabulary
+from minisdxl.tokenizer import clip_vocabulary
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
 from tests import manifest
@@ -414,7 +414,7 @@ def full_size_folder(full_size: Path) -> Path:
     """The same as a diffusers folder."""
     if shutil.disk_usage(full_size.parent).free < 8e9:
         pytest.skip("needs 16 GB of disk")
-    write_folder(open_source(full_size), full_size.parent / "folder", packaged_vocabulary())
+    write_folder(open_source(full_size), full_size.parent / "folder", clip_vocabulary())
     return full_size.parent / "folder"
 
 
