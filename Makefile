@@ -7,7 +7,7 @@ PROMPT ?= a small red circle above a big blue square on a white background
 .PHONY: sample test lint clean
 
 sample: .venv/installed
-	$(BIN)/python -m minisdxl.sample "$(PROMPT)" --prune moving-grid --compare --cfg 4 --sampling euler-ancestral --out out
+	$(BIN)/python -m minisdxl.sample "$(PROMPT)" --prune --compare --out out
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto
