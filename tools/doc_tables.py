@@ -1,4 +1,4 @@
-"""The tables of docs/results.md and docs/better-method.md, out of the pages that the experiments left.
+"""Prints the tables of docs/results.md and docs/better-method.md from the JSON files of the experiments.
 
 python -m tools.doc_tables table table-1-ratios
 python -m tools.doc_tables claims table-1-ratios figure-7 few-steps figure-8 figure-9 figure-10
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atedm.presets import current_spelling
 from minisdxl.cli.options import Parser
 from tools.evaluation.experiment_specs import BASELINE, EXPERIMENTS
 
@@ -20,12 +21,12 @@ Page = Mapping[str, Any]  # as tools.experiments writes it
 
 def table(page: Page) -> str:
     """Markdown: a row for each preset of a page, with the measures that decide."""
-    head = ("preset", "FLOPs", "obeyed", "latent error", f"error over `{BASELINE}`", "PSNR, dB")
+    head = ("preset", "FLOPs", "caption accuracy", "latent error", f"error over `{BASELINE}`", "PSNR, dB")
     rows = [head, ("---",) * len(head)]
     for each in page["presets"]:
         rows.append(
             (
-                f"`{each['preset']}`",
+                f"`{current_spelling(each['preset'])}`",
                 f"{each['flops_share']:.1%}",
                 _number(each["obeyed"], ".1f", 100, " %"),
                 _number(each["latent_error"], ".4f"),
@@ -38,16 +39,21 @@ def table(page: Page) -> str:
 
 def claims(pages: Mapping[str, Page]) -> str:
     """Markdown: a row for each claim of each page; what several budgets, CFG scales or numbers of steps say, below."""
-    rows = [("claim", "by latent error", "by obeyed captions", "page"), ("---",) * 4]
+    rows = [("claim", "by latent error", "by caption accuracy", "page"), ("---",) * 4]
     for name, page in pages.items():
         said = dict[str, list[Mapping[str, Any]]]()
         for each in page["verdicts"]:
-            said.setdefault(each["claim"].partition(":")[0], []).append(each)
+            said.setdefault(current_words(each["claim"].partition(":")[0]), []).append(each)
         for claim, verdicts in said.items():
             errors = [f"{each['error_verdict']}: {_number(each['error'], '+.4f')}" for each in verdicts]
-            obeyed = [f"{each['obeyed_verdict']}: {_number(each['obeyed'], '+.0f', 100)}" for each in verdicts]
-            rows.append((claim, "<br>".join(errors), "<br>".join(obeyed), f"[{name}](results/{name}.md)"))
+            accuracy = [f"{each['obeyed_verdict']}: {_number(each['obeyed'], '+.0f', 100)}" for each in verdicts]
+            rows.append((claim, "<br>".join(errors), "<br>".join(accuracy), f"[{name}](results/{name}.md)"))
     return _lines(rows)
+
+
+def current_words(claim: str) -> str:
+    """A claim as experiments have worded it since version 0.2; pages from before say "by lot" for "at random"."""
+    return claim.replace("by lot", "at random")
 
 
 def _number(estimate: Mapping[str, float | None] | None, form: str, factor: int = 1, unit: str = "") -> str:

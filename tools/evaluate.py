@@ -1,7 +1,7 @@
 """How presets do on the same captions and seeds: exact scoring of drawn captions, distance to dense, FLOPs, time.
 
     python -m tools.evaluate --presets at-edm tome random --share 0.76 --captions 200 --baseline at-edm
-    python -m tools.evaluate --weights sd_xl_base_1.0.safetensors --prompts captions.txt --captions 5000 --cfg 7 \\
+    python -m tools.evaluate --weights sd_xl_base_1.0.safetensors --prompts captions.txt --captions 5000 \\
         --references coco/val2017 --inception pt_inception-2015-12-05-6726825d.pth --clip clip-vit-large-patch14
 
 Every picture is a row of a CSV file in the folder --out as soon as its batch is made; a run that was stopped goes on
@@ -26,6 +26,7 @@ from minisdxl.cli.reports import versions, write_report
 from minisdxl.loading import load, weights_path
 from minisdxl.pipeline import SDXL
 from minisdxl.samplings import SAMPLINGS
+from minisdxl.settings import Settings, check_settings
 from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
 from tools.evaluation.pictures import (
     SPLITS,
@@ -56,7 +57,7 @@ def model_options(parser: Parser, *, weights: str, out: Path) -> None:
     add("--tokenizer", metavar="DIR", help="with the vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
     add("--captions", type=int, default=200, metavar="N", help="how many, of seeds 0 to N - 1 (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
-    add("--sampling", choices=SAMPLINGS, default="euler", help="(default: %(default)s)")
+    add("--sampling", choices=SAMPLINGS, help="(default: the model's best)")
     add("--batch", type=int, default=8, help="pictures at a time (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
     add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
@@ -75,8 +76,8 @@ def _parser() -> Parser:
     add("--baseline", metavar="PRESET", help="one of the presets, that the others are compared with as well")
     add("--share", type=float, help="of the dense FLOPs: solves the ratio of each preset for it, as 0.76")
     add("--share-for", choices=("average", "steady"), default="average", help="of all steps, or of the last one")
-    add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    add("--cfg", type=float, default=4.0, help="guidance scale (default: %(default)s)")
+    add("--steps", type=int, help="denoising steps (default: the model's or the sampling's own)")
+    add("--cfg", type=float, help="guidance scale (default: the model's or the sampling's own)")
     add("--split", choices=SPLITS, default="test", help="drawn captions: those that training never saw, or of all")
     add("--prompts", type=Path, metavar="FILE", help="captions from a .txt, .jsonl or .csv file, not of drawn scenes")
     add("--references", type=Path, metavar="DIR", help="pictures that FID is taken to; with --inception")
@@ -113,16 +114,18 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ValueError(f"--captions is {options.captions}, expected 1 or more")
     captions, source = _captions(options)
     sdxl = load(options.weights, device=options.device, dtype=DTYPES[options.dtype], tokenizer=options.tokenizer)
-    size = sdxl.config.picture_size(options.size)
-    solved = solve(sdxl.config, size, options.presets, options.steps, options.share, options.share_for)
+    asked = Settings(sampling=options.sampling, steps=options.steps, cfg=options.cfg, size=options.size)
+    run = check_settings(asked, sdxl.config)
+    options.sampling = run.sampling.name
+    solved = solve(sdxl.config, run.size, options.presets, run.steps, options.share, options.share_for)
     if options.baseline is not None and options.baseline not in solved:
         raise ValueError(f"--baseline is {options.baseline}, expected one of {', '.join(solved)}")
     baseline = None if options.baseline is None else solved[options.baseline]
     fid = Fid(options.inception, find_pictures(options.references), sdxl.device) if options.inception else None
     clip = ClipScore(options.clip, sdxl.device) if options.clip else None
-    settings = settings_of(options, sdxl, size, options.steps, options.cfg, source)
+    settings = settings_of(options, sdxl, run.size, run.steps, run.cfg, source)
     folder = Folder(options.out, settings)
-    evaluation = Evaluation(sdxl, captions, folder, options.steps, options.cfg, size, options.batch, options.sampling)
+    evaluation = Evaluation(sdxl, captions, folder, run.steps, run.cfg, run.size, options.batch, options.sampling)
     presets = list(solved.values())
     if not options.table:
         evaluation.run(presets, options.shard)
@@ -130,7 +133,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         if missing:
             print(f"{missing} pictures are for other shards to make; --table shows what is there")
             return
-    _report(evaluation, Crowd(evaluation, Drawn(sdxl.vae, size[0]), fid, clip), presets, baseline, settings, options)
+    crowd = Crowd(evaluation, Drawn(sdxl.vae, run.size[0]), fid, clip)
+    _report(evaluation, crowd, presets, baseline, settings, options)
 
 
 def _captions(options: argparse.Namespace) -> tuple[Captions, str]:
@@ -169,7 +173,7 @@ def _report(
     }
     write_report(str(options.out / "summary.json"), report)
     if evaluation.captions.drawn:
-        save_figure(options.out / "obeyed.png", summaries, [OBEYED], "flops_share")
+        save_figure(options.out / "caption-accuracy.png", summaries, [OBEYED], "flops_share")
     save_figure(options.out / "latent-error.png", summaries, [LATENT_ERROR], None)
 
 

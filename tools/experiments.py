@@ -152,6 +152,7 @@ def _experiment(options: argparse.Namespace) -> None:
         raise ValueError(f"--captions is {options.captions}, expected 1 or more")
     name, experiment = options.name, EXPERIMENTS[options.name]
     sdxl = load(options.weights, device=options.device, dtype=DTYPES[options.dtype], tokenizer=options.tokenizer)
+    options.sampling = options.sampling or sdxl.config.defaults.sampling
     size = sdxl.config.picture_size(options.size)
     parts, notes = plan(experiment, sdxl, size)
     evaluations = list(make(parts, sdxl, size, drawn_captions(options.captions), options))

@@ -159,7 +159,7 @@ def table(results: Sequence[Outcome]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _one_call(options: argparse.Namespace) -> None:
+def _single_step(options: argparse.Namespace) -> None:
     """Raises ``ValueError`` or ``OSError``."""
     if options.pictures < 1:
         raise ValueError(f"--pictures is {options.pictures}, expected 1 or more")
@@ -190,11 +190,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--timesteps", nargs="+", type=int, default=[800, 500, 200], metavar="T", help="(default: 800 500 200)")
     add("--pictures", type=int, default=16, metavar="N", help="in one batch (default: %(default)s)")
     add(
-        "--out", type=Path, default=Path("docs/results/one-call.csv"), metavar="FILE.csv", help="(default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("docs/results/single-step.csv"),
+        metavar="FILE.csv",
+        help="(default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     with parser.one_line("nothing was written"):
-        _one_call(options)
+        _single_step(options)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 COMMANDS = [
     (document, command)
     for document in ("results.md", "better-method.md")
-    for command in re.findall(r"^ +python -m tools\.digest (.+)$", (DOCS / document).read_text(), re.MULTILINE)
+    for command in re.findall(r"^ *python -m tools\.doc_tables (.+)$", (DOCS / document).read_text(), re.MULTILINE)
 ]
 
 

@@ -148,7 +148,7 @@ def report_is_whole(folder: Path, table: str) -> None:
     assert len(report["settings"]["sha256"]) == 64
     assert [each["preset"] for each in report["presets"]] == ["dense", PRESET]
     assert report["presets"][0]["psnr"] == {"value": None, "low": None, "high": None}
-    for name in ("obeyed.png", "latent-error.png"):
+    for name in ("caption-accuracy.png", "latent-error.png"):
         assert np.asarray(Image.open(folder / name).convert("L")).std() > 5
 
 

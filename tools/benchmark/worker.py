@@ -113,6 +113,7 @@ def whole(
 
         def make(steps: int) -> Any:
             asked = {"steps": steps, "cfg": cfg, "size": tuple(size), "prune": prune, "on_step": note}
+            asked["sampling"] = "euler"  # as diffusers does here
             return sdxl.generate([PROMPT], **asked)  # type: ignore[arg-type]
     else:
         from diffusers import StableDiffusionXLPipeline

@@ -37,7 +37,7 @@ class Experiment:
 _RIVALS = (
     Claim("AT-EDM beats ToMe (table 1)", "at-edm", "tome"),
     Claim("AT-EDM beats ToMe with DSAP", "at-edm", "tome-dsap"),
-    Claim("G-WPR beats drawing by lot", "at-edm", "random"),
+    Claim("G-WPR beats drawing at random", "at-edm", "random"),
     Claim("DSAP helps ToMe (figure 6)", "tome-dsap", "tome"),
 )
 _COMPARED = ("at-edm", "tome", "tome-dsap", "random")
@@ -80,11 +80,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         axis="cfg",
     ),
     "figure-8": Experiment(
-        "Figure 8: tokens ranked by self-attention, by cross-attention, and by lot.",
+        "Figure 8: tokens ranked by self-attention, by cross-attention, and at random.",
         presets=("at-edm", "ca-wpr", "random"),
         claims=(
             Claim("self-attention ranking beats cross-attention (figure 8)", "at-edm", "ca-wpr"),
-            Claim("self-attention ranking beats drawing by lot", "at-edm", "random"),
+            Claim("self-attention ranking beats drawing at random", "at-edm", "random"),
         ),
     ),
     "figure-9": Experiment(
@@ -111,7 +111,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         claims=(Claim("before the feed-forward beats after it at equal FLOPs", "at-edm:place=before-ff", "at-edm"),),
     ),
     "iterations": Experiment(
-        "How often G-WPR votes: until it settles, once, three times; and a sketch of it by every fifth query.",
+        "How often G-WPR votes: until it settles, once, three times; and with the votes of every fifth query only.",
         presets=_ITERATIONS,
         claims=tuple(
             Claim(f"settled G-WPR beats {other.partition(':')[2]}", "at-edm", other) for other in _ITERATIONS[1:]
@@ -136,7 +136,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             *(
                 Claim(f"G-WPR beats {name}", _RANKED_WITH_CHANGE[0], other)
                 for name, other in zip(
-                    ("its best of each window", "its reverse", "drawing by lot", "a grid"),
+                    ("its best of each window", "its reverse", "drawing at random", "a grid"),
                     _RANKED_WITH_CHANGE[1:],
                     strict=True,
                 )
@@ -144,7 +144,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             *(
                 Claim(f"dissimilarity beats {name}", "dissimilarity", other)
                 for name, other in zip(
-                    ("G-WPR", "its best of each window", "its reverse", "lots", "a grid"),
+                    ("G-WPR", "its best of each window", "its reverse", "drawing at random", "a grid"),
                     _RANKED_WITH_CHANGE,
                     strict=True,
                 )

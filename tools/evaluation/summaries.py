@@ -144,7 +144,7 @@ def markdown_table(summaries: Sequence[Summary], baseline: str | None) -> str:
         columns["captions"] = lambda s: str(s.captions)
     columns |= {
         "FLOPs": lambda s: f"{s.flops_share:.1%}",
-        "obeyed": lambda s: _percent(s.obeyed),
+        "caption accuracy": lambda s: _percent(s.obeyed),
         "captions seen": lambda s: _percent(s.seen),
         "held out": lambda s: _percent(s.held_out),
         "new pairs": lambda s: _percent(s.new_pairs),
@@ -166,7 +166,7 @@ def markdown_table(summaries: Sequence[Summary], baseline: str | None) -> str:
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
     """A row for each claim."""
-    lines = ["| claim | by obeyed captions | by latent error |", "| --- | --- | --- |"]
+    lines = ["| claim | by caption accuracy | by latent error |", "| --- | --- | --- |"]
     for each in verdicts:
         obeyed = "" if each.obeyed is None else f"{each.obeyed_verdict}: {_percent(each.obeyed, '+')}"
         lines.append(f"| {each.claim} | {obeyed} | {each.error_verdict}: {_number(each.error, '+.4f')} |")
