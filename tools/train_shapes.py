@@ -20,6 +20,7 @@ import torch
 from minisdxl.config import SHAPES
 from minisdxl.tokenizer import Tokenizer
 from tools.drawn.world import COLORS
+from tools.training.batches import WORLDS
 from tools.training.likeness import NOISE, SHARPNESS
 from tools.training.text import train_text
 from tools.training.unet import train_unet
@@ -57,6 +58,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         choices=(*COLORS, "open"),
         metavar="WHAT",
         help="with --init: train the VAE's encoder, too, on this new color, or on open scenes ('open')",
+    )
+    parser.add_argument(
+        "--teacher", type=Path, metavar="FILE", help="U-Net: learn what this model predicts, in place of the noise"
+    )
+    parser.add_argument(
+        "--world", choices=WORLDS, default="mixed", help="U-Net: plain and open scenes, or plain ones (default: mixed)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

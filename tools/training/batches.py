@@ -7,7 +7,7 @@ on where it was sees the batches that it would have seen.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tools.drawn.painting import Picture, draw
-from tools.drawn.world import mixed_scene
+from tools.drawn.world import Scene, mixed_scene, random_scene
 
+WORLDS: dict[str, Callable[[random.Random, str | None], Scene]] = {"mixed": mixed_scene, "plain": random_scene}
 Batch = tuple[Picture, list[str]]  # pictures (count, side, side, 3), and their captions
 
 
@@ -31,11 +32,11 @@ class BatchSize:
     whole: int
 
 
-def draw_batch(rng: random.Random, size: BatchSize, split: str = "train") -> Batch:
-    """Fresh pictures of the mixed world, and their captions, which do not know what was cut off."""
+def draw_batch(rng: random.Random, size: BatchSize, split: str = "train", world: str = "mixed") -> Batch:
+    """Fresh pictures of a world, one of ``WORLDS``, and their captions, which do not know what was cut off."""
     pictures, captions = [], []
     for _ in range(size.count):
-        scene = mixed_scene(rng, split)
+        scene = WORLDS[world](rng, split)
         top, left = (rng.randint(0, size.whole - size.side) for _ in range(2))
         pictures.append(draw(scene, size.whole)[top : top + size.side, left : left + size.side])
         captions.append(scene.caption)
@@ -49,13 +50,13 @@ def to_images(pictures: Picture, device: torch.device | str = "cpu") -> Tensor:
 
 
 class DrawnBatches(Dataset[Batch]):
-    """Batch ``step`` of the training ``name``, with ``sizes[step]``."""
+    """Batch ``step`` of the training ``name``, with ``sizes[step]``, of a world of ``WORLDS``."""
 
-    def __init__(self, name: str, seed: int, sizes: Sequence[BatchSize]) -> None:
-        self.name, self.seed, self.sizes = name, seed, sizes
+    def __init__(self, name: str, seed: int, sizes: Sequence[BatchSize], world: str = "mixed") -> None:
+        self.name, self.seed, self.sizes, self.world = name, seed, sizes, world
 
     def __getitem__(self, step: int) -> Batch:
-        return draw_batch(random.Random(f"{self.name} {self.seed} {step}"), self.sizes[step])
+        return draw_batch(random.Random(f"{self.name} {self.seed} {step}"), self.sizes[step], world=self.world)
 
 
 def draw_ahead(batches: DrawnBatches, first: int, workers: int) -> Iterator[Batch]:

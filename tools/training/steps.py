@@ -27,6 +27,7 @@ class Balance:
 
     BANDS = 20
     RATE = 0.03  # of a new error in the mean of its band
+    LEAST = 1e-8  # an error of 0, as of a model that is its own teacher, has no logarithm
 
     def __init__(self) -> None:
         self.typical = torch.full((self.BANDS,), torch.nan)  # logarithms; nan before the first error
@@ -36,7 +37,8 @@ class Balance:
         bands = (share * self.BANDS).long()
         ones = torch.ones_like(errors)
         count = torch.zeros(self.BANDS, device=errors.device).index_add(0, bands, ones)
-        mean = torch.zeros_like(count).index_add(0, bands, errors.detach().log()) / count  # nan where there is none
+        logarithms = errors.detach().clamp_min(self.LEAST).log()
+        mean = torch.zeros_like(count).index_add(0, bands, logarithms) / count  # nan where there is none
         self.typical = self.typical.to(errors.device)
         before = torch.where(self.typical.isnan(), mean, self.typical)
         # As much of the new mean as if its errors came one after the other.

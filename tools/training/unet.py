@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,26 @@ class Model(nn.Module):
         return predicted
 
 
+class Teacher:
+    """A trained model whose predictions are learned in place of the noise itself: a target without chance in it.
+
+    For a model that starts from the teacher's weights but for some: here, self-attention from a similarity kernel.
+    """
+
+    def __init__(self, path: Path, device: torch.device | str) -> None:
+        taught = load(path, device)[1]
+        convert_conv2d_weight_memory_format(taught.unet, torch.channels_last)
+        self.unet, self.text = taught.unet.requires_grad_(False), taught.text.requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, timestep: Tensor, ids: Tensor, ids_2: Tensor, drop: Tensor, side: int) -> Tensor:
+        """Its prediction (B, 4, h, w) for the same noisy latents and captions."""
+        words = self.text(ids, ids_2).zeroed(drop)
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=x.device).expand(len(x), -1)
+        predicted: Tensor = self.unet(x, timestep, words.context, words.vector(sizes, SHAPES.size_channels))
+        return predicted.float()
+
+
 class ProductAttention(TorchFunctionMode):
     """While active, attention without a mask is two matrix products and a softmax, where the map is small.
 
@@ -85,9 +106,9 @@ class ProductAttention(TorchFunctionMode):
 def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokenizer: Tokenizer) -> None:
     """Trains U-Net and text encoders on latents of fresh pictures, small pictures first, then full-size ones.
 
-    The loss is the squared error of the predicted noise (epsilon prediction), balanced over noise levels, and that of
-    the text encoders' thumbnails. An exponential moving average of the weights is kept, a short
-    one, because weights from before a change of picture size do harm.
+    The loss is the squared error of the predicted noise (epsilon prediction) or, with ``options.teacher``, of what the
+    teacher predicts; balanced over noise levels. To it is added that of the text encoders' thumbnails. An exponential
+    moving average of the weights is kept, a short one, because weights from before a change of picture size do harm.
     """
     state_file = options.run / "unet.pt"
     torch.manual_seed(options.seed)
@@ -98,6 +119,7 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
     if options.sharpness:
         generator = torch.Generator().manual_seed(options.seed)
         similarity_kernel(model.unet, generator, options.sharpness, options.kernel_noise)
+    teacher = None if options.teacher is None else Teacher(options.teacher, options.device)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer, balance = Optimizer(model, options.attention_rate), Balance()
     step = 0
@@ -119,7 +141,9 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
     steps = len(sizes)
     sdxl = SDXL(config, average.unet, vae, average.text, tokenizer)
     began, first, losses = time.time(), step, list[Tensor]()
-    for pictures, captions in draw_ahead(DrawnBatches("unet", options.seed, sizes), step, options.workers):
+    for pictures, captions in draw_ahead(
+        DrawnBatches("unet", options.seed, sizes, options.world), step, options.workers
+    ):
         torch.manual_seed(step)
         count, side = sizes[step].count, sizes[step].side
         images = to_images(pictures, device)
@@ -138,7 +162,8 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
             words = model.text(ids, ids_2)
             predicted = model(noisy, timestep, words.zeroed(drop), side)
             seen = model.thumbnails.loss(words, images)
-        errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+            target = noise if teacher is None else teacher(noisy, timestep, ids, ids_2, drop, side)
+        errors = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         loss = balance(errors, share).mean() + seen
         losses.append(errors.detach().mean())
         optimizer.step(loss, options.rate * warm_then_decay(step, steps, warm=50, decay=1.0))
