@@ -28,9 +28,13 @@ from minisdxl.config import SDXL_BASE
 from minisdxl.cost import format_flops, summary
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights" / "shapes" / "README.md"]
-TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+FILES = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / "weights").glob("*/README.md"),
+)
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARKED = re.compile(r"^<!-- run -->\n```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -114,8 +118,9 @@ def test_commands_accept_their_arguments(
         monkeypatch.setattr(argparse.ArgumentParser, name, only(getattr(argparse.ArgumentParser, name)))
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     assert find_spec(module) is not None, f"{document} has python -m {module}, which is no module"
-    with pytest.raises(Parsed):
-        import_module(module).main()
+    if module.startswith(("minisdxl.", "tools.")):
+        with pytest.raises(Parsed):
+            import_module(module).main()
 
 
 def test_commands_are_found() -> None:
