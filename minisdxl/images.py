@@ -52,7 +52,7 @@ def _to_gray(image: Image.Image, whites: tuple[int, ...]) -> Image.Image:
     """A picture of large numbers, in 8 bits ("L", or "LA" where it has a transparent shade)."""
     values = np.asarray(image).astype(np.float64)
     low, high = (float(end) for end in (values.min(), values.max()))
-    white = next((white for white in whites if 0 <= low and high <= white), None)  # None for NaN too
+    white = next((white for white in whites if low >= 0 and high <= white), None)  # None for NaN too
     if white is None:
         expected = " or ".join(map(str, whites))
         raise ValueError(f"the picture has values from {low:g} to {high:g}, expected 0 to {expected}")

@@ -111,7 +111,7 @@ def transparent() -> dict[str, tuple[Image.Image, NDArray[np.float64]]]:
         ),
         "RGB with one transparent color": (
             marked(Image.fromarray(COLORS), tuple(COLORS[one].tolist())),
-            cut(COLORS, (COLORS == COLORS[one]).all(-1)),
+            cut(COLORS, (COLORS[one] == COLORS).all(-1)),
         ),
         "L with one transparent shade": (
             marked(Image.fromarray(shades), int(shades[one])),
