@@ -7,7 +7,7 @@ import hashlib
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,10 @@ def _sample(options: argparse.Namespace) -> None:
     open_loras(options.lora, weights.config, weights.shapes)
     sampling = _settle(options, weights.config)
     options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets
-    jobs = find_jobs(options)
+    jobs = find_jobs(options, weights.config)
     reports = [] if options.json in (None, "-") else [Path(options.json)]
     _check_writable([job.target for job in jobs] + reports)
-    source = _source(options)
+    source = _source(options, {job.size for job in jobs})
     if note := preset_note(weights.config, options.prune):
         print(f"note: {note}", file=sys.stderr)
     began = time.perf_counter()
@@ -103,7 +103,8 @@ def _parser() -> Parser:
         "--prompts",
         dest="file",
         metavar="FILE",
-        help="more of them: .txt, one a line; .jsonl or .csv with prompt, and if wanted negative and seed",
+        help="more of them: .txt, one a line; .jsonl, .csv or .tsv with prompt, and if wanted negative, seed, width, "
+        "height, steps and cfg; lines of .txt may end in --n NEGATIVE --d SEED --w WIDTH --h HEIGHT --s STEPS --l CFG",
     )
     add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default: %(default)s)")
     add_pruning(parser)
@@ -139,7 +140,12 @@ def _parser() -> Parser:
         type=float,
         help="classifier-free guidance scale; 1 is none (default: the model's or the sampling's own, 7 for SDXL)",
     )
-    add("--seed", type=int, default=0, help="of the first picture; picture i has seed + i (default: %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first picture, up to 64 bits, -1 for a random one; picture i has seed + i (default: %(default)s)",
+    )
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the sampling's own, or else the model's)")
     add(
         "--original-size",
@@ -240,15 +246,17 @@ def _check_writable(targets: Sequence[Path]) -> None:
             raise IsADirectoryError(f"{target} is a folder, expected a file to write to")
 
 
-def _source(options: argparse.Namespace) -> InitImage | None:
-    """The picture to start from. Raises ``ValueError`` and ``OSError``; warns where it changes its shape."""
+def _source(options: argparse.Namespace, sizes: Collection[tuple[int, int]]) -> InitImage | None:
+    """The picture to start from. Raises ``ValueError`` and ``OSError``; warns where ``sizes`` change its shape."""
     if options.image is None:
         return None
     source = read_picture(options.image)
-    (width, height), (to_width, to_height) = source.image.size, options.size
-    if not 0.99 < width / height * to_height / to_width < 1.01:
+    width, height = source.image.size
+    others = [(to, up) for to, up in sizes if not 0.99 < width / height * up / to < 1.01]
+    if others:
+        stretched = "{}x{}".format(*others[0])
         warnings.warn(
-            f"{options.image} of {width}x{height} is stretched to {to_width}x{to_height}; --size may give it its shape",
+            f"{options.image} of {width}x{height} is stretched to {stretched}; --size may give it its shape",
             stacklevel=2,
         )
     return source
