@@ -16,6 +16,7 @@ import torch
 from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.checkpoint.lora import LoRA, open_loras
 from minisdxl.checkpoint.modules import open_source
+from minisdxl.checkpoint.published import is_hub_id
 from minisdxl.cli.jobs import batches, find_jobs
 from minisdxl.cli.options import DEVICES, DTYPES, Parser, add_pruning, parse_point, parse_size, plain_warnings
 from minisdxl.cli.picture_files import InitImage, read_picture
@@ -113,7 +114,8 @@ def _parser() -> Parser:
         "--weights",
         default="shapes",
         metavar="NAME|PATH",
-        help="the bundled 'shapes' (default), an SDXL .safetensors file, or a diffusers folder",
+        help="the bundled 'shapes' (default), an SDXL .safetensors file, a diffusers folder, a name of "
+        "minisdxl.download, or an id of the hub",
     )
     add("--vae", metavar="FILE|DIR", help="another VAE, such as the fp16-fix one, in either layout")
     add("--unet", metavar="FILE|DIR", help="another U-Net, such as LCM-SDXL or SDXL-Lightning, in either layout")
@@ -121,7 +123,7 @@ def _parser() -> Parser:
         "--lora",
         action="append",
         default=[],
-        metavar="FILE[:SCALE]",
+        metavar="FILE|DIR[:SCALE]",
         help="a LoRA, by kohya's scripts or diffusers, to be merged into the weights; may be given several times",
     )
     add(
@@ -295,8 +297,9 @@ def _settings(
     }
     image = {"image": source.name, "image_sha256": source.sha256, "strength": options.strength} if source else {}
     others = {key: Path(getattr(options, key)).name for key in ("vae", "unet") if getattr(options, key)}
-    model = {"weights": weights_path(options.weights).name, **others, "sha256": digest.hexdigest()}
-    loras = [{"file": lora.path.name, "scale": lora.scale, "sha256": _sha256(lora.path)} for lora in options.lora]
+    weights = options.weights if is_hub_id(options.weights) else weights_path(options.weights).name
+    model = {"weights": weights, **others, "sha256": digest.hexdigest()}
+    loras = [{"file": lora.path.name, "scale": lora.scale, "sha256": _sha256(lora.file)} for lora in options.lora]
     changes = {"lora": loras} if loras else {}
     made_with = {"model": sdxl.config.name, "torch": torch.__version__, "device": str(sdxl.device)}
     return {**shared, **sizes, **image, **model, **changes, **made_with}
