@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -16,9 +18,51 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """An image of any size and mode, stretched to ``size`` (width, height): (1, 3, H, W) in [-1, 1]."""
-    pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+    """An image of any size and mode, stretched to ``size`` (width, height): (1, 3, H, W) in [-1, 1].
+
+    Warns and raises as :func:`to_rgb`.
+    """
+    pixels = np.array(to_rgb(image).resize(size, Image.Resampling.LANCZOS))
     return rearrange(torch.from_numpy(pixels).float().div(127.5).sub(1), "h w c -> 1 c h w")
+
+
+# What white may be in Pillow's modes of more than 8 bits. "I" and "F" do not say how their numbers are meant.
+WHITES: dict[str, tuple[int, ...]] = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any of Pillow's modes in RGB: on white where it is transparent, and scaled where it has more bits.
+
+    Pillow's own conversion shows the color hidden under alpha 0, and clips numbers above 255. Warns of transparency,
+    and of a scale that is guessed. Raises ``ValueError`` for numbers that are no shades of gray.
+    """
+    if image.mode[:4] in WHITES:  # "I;16" has variants by byte order
+        image = _to_gray(image, WHITES[image.mode[:4]])
+    if image.mode == "La":  # Pillow converts gray with premultiplied alpha to this mode only
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            warnings.warn("the picture is transparent in places, which are taken as white", stacklevel=2)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_gray(image: Image.Image, whites: tuple[int, ...]) -> Image.Image:
+    """A picture of large numbers, in 8 bits ("L", or "LA" where it has a transparent shade)."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = (float(end) for end in (values.min(), values.max()))
+    white = next((white for white in whites if low >= 0 and high <= white), None)  # None for NaN too
+    if white is None:
+        expected = " or ".join(map(str, whites))
+        raise ValueError(f"the picture has values from {low:g} to {high:g}, expected 0 to {expected}")
+    if len(whites) > 1:
+        warnings.warn(f"the picture's values go up to {high:g}: {white} is taken as white", stacklevel=3)
+    gray = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    if "transparency" in image.info:  # of a PNG: one shade
+        opaque = values != image.info["transparency"]
+        gray.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+    return gray
 
 
 def check_finite(part: str, values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from minisdxl.checkpoint import modules
 from minisdxl.checkpoint.lora import LoRA
+from minisdxl.checkpoint.published import find_weights
 from minisdxl.pipeline import SDXL
 from minisdxl.tokenizer import Tokenizer, load_vocabulary
 
@@ -36,14 +37,16 @@ def load(
 
     Args:
         weights: ``"shapes"``, the bundled model, or a single-file checkpoint in the official layout, or a diffusers
-            folder.
+            folder. Here and below, a name of ``minisdxl.download`` or an id of the hub stands for what is on this
+            machine of it.
         device: where it runs.
         dtype: of U-Net and text encoders. The VAE computes in fp32 (the official one overflows in fp16), unless you
             convert it: ``sdxl.vae.to(dtype)``.
         vae: a file or folder with another VAE, in the official layout or that of diffusers.
         unet: the same for the U-Net, as LCM-SDXL and SDXL-Lightning are published.
-        loras: files of LoRAs, as kohya's scripts or diffusers write them, that are merged into U-Net and text encoders
-            one after the other: ``"FILE"``, ``"FILE:SCALE"``, or a :class:`minisdxl.checkpoint.lora.LoRA`.
+        loras: files of LoRAs, as kohya's scripts or diffusers write them, or diffusers' folders, that are merged into
+            U-Net and text encoders one after the other: ``"FILE"``, ``"FILE:SCALE"``, or a
+            :class:`minisdxl.checkpoint.lora.LoRA`.
         tokenizer: folder with the model's ``vocab.json`` and ``merges.txt``; ``None`` takes the folder ``tokenizer`` in
             or beside the weights, or else CLIP's own vocabulary.
 
@@ -73,5 +76,8 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def weights_path(weights: str | Path) -> Path:
-    """The file of a bundled model's name, or of a path."""
-    return BUNDLED.get(str(weights), Path(weights))
+    """The file or folder of a bundled model's name, a published one's, or a path.
+
+    Raises ``CheckpointError`` as :func:`minisdxl.checkpoint.published.find_weights`.
+    """
+    return BUNDLED.get(str(weights)) or find_weights(weights)

@@ -7,7 +7,7 @@ import hashlib
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.checkpoint.lora import LoRA, open_loras
 from minisdxl.checkpoint.modules import open_source
+from minisdxl.checkpoint.published import is_hub_id
 from minisdxl.cli.jobs import batches, find_jobs
 from minisdxl.cli.options import DEVICES, DTYPES, Parser, add_pruning, parse_point, parse_size, plain_warnings
 from minisdxl.cli.picture_files import InitImage, read_picture
@@ -52,10 +53,10 @@ def _sample(options: argparse.Namespace) -> None:
     open_loras(options.lora, weights.config, weights.shapes)
     sampling = _settle(options, weights.config)
     options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets
-    jobs = find_jobs(options)
+    jobs = find_jobs(options, weights.config)
     reports = [] if options.json in (None, "-") else [Path(options.json)]
     _check_writable([job.target for job in jobs] + reports)
-    source = _source(options)
+    source = _source(options, {job.size for job in jobs})
     if note := preset_note(weights.config, options.prune):
         print(f"note: {note}", file=sys.stderr)
     began = time.perf_counter()
@@ -103,7 +104,8 @@ def _parser() -> Parser:
         "--prompts",
         dest="file",
         metavar="FILE",
-        help="more of them: .txt, one a line; .jsonl or .csv with prompt, and if wanted negative and seed",
+        help="more of them: .txt, one a line; .jsonl, .csv or .tsv with prompt, and if wanted negative, seed, width, "
+        "height, steps and cfg; lines of .txt may end in --n NEGATIVE --d SEED --w WIDTH --h HEIGHT --s STEPS --l CFG",
     )
     add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default: %(default)s)")
     add_pruning(parser)
@@ -112,7 +114,8 @@ def _parser() -> Parser:
         "--weights",
         default="shapes",
         metavar="NAME|PATH",
-        help="the bundled 'shapes' (default), an SDXL .safetensors file, or a diffusers folder",
+        help="the bundled 'shapes' (default), an SDXL .safetensors file, a diffusers folder, a name of "
+        "minisdxl.download, or an id of the hub",
     )
     add("--vae", metavar="FILE|DIR", help="another VAE, such as the fp16-fix one, in either layout")
     add("--unet", metavar="FILE|DIR", help="another U-Net, such as LCM-SDXL or SDXL-Lightning, in either layout")
@@ -120,7 +123,7 @@ def _parser() -> Parser:
         "--lora",
         action="append",
         default=[],
-        metavar="FILE[:SCALE]",
+        metavar="FILE|DIR[:SCALE]",
         help="a LoRA, by kohya's scripts or diffusers, to be merged into the weights; may be given several times",
     )
     add(
@@ -139,7 +142,12 @@ def _parser() -> Parser:
         type=float,
         help="classifier-free guidance scale; 1 is none (default: the model's or the sampling's own, 7 for SDXL)",
     )
-    add("--seed", type=int, default=0, help="of the first picture; picture i has seed + i (default: %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first picture, up to 64 bits, -1 for a random one; picture i has seed + i (default: %(default)s)",
+    )
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the sampling's own, or else the model's)")
     add(
         "--original-size",
@@ -240,15 +248,17 @@ def _check_writable(targets: Sequence[Path]) -> None:
             raise IsADirectoryError(f"{target} is a folder, expected a file to write to")
 
 
-def _source(options: argparse.Namespace) -> InitImage | None:
-    """The picture to start from. Raises ``ValueError`` and ``OSError``; warns where it changes its shape."""
+def _source(options: argparse.Namespace, sizes: Collection[tuple[int, int]]) -> InitImage | None:
+    """The picture to start from. Raises ``ValueError`` and ``OSError``; warns where ``sizes`` change its shape."""
     if options.image is None:
         return None
     source = read_picture(options.image)
-    (width, height), (to_width, to_height) = source.image.size, options.size
-    if not 0.99 < width / height * to_height / to_width < 1.01:
+    width, height = source.image.size
+    others = [(to, up) for to, up in sizes if not 0.99 < width / height * up / to < 1.01]
+    if others:
+        stretched = "{}x{}".format(*others[0])
         warnings.warn(
-            f"{options.image} of {width}x{height} is stretched to {to_width}x{to_height}; --size may give it its shape",
+            f"{options.image} of {width}x{height} is stretched to {stretched}; --size may give it its shape",
             stacklevel=2,
         )
     return source
@@ -287,8 +297,9 @@ def _settings(
     }
     image = {"image": source.name, "image_sha256": source.sha256, "strength": options.strength} if source else {}
     others = {key: Path(getattr(options, key)).name for key in ("vae", "unet") if getattr(options, key)}
-    model = {"weights": weights_path(options.weights).name, **others, "sha256": digest.hexdigest()}
-    loras = [{"file": lora.path.name, "scale": lora.scale, "sha256": _sha256(lora.path)} for lora in options.lora]
+    weights = options.weights if is_hub_id(options.weights) else weights_path(options.weights).name
+    model = {"weights": weights, **others, "sha256": digest.hexdigest()}
+    loras = [{"file": lora.path.name, "scale": lora.scale, "sha256": _sha256(lora.file)} for lora in options.lora]
     changes = {"lora": loras} if loras else {}
     made_with = {"model": sdxl.config.name, "torch": torch.__version__, "device": str(sdxl.device)}
     return {**shared, **sizes, **image, **model, **changes, **made_with}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minisdxl.config import NoiseConfig
+from minisdxl.seeds import generator
 
 if TYPE_CHECKING:
     from atedm.plan import TokenPlan
@@ -68,16 +69,9 @@ def first_step(n: int, strength: float) -> int:
     return n - run
 
 
-def check_seed(seed: int) -> int:
-    """``seed``, unless it is outside 0..2**32 - 1: then ``ValueError``."""
-    if not 0 <= seed < 2**32:  # torch's CPU generator drops higher bits: 2**32 would give the picture of seed 0
-        raise ValueError(f"seed is {seed}, expected 0 to {2**32 - 1}")
-    return seed
-
-
 def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each image. Raises ``ValueError`` as :func:`check_seed`."""
-    return [torch.Generator().manual_seed(check_seed(seed)) for seed in seeds]
+    """One CPU generator for each image. Raises ``ValueError`` as :func:`minisdxl.seeds.check_seed`."""
+    return [generator(seed) for seed in seeds]
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:

@@ -28,7 +28,7 @@ class Settings:
     sampling: str | Sampling | None = None  # a name in `minisdxl.samplings.SAMPLINGS`, such as "dpm++-2m"
     steps: int | None = None  # denoising steps, 1 to 1000
     cfg: float | None = None  # classifier-free guidance scale; 1 means none, at half the cost
-    seed: int = 0  # of the first picture, 0 to 2**32 - 1; picture i has seed + i
+    seed: int = 0  # of the first picture, 0 to 2**64 - 1; picture i has seed + i
     images_per_prompt: int = 1  # which follow one another in what is returned
     prune: str | bool | Schedule | None = None  # a preset, as "at-edm:rho=0.5"; True: the model's own; None: dense
     size: Size | None = None  # multiples of 8

@@ -15,7 +15,7 @@ from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.identify import pipeline_family, scheduler_family
 from minisdxl.checkpoint.json_fields import Fields, check_values, differences
 from minisdxl.checkpoint.layouts import PARTS
-from minisdxl.checkpoint.weight_files import part_folder
+from minisdxl.checkpoint.weight_files import LORA_FILE, WEIGHTS, part_folder
 from minisdxl.config import (
     SDXL_BASE,
     Level,
@@ -146,7 +146,9 @@ def _without_index(folder: Path) -> str:
     if (folder / "config.json").is_file():
         kind = Fields.read(folder / "config.json").values.get("_class_name")
         return f"is the folder of one part ({kind!r}) and not of a whole model"
-    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if (folder / LORA_FILE).is_file():
+        return f"is the folder of a LoRA ({LORA_FILE}), which goes beside a model (--lora)"
+    files = sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHTS)
     return f"has no {INDEX}" + (f", only {', '.join(files[:5])}" if files else "")
 
 

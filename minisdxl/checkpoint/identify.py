@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +14,50 @@ from minisdxl.config import SDXL_BASE, Level
 V_PREDICTION = "a v-prediction model, not one that predicts epsilon"
 REFINER = "the SDXL refiner, which finishes pictures of the base model"
 
+# Diffusion transformers by the names of their blocks, with underscores for dots: those of LoRAs have them anyway. Most
+# telling first.
+TRANSFORMERS = (
+    (r"(?<!single_)transformer_blocks_\d+_(img|txt)_(mlp|mod)_", "a Qwen-Image model"),
+    (r"double_blocks_\d+_(img|txt)_(mlp_fc|mod_linear)|individual_token_refiner_", "a HunyuanVideo model"),
+    (r"joint_transformer_blocks_\d+_", "an AuraFlow model"),
+    (r"(double|single|single_transformer)_blocks_\d+_", "a Flux model"),
+    (r"joint_blocks_\d+_", "a Stable Diffusion 3 model"),
+    (r"transformer_blocks_\d+_attn_add_[kqv]_proj", "a Stable Diffusion 3 or Flux model"),
+    (
+        r"(noise|context)_refiner_\d+_|(^|_)layers_\d+_(attention_(qkv|to_[qkv]|out)|feed_forward_w\d)",
+        "a Z-Image model",
+    ),
+    (r"(?<!transformer_)(?<!down_)(?<!up_)blocks_\d+_(self_attn|cross_attn|attn[12]|ffn)_", "a Wan model"),
+    (r"adaln_single|caption_projection", "a PixArt or LTX-Video model"),
+    (r"^lora_prior_", "a Stable Cascade model"),
+    (r"^(lora_)?transformer[_-](?!resblocks)", "a diffusion transformer"),
+)
+
+# Tensors that quantized weights come with, and what quantizes so. Most telling first.
+QUANTIZED = (
+    (r"\.(wscales|wcscales|wtscale|smooth_factor(_orig)?)$", "SVDQuant (Nunchaku)"),
+    (r"\.bitsandbytes__nf4$", "bitsandbytes to nf4"),
+    (r"\.bitsandbytes__fp4$", "bitsandbytes to fp4"),
+    (r"\.(absmax|quant_map|SCB)$", "bitsandbytes"),
+    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
+    (r"\._(data|scale|shift)$", "optimum-quanto"),
+    (r"\.(zero_point|svd_up)$", "SDNQ"),
+    (r"(^|\.)(comfy_quant|scaled_fp8)$|\.(weight_scale(_2)?|scale_weight|pre_quant_scale)$", "ComfyUI"),
+)
+
 # Names that only one family of files has, most telling first.
+CONTROL_LORA = (r"^lora_controlnet$", "a Control-LoRA, a ControlNet that is stored as a change of SDXL's U-Net")
+LORA = r"lora_|[._]lora\.|\.hada_w\d|\.lokr_w\d|\.oft_blocks"
 FAMILIES = (
-    (r"lora_|[._]lora\.|\.hada_w\d|\.lokr_w\d|\.oft_blocks", "a LoRA, a change to be applied to some whole model"),
+    CONTROL_LORA,
+    (r"^lllite_", "a ControlNet-LLLite"),
+    (LORA, "a LoRA, a change to be applied to some whole model"),
     (r"^control_model\.|^controlnet_|(^|\.)input_hint_block\.", "a ControlNet"),
+    (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter"),
     (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
     (r"\.motion_modules\.", "an AnimateDiff motion module"),
-    (r"^(clip_g|clip_l|emb_params)$", "a textual inversion embedding"),
-    (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model"),
-    (r"(^|\.)double_blocks\.", "a Flux model"),
-    (r"^transformer_blocks\.", "a diffusion transformer in the diffusers layout"),
+    (r"^(clip_g|clip_l|emb_params|string_to_param.*|bundle_emb\..*)$", "a textual inversion embedding"),
+    (r"^(taesd_)?((en|de)coder\.)?(layers\.)?\d+\.conv\.\d+\.", "TAESDXL or another tiny autoencoder for previews"),
     (r"^edm_(mean|std)$", "Playground 2.5 or another model with EDM latents"),
     (r"^edm_vpred\.", "CosXL or another model that predicts v at EDM noise levels"),
     (r"^(v_pred|ztsnr)$", V_PREDICTION),
@@ -54,12 +88,25 @@ def family(shapes: Mapping[str, Shape], parts: Collection[str] = tuple(PARTS)) -
     It should be the given parts of an SDXL base model, or all. ``None`` is no promise: names and shapes are still to
     be compared one by one.
     """
-    for pattern, what in FAMILIES:
-        if any(re.search(pattern, name) for name in shapes):
-            return what
+    if transformer := transformer_family(shapes):
+        return transformer
+    if quantizer := _first(QUANTIZED, shapes):
+        return f"quantized by {quantizer}"
+    if what := _first(FAMILIES, shapes):
+        return what
     if _has(shapes, "cond_stage_model.") and not _has(shapes, "conditioner."):
         return f"a Stable Diffusion {'1.x' if _has(shapes, 'cond_stage_model.transformer.') else '2.x'} model"
-    return _unet_variant(shapes) or _part(shapes, parts)
+    return _variant(shapes) or _part(shapes, parts)
+
+
+def transformer_family(names: Collection[str]) -> str | None:
+    """The diffusion transformer that tensors with these names are of, or change; else ``None``."""
+    return _first(TRANSFORMERS, [name.replace(".", "_") for name in names])
+
+
+def _first(table: Iterable[tuple[str, str]], names: Collection[str]) -> str | None:
+    """What the first pattern stands for that is found in one of the names."""
+    return next((what for pattern, what in table if any(re.search(pattern, name) for name in names)), None)
 
 
 def predicts_v(metadata: Mapping[str, str]) -> str | None:
@@ -67,8 +114,8 @@ def predicts_v(metadata: Mapping[str, str]) -> str | None:
     return V_PREDICTION if any(metadata.get(key) == value for key, value in V_PREDICTION_METADATA) else None
 
 
-def _unet_variant(shapes: Mapping[str, Shape]) -> str | None:
-    """Models whose U-Net has the names of SDXL's, official or diffusers', and other numbers."""
+def _variant(shapes: Mapping[str, Shape]) -> str | None:
+    """Models whose U-Net or VAE has the names of SDXL's, official or diffusers', and other numbers."""
     unet = {_official(name): shape for name, shape in shapes.items()}
     if unet.get("label_emb.0.0.weight", ())[1:] == (2560,) or _has(shapes, "conditioner.embedders.0.model."):
         return REFINER
@@ -80,6 +127,8 @@ def _unet_variant(shapes: Mapping[str, Shape]) -> str | None:
     context = unet.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", ())[1:]
     if context in ((768,), (1024,)):
         return f"only the U-Net of a Stable Diffusion {'1.x' if context == (768,) else '2.x'} model"
+    if any(shapes.get(f"{prefix}decoder.conv_in.weight", ())[1:2] == (16,) for prefix in ("", PARTS["vae"].prefix)):
+        return "a VAE with 16 latent channels, such as that of Flux or Stable Diffusion 3"
     smaller = SMALLER_MODELS.get(_depths(unet)) if unet.get("input_blocks.0.0.weight", ())[:1] == (320,) else None
     return f"{smaller}, a smaller model cut out of SDXL" if smaller else None
 

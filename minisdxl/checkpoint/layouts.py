@@ -224,12 +224,26 @@ def key_variants(part: str, config: ModelConfig) -> list[KeyVariant]:
     elif part == "vae":
         ways += [_prefixed(""), vae_layout(config.vae, _OLDER_ATTENTION).mapping]
     else:  # transformers 5 saves a CLIPTextModel without ``text_model.``
-        ways.append(lambda name: _without_text_model(theirs.mapping(name)))
+        ways += [lambda name: _without_text_model(theirs.mapping(name)), _converted(PARTS[part].prefix)]
     return ways
 
 
 def _prefixed(prefix: str) -> KeyVariant:
     return lambda name: TensorMapping((prefix + name,))
+
+
+def _converted(prefix: str) -> KeyVariant:
+    """The names that diffusers' script ``convert_diffusers_to_original_sdxl.py`` writes, and how it differs.
+
+    It leaves the projection as it is in diffusers, and the first text encoder as transformers saves it.
+    """
+
+    def mapping(name: str) -> TensorMapping:
+        if name == "text_projection":
+            return TensorMapping((f"{prefix}{name}.weight",), transposed=True)
+        return TensorMapping((prefix + name.removeprefix("text_model."),))
+
+    return mapping
 
 
 def _without_text_model(mapping: TensorMapping) -> TensorMapping:

@@ -11,28 +11,52 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.layouts import PARTS, TensorMapping, key_variants, layout
-from minisdxl.checkpoint.lora_names import PREFIXES, Name, other_kind, partner, read_alphas, read_name, read_settings
+from minisdxl.checkpoint.lora_names import (
+    EMBEDDING,
+    PREFIXES,
+    Name,
+    other_kind,
+    partner,
+    read_alphas,
+    read_name,
+    read_settings,
+)
+from minisdxl.checkpoint.published import find_weights
 from minisdxl.checkpoint.resolve import misfits
-from minisdxl.checkpoint.tensorfile import FLOATS, Shape, TensorFile, open_tensors
+from minisdxl.checkpoint.tensorfile import READABLE, Shape, TensorFile, open_tensors
+from minisdxl.checkpoint.weight_files import LORA_FILE
 from minisdxl.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """A file, and how much of it to merge: 1 is all. Raises ``ValueError`` for a scale that is not finite."""
+    """A file or folder, and how much of it to merge: 1 is all. Raises ``ValueError`` for a scale that is not finite."""
 
-    path: Path
+    path: Path  # or the name of one that is published
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ValueError(f"scale of {self.path} is {self.scale}, expected a finite number, such as 0.8")
+
+    @property
+    def file(self) -> Path:
+        """The file: of a folder, the one in which diffusers saves a LoRA. Raises ``CheckpointError`` if it has none."""
+        path = find_weights(self.path)
+        if not path.is_dir():
+            return path
+        if not (path / LORA_FILE).is_file():
+            files = sorted(file.name for file in path.glob("*.safetensors"))[:5]
+            only = f", only {', '.join(files)}" if files else ""
+            raise CheckpointError(f"{path} is a folder without {LORA_FILE}{only}; expected the file of a LoRA")
+        return path / LORA_FILE
 
     @classmethod
     def parse(cls, text: str) -> LoRA:
@@ -114,8 +138,15 @@ def merge(changes: Iterable[Change], tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def open_loras(loras: Sequence[LoRA], config: ModelConfig, shapes: Mapping[str, Shape]) -> list[Change]:
-    """What LoRAs change in a model; reads headers and alphas only.
+class Opened(NamedTuple):
+    """What LoRAs change in a model, and lines for the log."""
+
+    changes: list[Change]
+    notes: list[str]
+
+
+def open_loras(loras: Sequence[LoRA], config: ModelConfig, shapes: Mapping[str, Shape]) -> Opened:
+    """Finds what LoRAs change in a model; reads headers and alphas only.
 
     Args:
         loras: the files; several may change the same weight.
@@ -127,7 +158,16 @@ def open_loras(loras: Sequence[LoRA], config: ModelConfig, shapes: Mapping[str, 
             model, or has half of a pair, a mis-shaped tensor, or an alpha that is not a finite number.
     """
     targets = _targets(config, shapes)
-    return [change for lora in loras for change in _open(lora, config, targets)]
+    opened = Opened([], [])
+    for lora in loras:
+        file = open_tensors(lora.file)
+        opened.changes.extend(_changes(lora.scale, file, config, targets))
+        embeddings = dict.fromkeys(match[1] for name in file.entries if (match := EMBEDDING.fullmatch(name)))
+        if embeddings:
+            opened.notes.append(
+                f"{file.path} has embeddings beside its LoRA, which are not loaded: {', '.join(embeddings)}"
+            )
+    return opened
 
 
 def _targets(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], Target]:
@@ -151,8 +191,10 @@ def _module(part: str, weight: str) -> tuple[str, str]:
     return part, weight.removesuffix(".weight").replace(".", "_")
 
 
-def _open(lora: LoRA, config: ModelConfig, targets: Mapping[tuple[str, str], Target]) -> list[Change]:
-    file = open_tensors(lora.path)
+def _changes(
+    scale: float, file: TensorFile, config: ModelConfig, targets: Mapping[tuple[str, str], Target]
+) -> list[Change]:
+    """What one file changes at a scale."""
     found: dict[Target, dict[str, str]] = {}  # the names of its tensors by their roles
     spelled: dict[Target, Name] = {}
     for tensor in file.entries:
@@ -161,7 +203,7 @@ def _open(lora: LoRA, config: ModelConfig, targets: Mapping[tuple[str, str], Tar
         if name and target:
             tensors = found.setdefault(target, {})
             if name.role in tensors:
-                raise CheckpointError(f"{lora.path} has two for one module: {tensors[name.role]} and {tensor}")
+                raise CheckpointError(f"{file.path} has two for one module: {tensors[name.role]} and {tensor}")
             tensors[name.role], spelled[target] = tensor, name
     _check(file, config, found)
     alphas = read_alphas(file, [tensors["alpha"] for tensors in found.values() if "alpha" in tensors])
@@ -173,7 +215,7 @@ def _open(lora: LoRA, config: ModelConfig, targets: Mapping[tuple[str, str], Tar
         return alphas[tensors["alpha"]] / rank if "alpha" in tensors else settings[part].factor(module, rank)
 
     return [
-        Change(target, file, tensors["down"], tensors["up"], lora.scale * factor(target, tensors))
+        Change(target, file, tensors["down"], tensors["up"], scale * factor(target, tensors))
         for target, tensors in found.items()
     ]
 
@@ -181,6 +223,8 @@ def _open(lora: LoRA, config: ModelConfig, targets: Mapping[tuple[str, str], Tar
 def _check(file: TensorFile, config: ModelConfig, found: Mapping[Target, Mapping[str, str]]) -> None:
     """Compares a file with what its targets ask for. Raises ``CheckpointError``."""
     shapes = {name: entry.shape for name, entry in file.entries.items()}
+    if found:
+        shapes = {name: shape for name, shape in shapes.items() if not EMBEDDING.fullmatch(name)}
     expected: dict[str, Shape] = {}
     for target, tensors in found.items():
         expected |= _expected(target, tensors, shapes)
@@ -195,8 +239,8 @@ def _check(file: TensorFile, config: ModelConfig, found: Mapping[Target, Mapping
     for tensors in found.values():
         for role, tensor in tensors.items():
             dtype = file.entries[tensor].dtype
-            if dtype not in FLOATS and (role, dtype) != ("alpha", "I64"):
-                raise CheckpointError(f"{file.path} has {tensor} as {dtype}; expected F64, F32, F16 or BF16")
+            if dtype not in READABLE and (role, dtype) != ("alpha", "I64"):
+                raise CheckpointError(f"{file.path} has {tensor} as {dtype}; expected {', '.join(READABLE)}")
 
 
 def _expected(target: Target, tensors: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -16,29 +16,42 @@ from typing import NamedTuple
 import torch
 
 from minisdxl.checkpoint.errors import CheckpointError
-from minisdxl.checkpoint.identify import family
+from minisdxl.checkpoint.identify import CONTROL_LORA, LORA, family, transformer_family
 from minisdxl.checkpoint.tensorfile import Shape, TensorFile
 
-# What begins the names of a part's modules; a name that none of these begins is the U-Net's.
+# What begins the names of a part's modules, the longer before the shorter; a name that none of these begins is the
+# U-Net's. The names of other trainers are those of LyCORIS (SimpleTuner), ComfyUI, and OMI (OneTrainer).
 PREFIXES = {
     "lora_unet_": "unet",
     "unet.": "unet",
+    "lycoris_": "unet",
     "lora_te1_": "text_encoder",
     "text_encoder.": "text_encoder",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "clip_l.transformer.": "text_encoder",
+    "clip_l.": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "text_encoder_2.": "text_encoder_2",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "clip_g.transformer.": "text_encoder_2",
+    "clip_g.": "text_encoder_2",
 }
 # .lora_down (kohya), .lora_A (PEFT), .lora.down and .lora_linear_layer.down (older diffusers), and the oldest of
-# diffusers, as in attn1.processor.to_q_lora.down, which has names of its own for the four maps of an attention.
-PAIR = re.compile(r"(?P<module>.+?)(?P<style>\.lora|_lora|\.lora_linear_layer)[._](?P<role>down|up|A|B)\.weight")
+# diffusers, as in attn1.processor.to_q_lora.down, which has names of its own for the four maps of an attention. PEFT
+# has the name of the adapter in it too, unless it leaves it out: .lora_A.default
+PAIR = re.compile(
+    r"(?P<module>.+?)(?P<style>\.lora|_lora|\.lora_linear_layer)[._](?P<role>down|up|A|B)(\.[^.]+)?\.weight"
+)
 ALPHA = re.compile(r"(?P<module>.+?)(?P<style>\.lora|_lora|\.lora_linear_layer)?\.(?P<role>alpha)")
 OLDEST_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 OLDEST = {"unet": {"to_out": "to_out.0"}, "text_encoder": OLDEST_TEXT, "text_encoder_2": OLDEST_TEXT}
 ROLES = {"down": "down", "A": "down", "up": "up", "B": "up", "alpha": "alpha"}
+EMBEDDING = re.compile(r"bundle_emb\.([^.]+)\..+")  # a textual inversion that a file holds beside its LoRA
 PARTNERS = {"down": "up", "A": "B", "up": "down", "B": "A"}
 
 # Changes of other kinds, and those for other models, by names that only they have.
 OTHERS = (
+    CONTROL_LORA,
     (r"\.dora_scale$|lora_magnitude_vector", "a DoRA, which also rescales the weights (dora_scale)"),
     (r"\.hada_w", "a LoHa (hada_w)"),
     (r"\.lokr_w", "a LoKr (lokr_w)"),
@@ -47,13 +60,18 @@ OTHERS = (
     (r"\.[ab][12]\.weight$", "a GLoRA (a1, a2, b1, b2)"),
     (r"\.on_input$", "an IA3 (on_input)"),
     (r"lora_embedding_[AB]", "a LoRA of token embeddings (lora_embedding_A)"),
-    (r"\.lora_B\.bias$", "a LoRA with biases (lora_B.bias)"),
+    (r"\.lora_B(\.[^.]+)?\.bias$", "a LoRA with biases (lora_B.bias)"),
     (r"\.(diff|diff_b|w_norm|b_norm)$", "a change that has whole tensors (diff)"),
     (r"^base_model\.model\.", "a PEFT adapter (base_model), which has its alpha in another file"),
-    (r"(double|single|single_transformer)_blocks[._]", "a LoRA for Flux"),
-    (r"joint_blocks[._]", "a LoRA for Stable Diffusion 3"),
-    (r"^lora_te_", "a LoRA for Stable Diffusion 1.x or 2.x (lora_te)"),
 )
+# Attention where the U-Net of Stable Diffusion 1.x and 2.x has it and that of SDXL has not; and their text encoder.
+OLDER = re.compile(
+    r"(down_blocks[._]0|up_blocks[._]3)[._]attentions|input_blocks[._][12][._]1[._]"
+    r"|output_blocks[._]([6-9]|1[01])[._]1[._]|^lora_te_"
+)
+# What reads from their text encoder, or is in it, has its width.
+WIDTH = re.compile(r"(.*attn2[._](processor[._])?to_[kv]|lora_te_.*_q_proj)(\.|_lora).*(down|A)(\.[^.]+)?\.weight")
+VERSIONS = {768: "1.x", 1024: "2.x"}
 SETTINGS = "lora_adapter_metadata"  # of the file's metadata: PEFT's settings as JSON, since diffusers 0.34
 
 
@@ -91,9 +109,19 @@ def other_kind(shapes: Mapping[str, Shape]) -> str | None:
     for pattern, what in OTHERS:
         if any(re.search(pattern, name) for name in shapes):
             return what
-    if any(PAIR.fullmatch(name) for name in shapes):
+    if not any(re.search(LORA, name) for name in shapes):
+        return family(shapes) or "a whole SDXL model"
+    model = transformer_family(shapes) or _older_model(shapes)
+    return f"a LoRA for {model}" if model else None
+
+
+def _older_model(shapes: Mapping[str, Shape]) -> str | None:
+    """Which of the models before SDXL a LoRA is for, if it is for one."""
+    widths = {shape[1] for name, shape in shapes.items() if len(shape) > 1 and WIDTH.fullmatch(name)}
+    versions = [version for width, version in VERSIONS.items() if width in widths]
+    if not versions and not any(OLDER.search(name) for name in shapes):
         return None
-    return family(shapes) or "a whole SDXL model"
+    return f"a Stable Diffusion {versions[0] if versions else '1.x or 2.x'} model"
 
 
 def read_alphas(file: TensorFile, names: Collection[str]) -> dict[str, float]:

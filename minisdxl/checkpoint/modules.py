@@ -22,6 +22,7 @@ from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.json_fields import check_values
 from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.lora import LoRA, merge, open_loras
+from minisdxl.checkpoint.published import find_weights
 from minisdxl.checkpoint.resolve import Source, find_source, misfits
 from minisdxl.checkpoint.tensorfile import Shape, write_tensors
 from minisdxl.checkpoint.text_names import load_official_text_state, official_text_state
@@ -75,11 +76,11 @@ def load(
     :func:`minisdxl.checkpoint.lora.merge`.
     """
     source, modules = _open(Path(path), dtype, vae, unet)
-    changes = open_loras(loras, source.config, source.shapes)
-    for note in source.notes:
+    opened = open_loras(loras, source.config, source.shapes)
+    for note in (*source.notes, *opened.notes):
         logger.warning(note)
     tensors = source.load({name: part_dtype(name, dtype) for name in source.shapes}, device)
-    merge(changes, tensors)
+    merge(opened.changes, tensors)
     for module in modules:
         module.eval()
     modules.unet.load_state_dict(_part(tensors, UNET_PREFIX), strict=True, assign=True)
@@ -101,7 +102,8 @@ def open_source(
     Args:
         path: one file in the official layout, or a diffusers folder.
         dtype: that is wanted: it decides between plain weights and an fp16 variant, where a folder has both.
-        vae: a file or folder with another VAE, in either layout; ``None`` for the one in ``path``.
+        vae: a file or folder with another VAE, in either layout, or a name that
+            :func:`minisdxl.checkpoint.published.find_weights` knows; ``None`` for the VAE in ``path``.
         unet: the same for the U-Net. What is replaced need not be in ``path``.
 
     Raises:
@@ -112,7 +114,7 @@ def open_source(
 
 def _open(path: Path, dtype: torch.dtype, vae: str | Path | None, unet: str | Path | None) -> tuple[Source, Modules]:
     """The source of a model, and the model without memory."""
-    others = {part: Path(other) for part, other in (("vae", vae), ("unet", unet)) if other is not None}
+    others = {part: find_weights(other) for part, other in (("vae", vae), ("unet", unet)) if other is not None}
     own = [part for part in PARTS if part not in others]
     if path.is_dir():
         config = _folder_config(path)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from minisdxl.checkpoint.errors import CheckpointError
+from minisdxl.checkpoint.fp8_scales import Scale, find_scales
 from minisdxl.checkpoint.identify import predicts_v
 from minisdxl.checkpoint.layouts import PARTS, TensorMapping, key_variants
-from minisdxl.checkpoint.tensorfile import FLOATS, Shape, TensorFile
+from minisdxl.checkpoint.tensorfile import FLOATS, READABLE, Shape, TensorFile
 from minisdxl.checkpoint.weight_files import WeightFiles
 from minisdxl.config import ModelConfig
 
@@ -48,6 +49,7 @@ SKIPPED = (
 BIAS, WEIGHT, GUIDANCE = (
     PARTS["unet"].prefix + f"time_embed.{name}" for name in ("0.bias", "0.weight", "cond_proj.weight")
 )
+SHOWN = 2  # names of each kind in a line that says what does not fit: each may take a hundred letters
 LCM_SCALE = 8.0  # guidance scale for LCM U-Nets, as diffusers' documentation has it for latent-consistency/lcm-sdxl
 
 
@@ -57,11 +59,13 @@ class TensorLocation:
 
     files: tuple[TensorFile, ...]
     mapping: TensorMapping
+    scales: tuple[Scale | None, ...]  # by which what is in the files is to be multiplied
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers in the file."""
-        return FLOATS[self.files[0].entries[self.mapping.names[0]].dtype]
+        """Of the numbers in the file; for fp8 one that holds them exactly, or fp32 where they have a scale."""
+        code = self.files[0].entries[self.mapping.names[0]].dtype
+        return torch.float32 if any(self.scales) else FLOATS.get(code, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,9 @@ class Source:
     def _can_map(self, name: str, dtype: torch.dtype) -> bool:
         """Whether a file has a tensor as it is to be in memory."""
         stored = self.stored[name]
-        if len(stored.files) > 1 or stored.mapping.transposed or name == BIAS:  # BIAS: GUIDANCE is added as it is read
+        if len(stored.files) > 1 or stored.mapping.transposed or any(stored.scales):
+            return False
+        if name == BIAS:  # GUIDANCE is added as it is read
             return False
         if _is_convolution(self.shapes[name]) and dtype != torch.float16:
             return False  # to be channels-last, which speeds up fp32 and bf16; few CPUs compute in fp16 at all
@@ -139,6 +145,11 @@ class Source:
                 views.setdefault(file.path, {})[theirs] = view
         for path, file in files.items():
             file.read_into(views[path])
+        for name, target in targets.items():
+            stored = self.stored[name]
+            for scale, view in zip(stored.scales, stored.mapping.split(target), strict=True):
+                if scale is not None:
+                    view.mul_(scale.read())
         if BIAS in targets and GUIDANCE in self.stored:
             targets[BIAS].add_(self._guidance().to(targets[BIAS]))
 
@@ -224,10 +235,11 @@ def _find(files: WeightFiles, config: ModelConfig, shapes: Mapping[str, Shape]) 
         for theirs, view in zip(mapping.names, mapping.split(torch.empty(shapes[name], device="meta")), strict=True)
     }
     others = tuple(part.prefix for key, part in PARTS.items() if key not in files.parts)
+    scales, of_scales = find_scales(files)
     found = {
         name: entry.shape
         for name, entry in entries.items()
-        if not _match(name, files, UNUSED + SKIPPED) and not name.startswith(others)
+        if name not in of_scales and not _match(name, files, UNUSED + SKIPPED) and not name.startswith(others)
     }
     problems = misfits(found, expected)
     what = predicts_v(files.metadata) or (files.family() if problems else None)
@@ -235,12 +247,13 @@ def _find(files: WeightFiles, config: ModelConfig, shapes: Mapping[str, Shape]) 
         raise CheckpointError(f"{files.path} is {what}; expected {_wanted(files, config)}")
     if problems:
         raise CheckpointError(f"{files.path} does not fit {config.name}: {problems}")
-    others_dtypes = [f"{name} is {entries[name].dtype}" for name in expected if entries[name].dtype not in FLOATS]
+    others_dtypes = [f"{name} is {entries[name].dtype}" for name in expected if entries[name].dtype not in READABLE]
     if others_dtypes:
         what = _count(others_dtypes, "quantized or integer tensor")
-        raise CheckpointError(f"{files.path} has {what}; expected F64, F32, F16 or BF16")
+        raise CheckpointError(f"{files.path} has {what}; expected {', '.join(READABLE)}")
     return {
-        name: TensorLocation(tuple(map(files.file_of, mapping.names)), mapping) for name, mapping in mappings.items()
+        name: TensorLocation(tuple(map(files.file_of, mapping.names)), mapping, tuple(map(scales.get, mapping.names)))
+        for name, mapping in mappings.items()
     }
 
 
@@ -280,7 +293,7 @@ def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
-    """What differs, in one line: counts, and the first five names of each kind; empty where nothing does."""
+    """What differs, in one line: counts, and the first names of each kind; empty where nothing does."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     misshaped = [
@@ -300,5 +313,6 @@ def _same_shape(name: str, found: Shape, expected: Shape) -> bool:
 
 
 def _count(names: Sequence[str], kind: str) -> str:
-    plural, more = "" if len(names) == 1 else "s", ", ..." if len(names) > 5 else ""
-    return f"{len(names)} {kind}{plural} ({', '.join(names[:5])}{more})"
+    plural, more = "" if len(names) == 1 else "s", ", ..." if len(names) > SHOWN else ""
+    shown = [name if len(name) <= 200 else f"{name[:197]}..." for name in names[:SHOWN]]
+    return f"{len(names)} {kind}{plural} ({', '.join(shown)}{more})"

@@ -26,6 +26,9 @@ from minisdxl.checkpoint.errors import CheckpointError
 
 Shape = tuple[int, ...]
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# For storage alone. All their numbers are numbers of FLOATS too, which they are read into.
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+READABLE = FLOATS | FP8
 # Bits of a number, for all dtypes of the safetensors library.
 BITS = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
@@ -67,22 +70,32 @@ class TensorFile:
 
         Raises:
             CheckpointError: if the file cannot be read, or has become shorter since it was opened.
-            ValueError: if a target has another number of elements, or the file's dtype is not in ``FLOATS``.
+            ValueError: if a target has another number of elements, or the file's dtype is not in ``READABLE``.
         """
         buffer = torch.empty(BUFFER, dtype=torch.uint8, device="cpu")
         try:
             with self.path.open("rb") as file:
                 for name in (name for name in self.entries if name in targets):  # in the order of their bytes
                     entry, target = self.entries[name], targets[name]
-                    if entry.dtype not in FLOATS or math.prod(entry.shape) != target.numel():
+                    if entry.dtype not in READABLE or math.prod(entry.shape) != target.numel():
                         raise ValueError(f"{name} is {entry.dtype} {entry.shape}, its target is {tuple(target.shape)}")
-                    dtype = FLOATS[entry.dtype]
+                    dtype = READABLE[entry.dtype]
                     file.seek(self.header_bytes + entry.start)
                     for part in _pieces(target, BUFFER // dtype.itemsize):
                         piece = buffer[: part.numel() * dtype.itemsize]
                         if file.readinto(_bytes_of(piece)) != piece.numel():
                             raise CheckpointError(f"{self.path} ended within {name} while it was being read")
                         part.copy_(piece.view(dtype).view(part.shape))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def raw(self, name: str) -> bytes:
+        """The bytes of a tensor of any dtype, which may be a text. Raises ``CheckpointError`` as :meth:`read_into`."""
+        entry = self.entries[name]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.header_bytes + entry.start)
+                return file.read(entry.stop - entry.start)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
 

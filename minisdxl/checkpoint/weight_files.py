@@ -16,6 +16,9 @@ from minisdxl.checkpoint.json_fields import Fields
 from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.tensorfile import Entry, TensorFile, open_tensors
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # of a folder in which diffusers saves a LoRA
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".msgpack", ".onnx", ".gguf")  # suffixes
+
 
 @dataclass(frozen=True)
 class WeightFiles:
@@ -115,6 +118,5 @@ def _opened(folder: Path, files: dict[Path, list[str]]) -> tuple[TensorFile, ...
 
 def _instead(folder: Path) -> str:
     """What a folder without weights has."""
-    suffixes = (".safetensors", ".bin", ".ckpt", ".pt", ".msgpack", ".onnx")
-    others = sorted(file.name for file in folder.glob("*") if file.suffix in suffixes)
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHTS)
     return f", only {', '.join(others[:5])}; expected safetensors weights, which cannot run code" if others else ""

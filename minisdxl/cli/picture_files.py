@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping
 from io import BytesIO
@@ -15,9 +16,13 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from minisdxl.checkpoint.atomic import atomic_path
+from minisdxl.images import to_rgb
 
 # What Pillow's decoders raise for damaged files of one kind or another, beyond OSError.
 DAMAGED = (ValueError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, Image.DecompressionBombError)
+
+# Pixels of a PNG in 2, 4 and 16 bits come in 8 from Pillow, its transparent shade as the file has it.
+SHADES_OF_8_BITS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
 class InitImage(NamedTuple):
@@ -29,22 +34,42 @@ class InitImage(NamedTuple):
 
 
 def read_picture(path: str | Path) -> InitImage:
-    """A picture of any format that Pillow reads, turned upright as its EXIF data says.
+    """A picture of any format that Pillow reads, in RGB, turned upright as its EXIF data says.
+
+    Warns as :func:`minisdxl.images.to_rgb`, and of a file with several frames, of which the first is taken.
 
     Raises:
-        ValueError: if the file is no picture, or a damaged one.
+        ValueError: if the file is no picture, or a damaged one, or has numbers that are no shades of gray.
         OSError: if there is no such file or it cannot be read.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file, expected a picture")
     data = Path(path).read_bytes()
     try:
-        image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+        opened = Image.open(BytesIO(data))
+        frames = getattr(opened, "n_frames", 1)
+        if opened.format == "PNG":
+            _scale_transparency(opened)
+        image = ImageOps.exif_transpose(opened)
         image.load()
+        if opened.format in ("PNG", "PPM") and image.mode == "I":  # 16 bits, which Pillow holds in 32
+            image = image.convert("I;16")
+        image = to_rgb(image)
     except (OSError, *DAMAGED) as error:
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         raise ValueError(f"{path} cannot be read as a picture{reason}, expected a PNG, JPEG or WebP file") from error
+    if frames > 1:
+        warnings.warn(f"{path} has {frames} frames, the first is taken", stacklevel=2)
     return InitImage(image, Path(path).name, hashlib.sha256(data).hexdigest())
+
+
+def _scale_transparency(opened: Image.Image) -> None:
+    """Brings the transparent shade of a PNG that is not read yet to the 8 bits that its pixels will have."""
+    scale = SHADES_OF_8_BITS.get(opened.tile[0].args) if opened.tile else None  # type: ignore[attr-defined]
+    shade = opened.info.get("transparency")
+    if scale is not None and shade is not None:
+        shades = [int(each * scale) for each in (shade if isinstance(shade, tuple) else (shade,))]
+        opened.info["transparency"] = tuple(shades) if len(shades) > 1 else shades[0]
 
 
 def write_picture(path: Path, image: Image.Image, record: Mapping[str, Any]) -> None:

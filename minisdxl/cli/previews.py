@@ -64,6 +64,11 @@ def drawn_pictures() -> Tensor:
     return pictures
 
 
+def preview_path(target: Path, steps: int) -> Path:
+    """Where the preview of a picture lies after so many steps."""
+    return target.with_name(f"{target.stem}-step-{steps:03d}.png")
+
+
 class Preview:
     """Writes the denoised latents D(x; sigma) of every ``every``-th step, as PNG files beside ``targets``.
 
@@ -93,5 +98,5 @@ class Preview:
         if self.denoised is None or (step + 1) % self.every:
             return
         for target, picture in zip(self.targets, self.rgb(self.denoised), strict=True):
-            with atomic_path(target.with_name(f"{target.stem}-step-{step + 1:03d}.png")) as path:
+            with atomic_path(preview_path(target, step + 1)) as path:
                 to_image(picture).save(path)

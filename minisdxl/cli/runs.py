@@ -31,7 +31,8 @@ LOW_MEMORY_STRIP_ROWS = 8  # rows of the latent decoded at once, with --low-memo
 class Run:
     """What all pictures of a run share: a model, the command's options, and what is recorded of both.
 
-    ``options`` has numbers where the command line may have had none; ``source`` is the picture to start from.
+    ``options`` has numbers where the command line may have had none, which hold where a job has no others; ``source``
+    is the picture to start from.
     """
 
     sdxl: SDXL
@@ -50,30 +51,37 @@ class Run:
         kinds = [None, prune] if self.options.compare else [prune]
         made = {kind: self._generate(jobs, kind) for kind in kinds}
         seconds = (time.perf_counter() - began) / len(jobs)
-        flops, dense = (sum(self.step_flops(kind)) for kind in (prune, None))
+        flops, dense = (sum(self.step_flops(kind, jobs[0])) for kind in (prune, None))
         for index, job in enumerate(jobs):
             image = made[prune][index]
             if self.options.compare:
                 image = side_by_side({kind or "dense": images[index] for kind, images in made.items()})
-            record = {"prompt": job.prompt, "negative": job.negative, "seed": job.seed}
-            write_picture(job.target, image, {**record, **self.settings})
+            record = {"prompt": job.prompt, "negative": job.negative, "seed": job.seed, **self._own_settings(job)}
+            write_picture(job.target, image, {**self.settings, **record})
             cost = {"flops": flops, "dense_flops": dense, "share": flops / dense}
             yield {"path": str(job.target), **record, "seconds": seconds, **cost}
 
-    def step_flops(self, prune: str | None) -> list[int]:
-        """What the U-Net costs for one picture in each step that is run, both halves of guidance together."""
-        config, options = self.sdxl.config, self.options
+    def _own_settings(self, job: Job) -> dict[str, Any]:
+        """What is recorded of a picture beside its prompt where it differs from what the run's pictures share."""
+        size = "{}x{}".format(*job.size)
+        own = {"steps": job.steps, "cfg": job.cfg, "size": size}
+        own |= {key: size for key in ("original_size", "target_size") if getattr(self.options, key) is None}
+        return {key: value for key, value in own.items() if value != self.settings[key]}
+
+    def step_flops(self, prune: str | None, job: Job) -> list[int]:
+        """What the U-Net costs for a job's picture in each step that is run, both halves of guidance together."""
+        config, strength = self.sdxl.config, self.options.strength
         f, text = config.vae.downscale, config.text[0].context_length
-        width, height = options.size
+        width, height = job.size
 
         def cost(plan: TokenPlan) -> int:
             return count(config, height // f, width // f, plan, text).total
 
-        plans, calls = token_plans(config, prune, options.steps), self.sampling.calls(options.steps)
+        plans, calls = token_plans(config, prune, job.steps), self.sampling.calls(job.steps)
         costs = {plan: cost(plan) for plan in set(plans)}
-        guidance = 1 if options.cfg == 1 else 2
-        first = 0 if options.strength is None else first_step(options.steps, options.strength)
-        return [guidance * calls[step] * costs[plans[step]] for step in range(first, options.steps)]
+        guidance = 1 if job.cfg == 1 else 2
+        first = 0 if strength is None else first_step(job.steps, strength)
+        return [guidance * calls[step] * costs[plans[step]] for step in range(first, job.steps)]
 
     @cached_property
     def _rgb(self) -> RGBMap:
@@ -81,9 +89,9 @@ class Run:
 
     def _generate(self, jobs: Sequence[Job], prune: str | None) -> list[Image.Image]:
         """Shows progress on a terminal."""
-        options = self.options
-        flops = self.step_flops(prune)
-        first = options.steps - len(flops)
+        options, job = self.options, jobs[0]
+        flops = self.step_flops(prune, job)
+        first = job.steps - len(flops)
         preview = None
         if options.preview is not None:
             kind = f"-{'dense' if prune is None else 'pruned'}" if options.compare else ""
@@ -98,13 +106,13 @@ class Run:
                     preview.write(step)
 
             settings = Settings(
-                negative=jobs[0].negative,
+                negative=job.negative,
                 sampling=self.sampling if preview is None else preview.watch(self.sampling),
-                steps=options.steps,
-                cfg=options.cfg,
-                seed=jobs[0].seed,
+                steps=job.steps,
+                cfg=job.cfg,
+                seed=job.seed,
                 prune=prune,
-                size=options.size,
+                size=job.size,
                 original_size=options.original_size,
                 crop=options.crop,
                 target_size=options.target_size,

@@ -241,6 +241,69 @@ def test_prompts_of_a_file_keep_their_own_seeds(tmp_path: Path, capsys: pytest.C
     assert len(list((tmp_path / "out").iterdir())) == 10  # two pairs that would have the same names
 
 
+def test_prompts_of_a_file_keep_their_own_sizes_and_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each picture is the one that the command makes of the same settings, and so are its record and its FLOPs."""
+    found = unet_flops(monkeypatch)
+    (tmp_path / "p.txt").write_text(
+        f"# two alike\n{PROMPT}\na circle\n{PROMPT} --n red --w 96 --h 64 --d 9 --l 1 --s 3\n"
+    )
+    options = [*QUICK, "--cfg", "4", "--batch", "4", "--json", str(tmp_path / "run.json")]
+    main(["--prompts", str(tmp_path / "p.txt"), *options, "--out", str(tmp_path / "out")])
+    assert "prompt 'red' has no effect without guidance" in capsys.readouterr().err
+    made = json.loads((tmp_path / "run.json").read_text())["pictures"]
+    assert sum(found) == sum(picture["flops"] for picture in made)
+    assert [Image.open(picture["path"]).size for picture in made] == [(64, 64), (64, 64), (96, 64)]
+    record = record_of(made[2]["path"])
+    expected = {"seed": 9, "negative": "red", "steps": 3, "cfg": 1.0, "size": "96x64", "original_size": "96x64"}
+    assert {key: record[key] for key in expected} == expected
+    assert made[2]["size"] == record["target_size"] == "96x64"
+    main([*command_of(record, tmp_path), "--out", str(tmp_path / "again.png")])
+    assert Image.open(tmp_path / "again.png").tobytes() == Image.open(made[2]["path"]).tobytes()
+    assert record_of(tmp_path / "again.png") == {**record, "batch": 1}
+
+
+def test_a_random_seed_is_recorded_and_a_large_one_is_its_own(tmp_path: Path, plain: Path) -> None:
+    paths = [tmp_path / f"{name}.png" for name in ("random", "again", "large")]
+    main([PROMPT, *QUICK, "--seed", "-1", "--out", str(paths[0])])
+    seed = record_of(paths[0])["seed"]
+    assert seed >= 0
+    main([PROMPT, *QUICK, "--seed", str(seed), "--out", str(paths[1])])
+    main([PROMPT, *QUICK, "--seed", str(2**32 + 7), "--out", str(paths[2])])  # plain has seed 7
+    random, again, large = (Image.open(path).tobytes() for path in paths)
+    assert random == again
+    assert record_of(paths[2])["seed"] == 2**32 + 7
+    assert large != Image.open(plain).tobytes()
+
+
+def test_long_names_and_folders_with_a_dot(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures.v2"
+    folder.mkdir()
+    wide = "\N{DESERET CAPITAL LETTER LONG I}" * 80  # a letter of four bytes
+    main([wide, "", *QUICK, "--preview", "1", "--compare", "--out", str(folder)])
+    names = [path.name for path in folder.iterdir()]
+    assert len(names) == 2 * (1 + 2 * 2)
+    assert max(len(name.encode()) for name in names) <= 255
+    assert "1-untitled-compare.png" in names
+
+
+def test_hidden_colors_do_not_show(tmp_path: Path, drawing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    colors = np.asarray(Image.open(drawing)).copy()
+    colors[:, :30] = 255
+    Image.fromarray(colors).save(tmp_path / "white.png")
+    alpha = np.full((*colors.shape[:2], 1), 255, np.uint8)
+    alpha[:, :30] = 0
+    hidden = np.asarray(Image.open(drawing)).copy()  # its own colors under alpha 0
+    Image.fromarray(np.dstack([hidden, alpha])).save(tmp_path / "hidden.png")
+    for name in ("white", "hidden"):
+        image = ["--image", str(tmp_path / f"{name}.png"), "--size", "80x64", "--strength", "0.5"]
+        main([PROMPT, "--steps", "2", *image, "--out", str(tmp_path / "out" / f"{name}.png")])
+    assert capsys.readouterr().err == "warning: the picture is transparent in places, which are taken as white\n"
+    white, hidden_out = (Image.open(tmp_path / "out" / f"{name}.png").tobytes() for name in ("white", "hidden"))
+    assert white == hidden_out
+
+
 def test_low_memory_makes_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without text encoders in memory, and in strips."""
     encoders: list[weakref.ref[Any]] = []
@@ -494,7 +557,7 @@ def test_long_prompt_warns_and_shows_what_was_lost(tmp_path: Path, capsys: pytes
         (["--prune", "at-edm:color=red"], "color"),
         (["--device", "abacus"], "abacus"),
         (["--dtype", "int3"], "int3"),
-        (["--seed", "-1"], "-1"),
+        (["--seed", "-2"], "seed is -2, expected 0 to 18446744073709551615"),
         (["--batch", "0"], "0"),
         (["--cfg", "nan"], "nan"),
         (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),
@@ -508,7 +571,10 @@ def test_long_prompt_warns_and_shows_what_was_lost(tmp_path: Path, capsys: pytes
         (["--images-per-prompt", "2", "--out", "one.png"], "one.png"),
         (["--images-per-prompt", "0"], "--images-per-prompt is 0"),
         (["--preview", "0"], "--preview is 0"),
-        (["--seed", "4294967295", "--images-per-prompt", "2"], "4294967296"),
+        (["--seed", "18446744073709551615", "--images-per-prompt", "2"], "18446744073709551616"),
+        (["--prompts", "large.txt"], "large.txt, line 2: picture width is 100 pixels, expected a multiple of 8"),
+        (["--prompts", "other.txt"], "other.txt, line 1: --ar 16:9 is no option of a prompt here"),
+        (["--image", "range.tiff"], "range.tiff cannot be read as a picture (the picture has values from -3 to 4"),
         (["--sampling", "nonesuch"], "unknown sampling 'nonesuch'"),
         (["--sampling", "lcm", "--steps", "51"], "steps is 51"),
         (["--strength", "0.5"], "--strength is 0.5 without --image"),
@@ -525,7 +591,7 @@ def test_long_prompt_warns_and_shows_what_was_lost(tmp_path: Path, capsys: pytes
         (["--crop", "5"], "'5', expected LEFT,TOP"),
         (["--crop=-1,0"], "'-1,0', expected LEFT,TOP"),
         (["--prompts", "nowhere.txt"], "nowhere.txt is no file, expected one of prompts"),
-        (["--prompts", "page.png"], "page.png, expected a .txt, .jsonl or .csv"),
+        (["--prompts", "page.png"], "page.png, expected a .txt, .jsonl, .csv or .tsv"),
         (["--prompts", "bad.jsonl"], "bad.jsonl, line 2: no prompt among the keys text"),
         (["--json", "drawings"], "drawings is a folder"),
         (["--json", "page.png/run.json"], "page.png"),
@@ -545,6 +611,9 @@ def test_bad_input_is_one_line(
     (tmp_path / "half.png").write_bytes(drawing.read_bytes()[:200])
     (tmp_path / "bad.png").write_bytes(drawing.read_bytes().replace(b"IHDR", b"IHDX"))
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a red circle"}\n{"text": "a blue square"}\n')
+    (tmp_path / "large.txt").write_text("a red circle\na blue square --w 100")
+    (tmp_path / "other.txt").write_text("a red circle --ar 16:9")
+    Image.fromarray(np.array([[-3, 4]], np.float32)).save(tmp_path / "range.tiff")
     there = sorted(tmp_path.rglob("*.*"))
     assert named in refused(capsys, PROMPT, *QUICK, *arguments)
     assert sorted(tmp_path.rglob("*.*")) == there

@@ -271,12 +271,6 @@ def test_only_the_unet_runs_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_bad_seeds_are_refused() -> None:
-    for seed in (-1, 2**32):
-        with pytest.raises(ValueError, match=rf"seed is {seed}, expected 0 to 4294967295"):
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=rf"seed is {seed}, expected 0 to 18446744073709551615"):
             image_generators([0, seed])
-
-
-def test_seeds_beyond_32_bits_would_repeat() -> None:
-    # The reason for the limit on seeds; if torch changes this, the limit can go.
-    draws = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in (0, 2**32)]
-    assert torch.equal(*draws)
