@@ -247,7 +247,8 @@ def test_pruned_shapes_to_the_flop(plan: TokenPlan, height: int, width: int) -> 
     assert counted.total == sum(flops for (_, kind), flops in measured.items() if kind != "ranking and recovery")
     for name, block_plan in plan.items():
         site = SHAPES_SITES[name]
-        tokens, cost, spared = site.tokens(height, width), 0, 0
+        rows, columns = (-(-side // 2**site.level) for side in (height, width))  # each halving rounds up
+        tokens, cost, spared = rows * columns, 0, 0
         for index, layer_plan in block_plan.layers:
             assert layer_plan.pruning is not None
             kept = round(tokens * (1 - layer_plan.pruning.ratio))
