@@ -7,7 +7,7 @@ Shapes: an attention map is (B, heads, M, N) for M queries and N keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ MAX_ITERATIONS = 50
 ENTROPY_FLOOR = 1e-6
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
+class Ranking(NamedTuple):
     """The result of G-WPR for each head.
 
     ``heads`` (B, heads, M) are scores that sum to one over the M queries. ``iterations`` (B, heads) counts iterations.
@@ -37,16 +36,9 @@ class Ranking:
 
     @classmethod
     def join(cls, parts: Sequence[Ranking], batch: int, heads: int) -> Ranking:
-        """One ranking from those of single heads, or groups of heads, in the order of (batch, heads)."""
-
-        def joined(tensors: list[Tensor]) -> Tensor:
-            return torch.cat([x.flatten(0, 1) for x in tensors]).unflatten(0, (batch, heads))
-
-        return cls(
-            joined([part.heads for part in parts]),
-            joined([part.iterations for part in parts]),
-            joined([part.converged for part in parts]),
-        )
+        """One ranking of (batch, heads) from those of a few heads each, in that order."""
+        fields = zip(*parts, strict=True)
+        return cls(*(torch.cat([x.flatten(0, 1) for x in each]).unflatten(0, (batch, heads)) for each in fields))
 
     @property
     def scores(self) -> Tensor:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from atedm.graph import AttentionInputs
 from atedm.merging import Merge, Merging
 from atedm.pruning import Pruning, prune
-from atedm.ranking import kept_count
 from atedm.recovery import Restore
 from atedm.tokens import TokenSet
 
@@ -31,15 +29,6 @@ class Site:
     def name(self) -> str:
         """The display name, which plans use: ``down.1.0``, ``mid``, ``up.2.2``."""
         return "mid" if self.stage == "mid" else f"{self.stage}.{self.level}.{self.index}"
-
-
-class Counts(NamedTuple):
-    """Number of tokens that each sub-layer of a transformer layer sees, and number that leave the layer."""
-
-    self_attention: int
-    cross_attention: int
-    feed_forward: int
-    out: int
 
 
 @dataclass(frozen=True)
@@ -74,13 +63,6 @@ class LayerPlan:
             return tokens, []
         kept, restore = prune(tokens, self_attention, cross_attention, self.pruning)
         return kept, [restore]
-
-    def counts(self, tokens: int) -> Counts:
-        """How many of ``tokens`` each sub-layer sees."""
-        if self.merging is not None:
-            return Counts(*self.merging.counts(tokens), tokens)
-        kept = tokens if self.pruning is None else kept_count(tokens, self.pruning.ratio)
-        return Counts(tokens, tokens, kept if self.before_feed_forward else tokens, kept)
 
 
 UNTOUCHED = LayerPlan()
