@@ -1,4 +1,4 @@
-"""Token sets, ranking, pruning and recovery: AT-EDM as ordinary layers, for any model that attends over a grid."""
+"""Token pruning as ordinary layers (AT-EDM, ToMe), for any model whose transformer blocks attend over a grid."""
 
 from atedm.graph import (
     GRAPHS,

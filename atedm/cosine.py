@@ -1,6 +1,6 @@
-"""Cosine similarity of token values: the ranking ``dissimilarity``, and the nearest kept token of each pruned one.
+"""Cosine similarity of token values: the ranking ``dissimilarity``, and the nearest kept token of a pruned one.
 
-This is not what attention measures; ``python -m tools.single_step`` shows the difference.
+No attention map is needed. Attention measures something else; ``python -m tools.single_step`` shows the difference.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from atedm.coverage import grid_order
 from atedm.graph.streamed import PIECE_BYTES
 from atedm.tokens import TokenSet, at_least_float32, take_tokens
 
-ANCHORS = 4  # one token in so many is what the others are compared with
+ANCHORS = 4  # the others are compared with every 4th token
 
 
 def nearest(values: Tensor, others: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest cosine similarities of each of ``values`` (B, n, C) to ``others`` (B, m, C), and to which.
+    """The ``count`` largest cosine similarities of each of ``values`` (B, n, C) to ``others`` (B, m, C).
 
-    Returns (B, n, count) both, the largest first, and fewer if m is. In float32 at least, and in pieces of the (n, m)
-    similarities. A value of zeros has no direction: its similarity to all is zero. Of equals the first counts.
+    Returns similarities and indices into ``others``, both (B, n, min(count, m)), largest first; among equal ones the
+    lowest index wins. A zero vector has similarity 0 to all. Computed in float32 at least, in pieces of the (n, m)
+    similarities, to save memory.
     """
     directions, theirs = (F.normalize(at_least_float32(each), dim=-1, eps=1e-12) for each in (values, others))
     rows = max(1, PIECE_BYTES // (theirs[..., 0].numel() * theirs.element_size()))
@@ -30,7 +31,7 @@ def nearest(values: Tensor, others: Tensor, count: int = 1) -> tuple[Tensor, Ten
 
 
 def _largest(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """As ``topk`` along the last axis, which does not say what it takes of equals. Changes ``weights``."""
+    """``topk`` along the last axis, with the lowest index first among equal values. Overwrites ``weights``."""
     found = []
     for _ in range(min(count, weights.shape[-1])):
         best, index = weights.max(dim=-1, keepdim=True)
@@ -42,15 +43,15 @@ def _largest(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def dissimilarity(tokens: TokenSet) -> Tensor:
-    """Scores (B, n): how unlike the rest of the tokens each is, so that the redundant ones are pruned first.
+    """Scores (B, n) that are low for tokens similar to others, so that redundant tokens are pruned first.
 
-    One token in ``ANCHORS``, those that :func:`grid_order` puts first, stand for all and score highest. Any other
-    scores minus its largest cosine similarity to one of them. The idea is ToMe's (Bolya and Hoffman 2023), whose
-    destinations these anchors are on a grid of even sides; there tokens are merged, here they are left out.
+    One token in ``ANCHORS`` is an anchor, on a regular grid (:func:`grid_order`). Anchors score highest. Any other
+    token scores minus its largest cosine similarity to an anchor. The idea is ToMe's (Bolya and Hoffman 2023): on a
+    grid of even sides the anchors are its destinations. There similar tokens are merged, here they are pruned.
     """
     order = grid_order(tokens)
     anchors = order.topk(max(1, tokens.count // ANCHORS), dim=-1).indices
     best, _ = nearest(tokens.values, take_tokens(tokens.values, anchors))
     places = 4 ** (max(tokens.grid) - 1).bit_length()
-    first = 2 + order.gather(1, anchors) / (2 * places)  # 1.5 to 2: above all others, in the order of the grid
+    first = 2 + order.gather(1, anchors) / (2 * places)  # from 1.5 to 2, above all others, in grid order
     return (-best[..., 0]).scatter(1, anchors, first.to(best.dtype))

@@ -1,4 +1,4 @@
-"""Rankings that leave no part of the picture without a token: a regular grid, and the best of each window first."""
+"""Rankings that keep tokens everywhere in the picture: on a regular grid, or the best token of each window."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from atedm.tokens import TokenSet
 
-WINDOW = 2  # positions a side
-SHIFTS = ((0, 0), (1, 1), (0, 1), (1, 0))  # rows and columns that a grid can be moved by
+WINDOW = 2  # positions per side
+SHIFTS = ((0, 0), (1, 1), (0, 1), (1, 0))  # rows and columns by which the moving grid is shifted, in turn
 
 
 def grid_order(tokens: TokenSet, shift: int = 0) -> Tensor:
-    """Scores (B, n) whose k highest are spread over the grid as evenly as can be, whatever k is; no two are equal.
+    """Scores (B, n) whose k highest are spread evenly over the grid, for every k. All scores are different.
 
-    From 0 down: minus the place of each position in the order of a dither matrix as large as the grid (Bayer 1973), in
-    which the first quarter is every second row and column, and so on. ``shift`` says which of ``SHIFTS`` the matrix is
-    moved by: the first quarters of all four are every position.
+    A score is minus the rank of the position in an ordered-dither matrix of the grid's size (Bayer 1973). The first
+    quarter of the ranks is every second row and column, and so on recursively. ``shift`` is an index into ``SHIFTS``;
+    the first quarters of the four shifts together cover every position.
     """
     down, right = SHIFTS[shift]
     row, column = _rows_and_columns(tokens)
@@ -28,11 +28,11 @@ def grid_order(tokens: TokenSet, shift: int = 0) -> Tensor:
 
 
 def cover(scores: Tensor, tokens: TokenSet) -> Tensor:
-    """Scores (B, n) that rank the best token of each window of ``WINDOW`` x ``WINDOW`` positions before all others.
+    """Scores (B, n) that put the best token of each window of ``WINDOW`` x ``WINDOW`` positions before all others.
 
-    Among themselves, the best and the others each keep the order of ``scores`` (B, n). On ties the first wins.
+    The best tokens keep the order of ``scores`` (B, n) among themselves, and so do the others. On ties the first wins.
     """
-    height, width = (-(-side // WINDOW) for side in tokens.grid)  # windows, the last ones perhaps smaller
+    height, width = (-(-side // WINDOW) for side in tokens.grid)  # number of windows; the last ones may be smaller
     row, column = _rows_and_columns(tokens)
     window = row // WINDOW * width + column // WINDOW
     place = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
@@ -41,7 +41,7 @@ def cover(scores: Tensor, tokens: TokenSet) -> Tensor:
 
 
 def _rows_and_columns(tokens: TokenSet) -> tuple[Tensor, Tensor]:
-    """Of the position of each token, (B, n) both."""
+    """The row and the column of each token, (B, n) both."""
     positions = tokens.positions
     if positions is None:
         positions = torch.arange(tokens.count, device=tokens.values.device).expand(tokens.values.shape[0], -1)

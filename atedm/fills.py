@@ -1,6 +1,7 @@
-"""The recoveries that put kept tokens among values of another kind: zeros, interpolated, old, or old and changed ones.
+"""Recoveries that fill pruned positions with zeros, interpolated values, old values, or old values plus a change.
 
 Source: the AT-EDM paper, section 4.4, "Similarity-based Copy", and figure 9. :func:`add_change` is not in the paper.
+Arguments of all four: ``tokens`` is the set before pruning, ``kept`` (B, k) are the indices of the tokens that stay.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from atedm.tokens import TokenSet, at_least_float32, take_tokens
 
 @dataclass(frozen=True, eq=False)
 class Fill:
-    """The restore that puts the kept tokens back among values of another kind.
+    """The restore that writes the kept tokens over a background.
 
-    ``kept`` (B, k) are the indices that the tokens had in the set before, whose positions and grid the others are.
-    ``background`` gives values (B, n, C) for all n tokens of the set before, from those of the kept ones (B, k, C).
+    ``kept`` (B, k) are their indices in the set before pruning; ``grid`` and ``positions`` are those of that set.
+    ``background`` computes values (B, n, C) for all of its n tokens from the values (B, k, C) of the kept ones.
     """
 
     kept: Tensor
@@ -29,13 +30,13 @@ class Fill:
     background: Callable[[Tensor], Tensor]
 
     def __call__(self, tokens: TokenSet) -> TokenSet:
-        """The background with the kept tokens over it, see :class:`~atedm.recovery.Restore`."""
+        """See :class:`~atedm.recovery.Restore`."""
         check_kept(tokens, (self.kept.shape[0], self.kept.shape[1]), self.grid)
         return TokenSet(put_tokens(tokens.values, self.kept, self.background(tokens.values)), self.grid, self.positions)
 
 
 def zero_padding(tokens: TokenSet, kept: Tensor) -> Fill:
-    """Pruned tokens become zero. Arguments as in :func:`~atedm.recovery.recover`."""
+    """Pruned tokens become zero."""
     count = tokens.count
 
     def zeros(values: Tensor) -> Tensor:
@@ -45,20 +46,19 @@ def zero_padding(tokens: TokenSet, kept: Tensor) -> Fill:
 
 
 def direct_copy(tokens: TokenSet, kept: Tensor) -> Fill:
-    """Pruned tokens take the value that they had when pruned. Arguments as in :func:`~atedm.recovery.recover`.
+    """Pruned tokens take the value that they had when they were pruned.
 
-    NOTE: where pruning is repeated, the paper's "values before the first pruning layer" would be older ones.
+    NOTE: the paper copies "values before the first pruning layer". Where pruning is repeated, those are older.
     """
     before = tokens.values
     return Fill(kept, tokens.grid, tokens.positions, lambda _: before)
 
 
 def add_change(tokens: TokenSet, kept: Tensor, sources: Tensor) -> Fill:
-    """Pruned tokens keep the value that they had when pruned, and take on what has changed in kept tokens since.
+    """A pruned token keeps the value that it had when pruned, and adds the mean change of m kept tokens since then.
 
-    ``sources`` (B, n, m) names m kept tokens for each, as :class:`~atedm.recovery.Copy` names one; of their changes the
-    mean counts. A residual stream is a sum of changes: this stands in for the ones that a pruned token missed, and does
-    not touch what it was already.
+    ``sources`` (B, n, m) are indices into ``kept``. A residual stream is a sum of changes. The change of similar tokens
+    replaces the one that the pruned token missed; what the token was before stays.
     """
     before, kept_before = tokens.values, take_tokens(tokens.values, kept)
 
@@ -70,11 +70,11 @@ def add_change(tokens: TokenSet, kept: Tensor, sources: Tensor) -> Fill:
 
 
 def bicubic_interpolation(tokens: TokenSet, kept: Tensor) -> Fill:
-    """Pruned tokens are interpolated from the kept ones around. Arguments as in :func:`~atedm.recovery.recover`.
+    """Pruned tokens are interpolated from the kept ones around them.
 
-    NOTE: the paper does not say how; it reports values near zero amid other pruned tokens. Here the grid, zero where
-    no token is, is resampled to half its sides (rounded up) and back, bicubic both times, without antialiasing; from
-    the result pruned tokens take their values.
+    NOTE: the paper does not say how. It reports values near zero among other pruned tokens. Here the grid, with zeros
+    at pruned positions, is resampled to half its sides (rounded up) and back, bicubic and without antialiasing. Pruned
+    tokens take their values from the result.
     """
     before, (height, width) = tokens.positions, tokens.grid
     positions = kept if before is None else before.gather(1, kept)
@@ -96,7 +96,7 @@ def put_tokens(values: Tensor, indices: Tensor, background: Tensor) -> Tensor:
 
 
 def check_kept(tokens: TokenSet, kept: tuple[int, int], grid: tuple[int, int]) -> None:
-    """Raise ``ValueError`` unless ``tokens`` are as many, in a batch as large, and of the grid, as pruning kept."""
+    """Raises ``ValueError`` unless ``tokens`` have the (B, k) and the grid of what pruning kept."""
     if tuple(tokens.values.shape[:2]) != kept or tokens.grid != grid:
         raise ValueError(
             f"cannot restore {tuple(tokens.values.shape[:2])} tokens (B, n) of grid {tokens.grid}: "

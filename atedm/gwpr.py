@@ -1,33 +1,33 @@
-"""Generalized Weighted Page Rank (G-WPR): how important each token is, read off the attention graph.
+"""Generalized Weighted Page Rank (G-WPR): the importance of each token, by power iteration on the attention map.
 
-Source: the AT-EDM paper, section 3.2, Algorithm 1 and equation (1).
+Source: the AT-EDM paper, section 3.2, Algorithm 1 and equation (1). There query i votes for key j with weight A[i, j].
+Shapes: an attention map is (B, heads, M, N) for M queries and N keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from atedm.graph import AttentionGraph, DenseGraph
 
-# The paper names a threshold epsilon and gives no number. Scores of a head sum to one, so this is a share of all votes.
+# The paper's threshold epsilon, for which it gives no number. The scores of a head sum to one.
 EPSILON = 1e-5
 MAX_ITERATIONS = 50
 
-# Equation (1) divides by a row's entropy, which is 0 where a query attends to one key alone. float32 cannot tell rows
-# under this many nats from such a row.
+# Equation (1) divides by a row's entropy, which is 0 where a query attends to one key alone. float32 cannot tell a row
+# of less than this many nats from such a row.
 ENTROPY_FLOOR = 1e-6
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """The outcome of G-WPR, head by head.
+class Ranking(NamedTuple):
+    """The result of G-WPR for each head.
 
-    ``heads`` (B, heads, M): scores that sum to one over each head's M queries. ``iterations`` (B, heads): how many each
-    head took. ``converged`` (B, heads) bool: stopped because its scores no longer changed, not at the iteration limit.
+    ``heads`` (B, heads, M) are scores that sum to one over the M queries. ``iterations`` (B, heads) counts iterations.
+    ``converged`` (B, heads) is false where a head stopped at the iteration limit.
     """
 
     heads: Tensor
@@ -36,21 +36,13 @@ class Ranking:
 
     @classmethod
     def join(cls, parts: Sequence[Ranking], batch: int, heads: int) -> Ranking:
-        """The ranking whose heads are those of ``parts``, in order."""
-
-        def joined(tensors: list[Tensor]) -> Tensor:
-            all_heads = torch.cat([x.flatten(0, 1) for x in tensors])
-            return all_heads.view(batch, heads, *all_heads.shape[1:])
-
-        return cls(
-            joined([part.heads for part in parts]),
-            joined([part.iterations for part in parts]),
-            joined([part.converged for part in parts]),
-        )
+        """One ranking of (batch, heads) from those of a few heads each, in that order."""
+        fields = (torch.cat([x.flatten(0, 1) for x in each]) for each in zip(*parts, strict=True))
+        return cls(*(x.view(batch, heads, *x.shape[1:]) for x in fields))
 
     @property
     def scores(self) -> Tensor:
-        """(B, M): root mean square over heads, which rewards tokens that a few heads rate very high (section 3.2)."""
+        """(B, M), the root mean square over heads. It favors tokens that a few heads score very high (section 3.2)."""
         return self.heads.square().mean(dim=1).sqrt()
 
 
@@ -61,15 +53,14 @@ def rank(
     eps: float = EPSILON,
     max_iterations: int = MAX_ITERATIONS,
 ) -> Ranking:
-    """Algorithm 1 on a map (B, heads, M, N) or a graph of it, for each head of each batch row by itself.
+    """Algorithm 1 on a map (B, heads, M, N) or on its graph, independently for each head.
 
-    ``cross`` says that queries and keys are different tokens, so that equation (1) must bring the scores of the keys
-    back to the queries. A head stops when its scores change by at most ``eps`` (L1 norm), or after ``max_iterations``.
-    Whether all heads have stopped is asked of the device in each iteration, unless ``eps`` is 0: then there are exactly
-    ``max_iterations`` of them, nothing waits for the device, and the meta device and compiled graphs are fine as well.
+    ``cross`` is for cross-attention: equation (1) then maps the scores of the keys back to the queries. A head stops
+    when its scores change by at most ``eps`` (L1 norm), or after ``max_iterations``. With ``eps`` 0 it runs exactly
+    ``max_iterations``: the host never waits for the device, so that this also compiles and runs on the meta device.
 
-    Raises ``ValueError`` for a map that is not row-stochastic (see :meth:`DenseGraph.from_map`), for self-attention
-    with M != N, and for ``eps`` or ``max_iterations`` out of range.
+    Raises ``ValueError`` for a map that is not row-stochastic (:meth:`DenseGraph.from_map`), for self-attention with
+    M != N, and for ``eps`` or ``max_iterations`` out of range.
     """
     graph = DenseGraph.from_map(attention) if isinstance(attention, Tensor) else attention
     _, _, queries, keys = graph.shape
@@ -80,14 +71,14 @@ def rank(
     if max_iterations < 1:
         raise ValueError(f"max_iterations is {max_iterations}, expected 1 or more")
 
-    if cross:  # where keys are words, the map is small
+    if cross:  # a map to a few words is small
         return _rank(graph, cross, eps, max_iterations)
     parts = [_rank(part, cross, eps, max_iterations) for part in graph.parts()]
     return Ranking.join(parts, *graph.shape[:2])
 
 
 def _rank(graph: AttentionGraph, cross: bool, eps: float, max_iterations: int) -> Ranking:
-    """The ranking of all heads of ``graph`` side by side."""
+    """The power iteration, on all heads of ``graph`` at once."""
     entropy = graph.entropy().clamp_min(ENTROPY_FLOOR) if cross else None
     s_q = graph.uniform()
     iterations = torch.zeros(s_q.shape[:2], dtype=torch.int64, device=s_q.device)
@@ -112,5 +103,5 @@ def gwpr(
     eps: float = EPSILON,
     max_iterations: int = MAX_ITERATIONS,
 ) -> Tensor:
-    """Importance of each query token, (B, M): the scores of :func:`rank`, which says more."""
+    """The scores (B, M) of the query tokens, by :func:`rank`."""
     return rank(attention, cross=cross, eps=eps, max_iterations=max_iterations).scores

@@ -1,4 +1,4 @@
-"""Token merging for stable diffusion (ToMe): tokens that are alike become one before a sub-layer, and split after it.
+"""Token merging (ToMe): similar tokens are averaged before a sub-layer, and its output is copied back to each of them.
 
 Source: Bolya and Hoffman 2023, "Token Merging for Fast Stable Diffusion", and their code, tomesd.
 """
@@ -16,18 +16,18 @@ from atedm.tokens import TokenSet, take_tokens
 
 
 class Merge(Protocol):
-    """What a sub-layer does with its tokens before it runs, and after."""
+    """Merges the tokens before a sub-layer, and undoes it after."""
 
     def merge(self, values: Tensor) -> Tensor:
-        """The values (B, m, C) of the merged tokens from those of all, (B, n, C)."""
+        """Values (B, n, C) of all tokens to those of the merged tokens, (B, m, C)."""
 
     def unmerge(self, values: Tensor) -> Tensor:
-        """Values (B, n, C) of all tokens from those of the merged ones, (B, m, C): each takes that of its merger."""
+        """Values (B, m, C) of the merged tokens to those of all, (B, n, C). Each token takes the value of its group."""
 
 
 @dataclass(frozen=True, eq=False)
 class NoMerge:
-    """Where nothing is merged: values go through untouched."""
+    """Merges nothing."""
 
     def merge(self, values: Tensor) -> Tensor:
         """The values given."""
@@ -40,11 +40,11 @@ class NoMerge:
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """Which of n tokens become part of which of m merged tokens.
+    """Which of the n tokens are merged into which of the m that stay; r = n - m.
 
-    ``order`` (B, n): first the m tokens that stay, destinations last, then the r others, most similar first.
-    ``target`` (B, r): which of the m each of these others becomes part of. ``source`` (B, n): which of the m merged
-    tokens each token, in its own place, is part of.
+    ``order`` (B, n) are token indices: the m that stay, destinations last, then the r others, most similar first.
+    ``target`` (B, r) says into which of the m each of these others is merged. ``source`` (B, n) says for each token, in
+    the original order, which of the m merged tokens it is part of.
     """
 
     order: Tensor
@@ -52,7 +52,7 @@ class Matching:
     source: Tensor
 
     def merge(self, values: Tensor) -> Tensor:
-        """Each destination becomes the mean of itself and of what it merges with, see :class:`Merge`."""
+        """Each destination becomes the mean of itself and of the tokens merged into it, see :class:`Merge`."""
         ordered = take_tokens(values, self.order)
         stay, go = ordered.tensor_split([values.shape[1] - self.target.shape[1]], dim=1)
         return stay.scatter_reduce(1, self.target.unsqueeze(-1).expand_as(go), go, reduce="mean", include_self=True)
@@ -64,17 +64,16 @@ class Matching:
 
 @dataclass(frozen=True)
 class Merging:
-    """How a transformer layer merges: what share of its tokens, around which sub-layers, in cells of what size.
+    """How a transformer layer merges its tokens.
 
-    ``ratio`` is r, the share of tokens that become part of others, of which there is one in each cell of ``stride``
-    rows and columns. Raises ``ValueError`` for a stride below 1 and a ratio outside 0 to 1 - 1 / (cell size).
+    Raises ``ValueError`` for a stride below 1 and a ratio outside 0 to 1 - 1 / (cell size).
     """
 
-    ratio: float
-    self_attention: bool = True
+    ratio: float  # r: the share of tokens that are merged into others
+    self_attention: bool = True  # around which sub-layers
     cross_attention: bool = True
     feed_forward: bool = True
-    stride: tuple[int, int] = (2, 2)
+    stride: tuple[int, int] = (2, 2)  # rows and columns of a cell; each cell has one destination
 
     def __post_init__(self) -> None:
         rows, columns = self.stride
@@ -85,9 +84,9 @@ class Merging:
             raise ValueError(f"merging ratio r is {self.ratio}, expected 0 to {most:.4g} with stride {self.stride}")
 
     def match(self, tokens: TokenSet) -> tuple[Merge, Merge, Merge]:
-        """The merges around self-attention, cross-attention and feed-forward, all by one matching of ``tokens``.
+        """The merges around self-attention, cross-attention and feed-forward, all by one matching.
 
-        These are what enters the layer, before any norm. Raises ``ValueError`` as :func:`match_tokens` does.
+        ``tokens`` are what enters the layer, before any norm. Raises ``ValueError`` as :func:`match_tokens` does.
         """
         matching = match_tokens(tokens, self) if any(self._where) else NoMerge()
         around_self, around_cross, around_feed = (matching if merged else NoMerge() for merged in self._where)
@@ -100,7 +99,7 @@ class Merging:
         return in_self, in_cross, in_feed
 
     def removed(self, count: int) -> int:
-        """How many of ``count`` tokens become part of others: int(count * ratio), as tomesd rounds."""
+        """How many of ``count`` tokens are merged into others: int(count * ratio), rounded as tomesd does."""
         return int(count * self.ratio)
 
     @property
@@ -109,14 +108,15 @@ class Merging:
 
 
 def match_tokens(tokens: TokenSet, how: Merging) -> Merge:
-    """Bipartite soft matching: tokens of a grid become part of those most similar to them.
+    """Bipartite soft matching of the tokens of a grid.
 
-    The first token of each whole cell of the grid is a destination, all others are sources. Those sources that have the
-    largest cosine similarity to any destination, as many as ``how`` removes, become part of it. Similarity is of the
-    values of ``tokens``, in float32 at least. Raises ``ValueError`` for sparse tokens or a grid smaller than a cell.
+    The first token of each whole cell is a destination, all others are sources. The sources with the largest cosine
+    similarity to a destination, as many as ``how`` removes, are merged into it. Similarity is computed in float32 at
+    least. Raises ``ValueError`` for sparse tokens or a grid smaller than a cell.
 
-    As tomesd's ``bipartite_soft_matching_random2d`` without randomness, bit for bit, up to the order of destinations
-    and the choice among equal similarities: tomesd leaves both to an unstable sort, here the first token comes first.
+    This is tomesd's ``bipartite_soft_matching_random2d`` without randomness, bit for bit, except for the order of
+    destinations and the choice among equal similarities. tomesd leaves both to an unstable sort; here the first token
+    comes first.
     """
     removed = how.removed(tokens.count)
     if not removed:

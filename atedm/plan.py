@@ -1,65 +1,45 @@
-"""Token plans: what each attention block of a model does with its tokens at one denoising step. Plans are data.
+"""Token plans: what each attention block does with its tokens at one denoising step, as data.
 
-A plan can be printed, compared, counted and tested without a model. A transformer layer is handed its part of the plan
-and asks it what to do; nothing is switched inside modules.
+A plan is passed down the forward call, and a transformer layer asks its part of the plan what to do. So a plan can be
+printed, compared, counted and tested without a model, and modules have no state to switch between steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
 
 from atedm.graph import AttentionInputs
 from atedm.merging import Merge, Merging
 from atedm.pruning import Pruning, prune
-from atedm.ranking import kept_count
 from atedm.recovery import Restore
 from atedm.tokens import TokenSet
 
 
-class Site(Protocol):
-    """What plans and schedules need to know of an attention block: its name and where in the model it sits."""
+@dataclass(frozen=True)
+class Site:
+    """Where an attention block sits in the U-Net: all that plans and schedules need to know of it."""
+
+    stage: str  # "down", "mid" or "up"
+    level: int  # feature level; 0 has the full latent resolution
+    index: int  # in running order, among the blocks of the same stage and level
+    depth: int  # number of transformer layers
 
     @property
     def name(self) -> str:
-        """The name by which plans call it."""
-
-    @property
-    def stage(self) -> str:
-        """``down``, ``mid`` or ``up``."""
-
-    @property
-    def level(self) -> int:
-        """Feature level, 0 is the full latent resolution."""
-
-    @property
-    def index(self) -> int:
-        """Place among the blocks of this stage and level, in running order."""
-
-    @property
-    def depth(self) -> int:
-        """Number of transformer layers."""
-
-
-class Counts(NamedTuple):
-    """Number of tokens that the three sub-layers of a transformer layer see, and that it hands on."""
-
-    self_attention: int
-    cross_attention: int
-    feed_forward: int
-    out: int
+        """The display name, which plans use: ``down.1.0``, ``mid``, ``up.2.2``."""
+        return "mid" if self.stage == "mid" else f"{self.stage}.{self.level}.{self.index}"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one transformer layer does with its tokens: prune some, merge some around sub-layers, or neither.
+    """What one transformer layer does: prune tokens, merge them around its sub-layers, or neither.
 
-    Raises ``ValueError`` for both: the attention of merged tokens ranks no others.
+    Raises ``ValueError`` for both, because the attention of merged tokens does not rank single ones.
     """
 
     pruning: Pruning | None = None
-    before_feed_forward: bool = False  # prune there (the paper's supplement), not after the feed-forward
+    before_feed_forward: bool = False  # prune there, as in the paper's supplement, and not after the feed-forward
     merging: Merging | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +47,7 @@ class LayerPlan:
             raise ValueError(f"layer plan has {self.pruning} and {self.merging}, expected one of them")
 
     def merges(self, tokens: TokenSet) -> tuple[Merge, Merge, Merge]:
-        """How to merge around self-attention, cross-attention and feed-forward: one matching, of what enters."""
+        """The merges around self-attention, cross-attention and feed-forward, for the ``tokens`` that enter."""
         return (self.merging or Merging(0.0)).match(tokens)
 
     def prune(
@@ -78,18 +58,11 @@ class LayerPlan:
         *,
         before_feed_forward: bool,
     ) -> tuple[TokenSet, list[Restore]]:
-        """The tokens that stay, and the way back: nothing to undo where this is not the place to prune."""
+        """The kept tokens, and the restore if any were pruned: the layer asks at both places, one of them prunes."""
         if self.pruning is None or before_feed_forward != self.before_feed_forward:
             return tokens, []
         kept, restore = prune(tokens, self_attention, cross_attention, self.pruning)
         return kept, [restore]
-
-    def counts(self, tokens: int) -> Counts:
-        """How many of ``tokens`` each part of the layer sees."""
-        if self.merging is not None:
-            return Counts(*self.merging.counts(tokens), tokens)
-        kept = tokens if self.pruning is None else kept_count(tokens, self.pruning.ratio)
-        return Counts(tokens, tokens, kept if self.before_feed_forward else tokens, kept)
 
 
 UNTOUCHED = LayerPlan()
@@ -97,9 +70,9 @@ UNTOUCHED = LayerPlan()
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What the transformer layers of one attention block do, by their number from 0; layers not named do nothing.
+    """The layer plans of one attention block, as pairs of a layer's number (from 0) and its plan. Others run dense.
 
-    Raises ``ValueError`` for a layer that is negative or named twice.
+    Raises ``ValueError`` for a number that is negative or given twice.
     """
 
     layers: tuple[tuple[int, LayerPlan], ...]
@@ -114,22 +87,22 @@ class BlockPlan:
 
     @classmethod
     def pruning(cls, how: Pruning, after: Iterable[int] = (0,), before_feed_forward: bool = False) -> BlockPlan:
-        """Prune in the layers ``after``, after or before their feed-forward. Section 4.1 prunes once, in the first."""
+        """Prunes in the layers ``after``. The paper prunes once, in the first layer (section 4.1)."""
         return cls(tuple((index, LayerPlan(how, before_feed_forward)) for index in after))
 
     @classmethod
     def merging(cls, how: Merging, depth: int) -> BlockPlan:
-        """Merge around the sub-layers of all ``depth`` layers."""
+        """Merges around the sub-layers of all ``depth`` layers."""
         return cls(tuple((index, LayerPlan(merging=how)) for index in range(depth)))
 
     def layer(self, index: int) -> LayerPlan:
-        """What layer ``index`` does."""
+        """The plan of layer ``index``."""
         return dict(self.layers).get(index, UNTOUCHED)
 
     def check(self, name: str, depth: int) -> None:
-        """Raise ``ValueError`` unless the block called ``name`` has these layers, and one after each that prunes.
+        """Raises ``ValueError`` unless the block ``name`` has these layers, and another one after each that prunes.
 
-        The last one before a ResBlock does not, neither after its feed-forward nor before it (section 3.1, step 5).
+        The last layer before a ResBlock never prunes (section 3.1, step 5).
         """
         for index, layer in self.layers:
             if index >= depth:
@@ -141,7 +114,7 @@ class BlockPlan:
                 )
 
     def describe(self) -> str:
-        """One line."""
+        """The plan in one line."""
         return "; ".join(
             f"layer {index}: {layer.pruning or layer.merging}{' before the feed-forward' * layer.before_feed_forward}"
             for index, layer in self.layers
@@ -150,9 +123,9 @@ class BlockPlan:
 
 @dataclass(frozen=True, eq=False)
 class TokenPlan(Mapping[str, BlockPlan]):
-    """What every attention block does with its tokens at one step, by name; blocks not named run dense.
+    """The block plans of one denoising step, by the attention block's name. Blocks that are not named run dense.
 
-    Equal plans are equal, in whatever order their blocks are named, and have equal hashes.
+    Plans compare and hash by value, in any order of their blocks.
     """
 
     blocks: Mapping[str, BlockPlan] = field(default_factory=dict)
@@ -173,11 +146,11 @@ class TokenPlan(Mapping[str, BlockPlan]):
         return hash(frozenset(self.blocks.items()))
 
     def describe(self) -> str:
-        """One line per block."""
+        """The plan in one line per block."""
         return "\n".join(f"{name}: {block.describe()}" for name, block in self.items()) or "every block runs dense"
 
     def check(self, sites: Iterable[Site]) -> None:
-        """Raise ``ValueError`` if the plan names a block that is not there, or layers that it does not have."""
+        """Raises ``ValueError`` if the plan names a block that is not among ``sites``, or a layer it does not have."""
         depths = {site.name: site.depth for site in sites}
         for name, block in self.items():
             if name not in depths:

@@ -1,4 +1,4 @@
-"""Named schedules: the paper's method, its variants and its rivals, and their settings as people write them."""
+"""Presets: named schedules, and the text form of their settings, such as ``at-edm:rho=0.5,tau=10``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ R = 0.50  # ToMe's ratio, section 4.1
 
 @dataclass(frozen=True)
 class Preset:
-    """A schedule with a line about it, and the ratios that meet the paper's FLOPs budgets (table 1) by letter."""
+    """A schedule, what it is in one line, and the ratios that meet the FLOPs budgets a to d of the paper's table 1."""
 
     schedule: Schedule
     about: str
@@ -52,30 +52,28 @@ PRESETS: dict[str, Preset] = dict(
             Schedule("direct", Pruning(RHO, recovery="direct")),
             "at-edm, pruned tokens come back as they were when pruned (figure 9)",
         ),
-        _preset(
-            Schedule("random", Pruning(RHO, ranking="random")), "at-edm, but the tokens that stay are drawn at random"
-        ),
+        _preset(Schedule("random", Pruning(RHO, ranking="random")), "at-edm, but random tokens stay"),
         _preset(
             Schedule("one-vote", Pruning(RHO, ranking="one-vote")),
             "at-edm ranked by attention received, without iterating",
         ),
         _preset(
             Schedule("at-edm-subsampled", Pruning(RHO, graph="subsampled")),
-            "at-edm, but only every fifth token votes, which takes a fraction of the time",
+            "at-edm, but only every fifth token votes, which ranks in a fraction of the time",
         ),
         _preset(
             Schedule("dissimilarity", Pruning(RHO, ranking="dissimilarity", recovery="nearest-change")),
-            "what is like others goes, and takes on the change of the nearest kept token; no attention map",
+            "prunes tokens similar to others; they add the change of the nearest kept token; no attention map",
         ),
         _preset(
             Schedule("moving-grid", Pruning(RHO, ranking="moving-grid", recovery="nearest-change")),
-            "a regular grid stays, moved at every step; the others take on the change of the nearest kept token",
+            "keeps a regular grid, shifted at every step; other tokens add the change of the nearest kept token",
         ),
     )
 )
 
 
-# What presets and values of settings were called before version 0.2; files, metadata and habits may still say so.
+# Names of presets and settings before version 0.2, which files, metadata and scripts may still contain.
 OLD_SPELLINGS = {
     "at-edm-sketched": "at-edm-subsampled",
     "graph=held": "graph=by-head",
@@ -85,18 +83,18 @@ OLD_SPELLINGS = {
 
 
 def current_spelling(text: str) -> str:
-    """A preset's text with every old spelling replaced by today's: ``at-edm-sketched`` is ``at-edm-subsampled``."""
+    """Replaces old spellings in a preset's text: ``at-edm-sketched`` becomes ``at-edm-subsampled``."""
     name, colon, settings = text.partition(":")
     current = ",".join(OLD_SPELLINGS.get(setting, setting) for setting in settings.split(","))
     return OLD_SPELLINGS.get(name, name) + colon + current
 
 
 def parse_preset(text: str) -> Schedule:
-    """The schedule that ``text`` asks for: a preset's name, then settings if any, as ``at-edm:rho=0.5,tau=10``.
+    """The schedule of a preset's name with optional settings, as in ``at-edm:rho=0.5,tau=10``.
 
-    Old spellings count as their new ones, see :func:`current_spelling`. A lone letter among
-    the settings is a budget of the paper's table 1: ``at-edm:b``. Raises ``ValueError`` for an
-    unknown preset or setting, for settings that are given twice, and for values that are unreadable or out of range.
+    A single letter among the settings is a budget of the paper's table 1: ``at-edm:b``. Old spellings are understood
+    (:func:`current_spelling`). Raises ``ValueError`` for an unknown preset or setting, for a setting that is given
+    twice, and for a value that is unreadable or out of range.
     """
     name, colon, settings = current_spelling(text).partition(":")
     if name not in PRESETS:

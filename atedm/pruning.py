@@ -1,4 +1,4 @@
-"""The pruning layer: rank the tokens, keep the best, hand on the way back (AT-EDM paper, section 3.1, steps 2 to 4)."""
+"""The pruning layer: ranks the tokens, keeps the best, and returns the inverse (AT-EDM paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,14 @@ from atedm.tokens import TokenSet
 
 @dataclass(frozen=True)
 class Pruning:
-    """How a pruning layer prunes: what share, by which ranking, and what pruned positions become afterwards.
+    """How to prune. Raises ``ValueError`` for an unknown name and for numbers out of range."""
 
-    ``ratio`` is rho, the share of tokens removed. ``ranking`` is one of ``RANKINGS``, ``graph`` one of ``GRAPHS``,
-    ``recovery`` one of ``RECOVERIES``. ``iterations`` is how often G-WPR iterates, exactly; ``None`` is until it
-    settles. ``seed`` is for the rankings ``random`` and ``moving-grid``: the same seed keeps the same
-    positions.
-    Raises ``ValueError`` for an unknown name and for numbers out of range.
-    """
-
-    ratio: float
-    ranking: str = "gwpr"
-    graph: str = "by-head"
-    recovery: str = "similarity"
-    iterations: int | None = None
-    seed: int = 0
+    ratio: float  # rho: the share of tokens that are removed
+    ranking: str = "gwpr"  # one of RANKINGS: which tokens stay
+    graph: str = "by-head"  # one of GRAPHS: how the attention map is kept or recomputed
+    recovery: str = "similarity"  # one of RECOVERIES: what pruned positions become afterwards
+    iterations: int | None = None  # exactly so many of G-WPR; None: until it converges
+    seed: int = 0  # for the rankings "random" and "moving-grid"; the same seed keeps the same positions
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -41,13 +34,11 @@ class Pruning:
 def prune(
     tokens: TokenSet, self_attention: AttentionInputs, cross_attention: AttentionInputs, how: Pruning
 ) -> tuple[TokenSet, Restore]:
-    """Remove the share ``how.ratio`` (rho) of ``tokens`` that ``how.ranking`` rates lowest.
+    """Removes the share ``how.ratio`` (rho) of ``tokens`` that ``how.ranking`` scores lowest.
 
-    ``self_attention`` is that of these tokens among each other, ``cross_attention`` theirs to the text; of the two,
-    only the graphs that ``how`` reads are built. Returns the kept tokens and the inverse, which is returned, not
-    remembered. Where nothing is to be removed, the tokens are the ones given, untouched.
-
-    Raises ``ValueError`` for attention of other tokens.
+    ``self_attention`` is that of these tokens, ``cross_attention`` theirs to the text. Only the graphs that ``how``
+    reads are built. Returns the kept tokens and the restore that recovers the others. Where rho rounds to no token,
+    the tokens are returned unchanged. Raises ``ValueError`` for attention of other tokens.
     """
     batch, held = tokens.values.shape[0], tokens.count
     for name, (query, key, *_) in (("self", self_attention), ("cross", cross_attention)):
@@ -61,8 +52,7 @@ def prune(
     if count == held:
         return tokens, identity(tokens)
     self_graph = LazyGraph(self_attention, how.graph)
-    cross_graph = LazyGraph(
-        cross_attention, "dense" if how.graph == "by-head" else how.graph
-    )  # keys are words, and few
+    cross_kind = "dense" if how.graph == "by-head" else how.graph  # a map to a few words is small
+    cross_graph = LazyGraph(cross_attention, cross_kind)
     kept = top_k(scores(how.ranking, tokens, self_graph, cross_graph, how.iterations, how.seed), count)
     return tokens.keep(kept), recover(how.recovery, tokens, kept, self_graph)

@@ -1,4 +1,4 @@
-"""Rankings of tokens by name, and which tokens a pruning keeps."""
+"""Rankings: scores that say which tokens matter, by name, and the choice of the tokens that stay."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ def scores(
     iterations: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Importance (B, n) of each of ``tokens`` by the ranking called ``name``, one of ``RANKINGS``.
+    """The score (B, n) of each of ``tokens`` by the ranking ``name``. High scores stay.
 
-    ``gwpr`` and ``ca-wpr`` are G-WPR on self-attention and on cross-attention to the text, until it settles, or for
-    exactly ``iterations`` (see :func:`rank`). ``one-vote`` is its first iteration on self-attention: how much attention
-    a token receives. ``lowest`` turns ``gwpr`` around. ``random`` draws scores from ``seed``, on any device the same
-    and for each batch row the same. ``grid`` keeps a regular grid, ``moving-grid`` one that is moved by ``seed``, and
-    ``covered`` first the best of ``gwpr`` in each window, see :mod:`atedm.coverage`; ``dissimilarity`` keeps what is
-    unlike the rest, see :mod:`atedm.cosine`.
-    No graph is built but the one that is read. Raises ``ValueError`` for another name.
+    - ``gwpr``, ``ca-wpr``: G-WPR on self-attention, or on cross-attention to the text. It runs until it converges, or
+      for exactly ``iterations`` (:func:`~atedm.gwpr.rank`).
+    - ``one-vote``: the attention that a token receives, which is the first iteration of ``gwpr``.
+    - ``lowest``: minus ``gwpr``.
+    - ``random``: drawn from ``seed``, the same on every device and for every batch row.
+    - ``grid``, ``moving-grid``: a regular grid, which ``seed`` shifts in the second (:mod:`atedm.coverage`).
+    - ``covered``: the best of ``gwpr`` in each window first (:mod:`atedm.coverage`).
+    - ``dissimilarity``: tokens that are least similar to the others first (:mod:`atedm.cosine`).
+
+    Only the attention graph that the ranking reads is built. Raises ``ValueError`` for an unknown name.
     """
     eps, limit = (EPSILON, MAX_ITERATIONS) if iterations is None else (0.0, iterations)
     match name:
@@ -57,7 +60,7 @@ def scores(
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices (B, k), ascending, of the k highest of ``scores`` (B, N). On ties the lower position wins.
+    """Indices (B, k), ascending, of the k highest ``scores`` (B, N). Among equal scores the lowest index wins.
 
     Raises ``ValueError`` unless 1 <= k <= N.
     """
@@ -68,15 +71,15 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def kept_count(n: int, ratio: float) -> int:
-    """How many of ``n`` tokens pruning with ``ratio`` (rho) keeps: round(n * (1 - rho)), at least 1.
+    """Number of tokens that pruning with ``ratio`` (rho) keeps of ``n``: round(n * (1 - rho)), at least 1.
 
-    A half rounds to the even number (Python's ``round``). Raises ``ValueError`` for a ratio outside [0, 1).
+    Halves are rounded to even, as Python's ``round`` does. Raises ``ValueError`` for a ratio outside [0, 1).
     """
     check_ratio(ratio)
     return max(1, round(n * (1 - ratio)))
 
 
 def check_ratio(ratio: float) -> None:
-    """Raise ``ValueError`` unless ``ratio`` is a share of tokens that can be removed."""
+    """Raises ``ValueError`` for a ratio outside [0, 1)."""
     if not 0 <= ratio < 1:
         raise ValueError(f"pruning ratio rho is {ratio}, expected 0 <= rho < 1")

@@ -1,4 +1,4 @@
-"""Giving pruned positions a value again, so that convolutions can follow.
+"""Recovery: gives pruned positions a value again, so that convolutions can follow.
 
 Source: the AT-EDM paper, section 3.2, "Recovering Pruned Tokens" and figure 4.
 """
@@ -24,22 +24,21 @@ RECOVERIES = (
 
 
 class Restore(Protocol):
-    """The inverse of one pruning: takes the kept tokens, whatever their values are by then, to the set before it.
+    """The inverse of one pruning. It maps the kept tokens, with their new values, to the token set before pruning.
 
-    Restores nest: last pruned, first restored.
+    Restores nest: the last pruning is the first to be undone.
     """
 
     def __call__(self, tokens: TokenSet) -> TokenSet:
-        """The set before. Raises ``ValueError`` for tokens that are not the ones that this pruning kept."""
+        """The token set before pruning. Raises ``ValueError`` unless ``tokens`` are those that the pruning kept."""
 
 
 @dataclass(frozen=True, eq=False)
 class Copy:
-    """The restore that copies kept tokens.
+    """The restore that copies kept tokens to the pruned positions, by one gather.
 
-    It gathers, so a per-token layer gives the same before it, on the kept tokens alone, as after it.
-    ``source`` (B, n) int64 names for each of the n tokens before pruning the kept token whose value it takes, counted
-    among the ``kept_count`` kept ones. ``positions`` and ``grid`` are those of the set before.
+    ``source`` (B, n) int64 gives each of the n tokens before pruning the index, among the ``kept_count`` kept ones, of
+    the token that it copies. ``grid`` and ``positions`` are those of the set before pruning.
     """
 
     source: Tensor
@@ -48,15 +47,16 @@ class Copy:
     positions: Tensor | None
 
     def __call__(self, tokens: TokenSet) -> TokenSet:
-        """One gather, see :class:`Restore`."""
+        """See :class:`Restore`."""
         check_kept(tokens, (self.source.shape[0], self.kept_count), self.grid)
         return TokenSet(take_tokens(tokens.values, self.source), self.grid, self.positions)
 
 
 def recover(name: str, tokens: TokenSet, kept: Tensor, self_attention: LazyGraph) -> Restore:
-    """The recovery called ``name``, one of ``RECOVERIES``, of ``kept`` (B, k), ascending indices among ``tokens``.
+    """The recovery called ``name``, one of ``RECOVERIES``.
 
-    ``tokens`` is the set before pruning, ``self_attention`` its graph. Raises ``ValueError`` for another name.
+    ``tokens`` is the set before pruning, ``kept`` (B, k) the ascending indices of the tokens that stay and
+    ``self_attention`` the graph of ``tokens``. Raises ``ValueError`` for an unknown name.
     """
     match name:
         case "similarity":
@@ -86,39 +86,38 @@ def identity(tokens: TokenSet) -> Copy:
 
 
 def similarity_copy(tokens: TokenSet, graph: AttentionGraph, kept: Tensor) -> Copy:
-    """Each pruned token takes the value of the kept token that is most similar to it; kept ones take their own.
+    """The paper's recovery: a pruned token copies the kept token that attends to it most.
 
-    The most similar kept token i of a pruned token b is the one with the largest A[i, b]: the attention that b
-    receives, averaged over heads. ``tokens`` is the set before pruning, ``graph`` its self-attention, ``kept`` (B, k)
-    the ascending indices of the tokens that stay.
+    For pruned token b that is the kept token i with the largest A[i, b], averaged over heads. Arguments as in
+    :func:`recover`.
     """
     sources = _sources(tokens, kept, lambda pruned: graph.argmax_query(among=kept, targets=pruned).unsqueeze(-1))
     return Copy(sources[..., 0], kept.shape[1], tokens.grid, tokens.positions)
 
 
 def nearest_copy(tokens: TokenSet, kept: Tensor) -> Copy:
-    """As :func:`similarity_copy`, but the most similar kept token is the one :func:`nearest` by its value."""
+    """A pruned token copies the kept token with the largest cosine similarity."""
     return Copy(nearest_kept(tokens, kept, 1)[..., 0], kept.shape[1], tokens.grid, tokens.positions)
 
 
 def nearest_kept(tokens: TokenSet, kept: Tensor, count: int) -> Tensor:
-    """The ``count`` kept tokens :func:`nearest` to each, by value: places (B, n, count) among ``kept`` (B, k).
+    """For each token the ``count`` kept tokens of largest cosine similarity, as indices (B, n, count) into ``kept``.
 
-    Where k is less, there are k. A kept token has itself instead.
+    If fewer are kept, there are fewer. A kept token has its own index instead.
     """
     values = take_tokens(tokens.values, kept)
     return _sources(tokens, kept, lambda pruned: nearest(take_tokens(tokens.values, pruned), values, count)[1])
 
 
 def _sources(tokens: TokenSet, kept: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
-    """Places among the kept tokens (B, n, m): its own for a kept one, and for the pruned ones what ``find`` gives.
+    """Indices (B, n, m) into ``kept``: a kept token's own, and for the pruned ones what ``find`` returns.
 
-    That maps indices (B, n - k) among ``tokens`` to places (B, n - k, m).
+    ``find`` maps indices (B, n - k) of pruned tokens to indices (B, n - k, m) into ``kept``.
     """
     batch, count = kept.shape
     is_pruned = torch.ones(batch, tokens.count, dtype=torch.int64, device=kept.device).scatter(1, kept, 0)
     pruned = is_pruned.argsort(dim=1, stable=True)[:, count:]
     found = find(pruned)
     own = torch.arange(count, device=kept.device)[None, :, None].expand(batch, -1, found.shape[-1])
-    places = found.new_empty(batch, tokens.count, found.shape[-1])
-    return put_tokens(found, pruned, put_tokens(own, kept, places))
+    sources = found.new_empty(batch, tokens.count, found.shape[-1])
+    return put_tokens(found, pruned, put_tokens(own, kept, sources))

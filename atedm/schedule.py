@@ -1,4 +1,4 @@
-"""Which attention blocks reduce their tokens, how, and at which denoising step: schedules make plans.
+"""Schedules: which attention blocks reduce their tokens, and how, at each denoising step. A schedule makes token plans.
 
 Source: the AT-EDM paper, sections 3.3 (denoising-steps-aware pruning, DSAP), 4.1 (its numbers) and 4.3 (AT-EDM-dagger).
 """
@@ -18,29 +18,24 @@ EARLY = ("less", "more")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A method of token reduction over all steps of a sampling run.
+    """A method of token reduction, and the blocks and steps to which it applies.
 
-    ``method`` is what every attention block does unless told otherwise: a :class:`Pruning` or a :class:`Merging`.
-    DSAP: the first ``tau`` of every 50 steps treat the ends of the U-Net in another way than the rest. With ``early``
-    "less" the early steps leave them untouched, the paper's prune-less schedule; with "more" it is the later steps that
-    do. ``ends`` are the blocks in question, ``None`` for the paper's: the first of each down-stage and the last of each
-    up-stage. ``spared`` blocks are never touched; ``spare_largest`` spares those of the level with the most tokens.
-    ``ratios`` gives single blocks another ratio. Pruning happens in the layers ``layers``, in each block in those that
-    have another layer after them; merging happens in all layers.
+    DSAP: in the first ``tau`` of every 50 steps, the blocks at the ends of the U-Net are not reduced. That is ``early``
+    "less", the paper's prune-less schedule. With "more" they are not reduced in the later steps instead.
 
     Raises ``ValueError`` for values out of range.
     """
 
     name: str
-    method: Pruning | Merging
+    method: Pruning | Merging  # of every attention block, unless the fields below say otherwise
     tau: int = 15  # section 4.1
     early: str = "less"
-    ends: tuple[str, ...] | None = None
-    spared: tuple[str, ...] = ()
-    spare_largest: bool = False  # AT-EDM-dagger, section 4.3: the second feature level is not pruned
-    ratios: tuple[tuple[str, float], ...] = ()
-    layers: tuple[int, ...] = (0,)  # section 4.1; more than one repeats the pruning, step 5 of section 3.1
-    before_feed_forward: bool = False
+    ends: tuple[str, ...] | None = None  # by name; None: first block of each down-stage, last of each up-stage
+    spared: tuple[str, ...] = ()  # blocks that are never reduced, by name
+    spare_largest: bool = False  # nor are those of the level with the most tokens (AT-EDM-dagger, section 4.3)
+    ratios: tuple[tuple[str, float], ...] = ()  # single blocks' own ratios, by name
+    layers: tuple[int, ...] = (0,)  # that prune (section 4.1). More than one repeats the pruning (3.1, step 5)
+    before_feed_forward: bool = False  # where in the layer it prunes
 
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 50:
@@ -57,39 +52,34 @@ class Schedule:
             replace(self.method, ratio=ratio)  # checks it
 
     def early_steps(self, steps: int) -> int:
-        """How many of ``steps`` denoising steps are early: tau of every 50, to the nearest step, half a step up.
+        """How many of ``steps`` denoising steps are early: tau of every 50, rounded, halves up.
 
         The paper's 15 of 50 is 8 of 25, 6 of 20, 3 of 10, 2 of 8, 1 of 4, 1 of 2 and 0 of 1.
         """
-        return (2 * self.tau * steps + 50) // 100  # whole numbers: 7.5 and 4.5 are rounded alike
+        return (2 * self.tau * steps + 50) // 100  # in whole numbers, so that 7.5 and 4.5 are both rounded up
 
     def plan(self, step: int, steps: int, sites: Iterable[Site]) -> TokenPlan:
-        """The token plan of denoising step ``step`` (from 0, the noisiest) of ``steps``.
+        """The token plan of denoising step ``step`` of ``steps``; step 0 is the noisiest. ``sites`` are all blocks.
 
-        Raises ``ValueError`` for a step that is none of the ``steps``, for names of blocks and numbers of layers that
-        are not there, for a block that is spared and given a ratio, and if nothing would be reduced although a ratio is
-        above 0.
+        Raises ``ValueError`` for a step out of range, for names of blocks and numbers of layers that do not exist, for
+        a spared block with its own ratio, and if a ratio is above 0 but no block would be reduced.
         """
         if not 0 <= step < steps:
             raise ValueError(f"step is {step}, expected 0 to {steps - 1} for {steps} steps")
-        sites, ratios = list(sites), dict(self.ratios)
+        sites = list(sites)
         spared = {*self.spared, *(_largest(sites) if self.spare_largest else ())}
         self._check(sites, spared)
         is_early = step < self.early_steps(steps)
-        skips_ends = self.tau > 0 and is_early == (self.early == "less")
-        ends = (_ends(sites) if self.ends is None else set(self.ends)) if skips_ends else set()
+        if self.tau > 0 and is_early == (self.early == "less"):
+            spared |= _ends(sites) if self.ends is None else set(self.ends)
         blocks, reduces = {}, False
         for number, site in enumerate(sites):
-            method = replace(self.method, ratio=ratios.get(site.name, self.method.ratio))
-            if isinstance(method, Pruning) and method.ranking == "random":  # other tokens in every block and step
-                method = replace(method, seed=method.seed + step * len(sites) + number)
-            if isinstance(method, Pruning) and method.ranking == "moving-grid":  # round and round, so few plans differ
-                method = replace(method, seed=(method.seed + step) % len(SHIFTS))
+            method = self._method(site.name, step, draw=step * len(sites) + number)
             block = self._block(method, site)
-            if block.layers and site.name not in spared | ends:
+            if block.layers and site.name not in spared:
                 blocks[site.name] = block
                 reduces |= method.ratio > 0
-        most = max([self.method.ratio, *ratios.values()])
+        most = max([self.method.ratio, *dict(self.ratios).values()])
         if most > 0 and not reduces:
             raise ValueError(
                 f"{self.name} with ratio {most} would reduce no tokens at step {step}: the blocks "
@@ -98,7 +88,7 @@ class Schedule:
         return TokenPlan(blocks)
 
     def _check(self, sites: list[Site], spared: set[str]) -> None:
-        """Raise ``ValueError`` unless what is named is there, and not spared where it is given a ratio."""
+        """Raises ``ValueError`` for blocks and layers that do not exist, and for ``spared`` blocks with a ratio."""
         names = [site.name for site in sites]
         unknown = {*(self.ends or ()), *self.spared, *dict(self.ratios)} - set(names)
         if unknown:
@@ -115,8 +105,17 @@ class Schedule:
                 f"the attention blocks have up to {deepest} layers and never prune in their last"
             )
 
+    def _method(self, name: str, step: int, draw: int) -> Pruning | Merging:
+        """The method in the block ``name`` at ``step``. ``draw`` is another number for each block and step."""
+        method = replace(self.method, ratio=dict(self.ratios).get(name, self.method.ratio))
+        if isinstance(method, Pruning) and method.ranking == "random":
+            return replace(method, seed=method.seed + draw)
+        if isinstance(method, Pruning) and method.ranking == "moving-grid":  # cyclic, so that few plans differ
+            return replace(method, seed=(method.seed + step) % len(SHIFTS))
+        return method
+
     def _block(self, method: Pruning | Merging, site: Site) -> BlockPlan:
-        """None prunes in its last layer, the one before a ResBlock (section 3.1, step 5)."""
+        """No block prunes in its last layer, which is followed by a ResBlock (section 3.1, step 5)."""
         if isinstance(method, Merging):
             return BlockPlan.merging(method, site.depth)
         return BlockPlan.pruning(method, (i for i in self.layers if i < site.depth - 1), self.before_feed_forward)

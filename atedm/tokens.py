@@ -1,6 +1,6 @@
-"""The token set: tokens of a feature map, all or some, and the grid positions they hold.
+"""Token sets: the tokens of a feature map, all of them or some, with the grid positions they hold.
 
-Shapes here and in the whole package: B batch, C channels, H x W grid, N = H * W tokens of the grid, n tokens held.
+Shapes in this package: B batch, C channels, H x W grid, N = H * W positions of the grid, n <= N tokens held.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TokenSet:
-    """Tokens of a feature map. Dense when it holds every position of the grid, sparse when it holds some.
+    """Tokens of a feature map. A dense set holds every position of the grid, a sparse set holds some.
 
-    ``values`` is (B, n, C), ``grid`` is (H, W). ``positions`` is (B, n) int64: the raster position (row * W + column)
-    that each token holds, ascending; ``None`` stands for all N positions. Raises ``ValueError`` for shapes that do
-    not belong together.
+    ``values`` is (B, n, C) and ``grid`` is (H, W). ``positions`` (B, n) int64 are raster positions (row * W + column)
+    in ascending order; ``None`` means all N of them. Raises ``ValueError`` for shapes that do not fit together.
     """
 
     values: Tensor
@@ -38,7 +37,7 @@ class TokenSet:
 
     @classmethod
     def from_feature_map(cls, x: Tensor) -> TokenSet:
-        """The dense token set of a feature map (B, C, H, W). A view: nothing is copied."""
+        """The dense token set of a feature map (B, C, H, W). It is a view, nothing is copied."""
         if x.ndim != 4:
             raise ValueError(f"feature map has shape {tuple(x.shape)}, expected (B, C, H, W)")
         return cls(rearrange(x, "b c h w -> b (h w) c"), grid=(x.shape[2], x.shape[3]))
@@ -60,7 +59,7 @@ class TokenSet:
 
     @property
     def size(self) -> int:
-        """Number of tokens of the full grid, N = H * W."""
+        """Number of positions of the grid, N = H * W."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -73,16 +72,16 @@ class TokenSet:
         return replace(self, values=values)
 
     def keep(self, indices: Tensor) -> TokenSet:
-        """The tokens at ``indices`` (B, k), which count among the n tokens held now and are ascending."""
+        """The subset at ``indices`` (B, k), which are ascending and count among the n tokens held."""
         positions = indices if self.positions is None else self.positions.gather(1, indices)
         return TokenSet(take_tokens(self.values, indices), self.grid, positions)
 
 
 def take_tokens(values: Tensor, indices: Tensor) -> Tensor:
-    """Values (B, k, C) at ``indices`` (B, k) of ``values`` (B, n, C), each batch row by its own indices."""
+    """Gathers (B, k, C) from ``values`` (B, n, C) at ``indices`` (B, k)."""
     return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in float32, or in float64 if that is what it is in: what attention maps are computed in."""
+    """``x`` in float32, or as it is in float64. Attention maps are computed in this precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

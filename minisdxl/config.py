@@ -1,8 +1,8 @@
-"""Every number of every model, with its source.
+"""Model configurations: every size and constant of every model, with its source.
 
-Frozen dataclasses, validated when they are made. ``SDXL_BASE`` is the published model; ``SHAPES`` is the bundled
-small one. They differ in numbers and default settings only. Field comments name the official config's key
-(``sd_xl_base.yaml`` of Stability AI's generative-models) where it has another name.
+They are frozen dataclasses that validate themselves. ``SDXL_BASE`` is the published model, ``SHAPES`` the small bundled
+one; they differ in numbers and default settings only. Comments give the name in the official config
+(``sd_xl_base.yaml`` of Stability AI's generative-models) where it is another one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from atedm.plan import Site
 
 LARGEST_SIDE = 4096  # pixels; a larger picture is a slip of the pen
 
@@ -33,29 +35,10 @@ class Level:
 
 
 @dataclass(frozen=True)
-class AttentionSite:
-    """Where an attention block sits in the U-Net.
+class AttentionSite(Site):
+    """An attention block of the U-Net: where it sits, its depth and its width."""
 
-    ``stage`` is ``down``, ``mid`` or ``up``; ``level`` the feature level (0 is full resolution); ``index`` counts
-    the blocks of that level and stage in the order in which they run.
-    """
-
-    stage: str
-    level: int
-    index: int
-    depth: int
     channels: int
-
-    @property
-    def name(self) -> str:
-        """The name people say: ``down.1.0``, ``mid``, ``up.2.2``."""
-        return "mid" if self.stage == "mid" else f"{self.stage}.{self.level}.{self.index}"
-
-    def tokens(self, height: int, width: int) -> int:
-        """Number of tokens of this block for a latent of ``height`` x ``width``."""
-        for _ in range(self.level):  # each downsampling is a stride-2 convolution with padding 1: it rounds up
-            height, width = (height + 1) // 2, (width + 1) // 2
-        return height * width
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from atedm.cosine import ANCHORS
 from atedm.graph.by_head import SUBSAMPLING_STRIDE
 from atedm.gwpr import MAX_ITERATIONS
 from atedm.merging import Merging
-from atedm.plan import DENSE, UNTOUCHED, TokenPlan
+from atedm.plan import DENSE, UNTOUCHED, LayerPlan, TokenPlan
 from atedm.pruning import Pruning
+from atedm.ranking import kept_count
 from atedm.schedule import Schedule
 from minisdxl.config import AttentionSite, ModelConfig, UNetConfig
 
@@ -71,6 +72,23 @@ def count(
     unet = config.unet if isinstance(config, ModelConfig) else config
     plan.check(list(unet.attention_sites()))
     return Flops(tuple(_Formula(unet, height, width, plan, context_length).unet()))
+
+
+class TokenCounts(NamedTuple):
+    """Number of tokens that each sub-layer of a transformer layer sees, and number that leave the layer."""
+
+    self_attention: int
+    cross_attention: int
+    feed_forward: int
+    out: int
+
+
+def tokens_seen(layer: LayerPlan, tokens: int) -> TokenCounts:
+    """How many of the ``tokens`` that enter a transformer layer each of its sub-layers sees."""
+    if layer.merging is not None:
+        return TokenCounts(*layer.merging.counts(tokens), tokens)
+    kept = tokens if layer.pruning is None else kept_count(tokens, layer.pruning.ratio)
+    return TokenCounts(tokens, tokens, kept if layer.before_feed_forward else tokens, kept)
 
 
 @dataclass(frozen=True)
@@ -134,7 +152,7 @@ class _Formula:
         held = tokens
         for index in range(site.depth):
             layer = UNTOUCHED if plan is None else plan.layer(index)
-            seen = layer.counts(held)
+            seen = tokens_seen(layer, held)
             # Self-attention projects to q, k, v and out, cross-attention to q and out; its k and v are of the text.
             cost[Kind.PROJECTIONS] += _product(seen.self_attention, c, 4 * c) + _product(seen.cross_attention, c, 2 * c)
             cost[Kind.PROJECTIONS] += _product(text, self.config.context_channels, 2 * c)

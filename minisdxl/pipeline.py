@@ -1,13 +1,13 @@
-"""Prompt to picture: ``SDXL.generate``, the whole method in one function.
+"""Text to image: ``SDXL.generate`` encodes the prompts, denoises latents with the U-Net, and decodes them to pictures.
 
-Legend: B pictures of a batch, (h, w) a latent's height and width.
+Shapes: B pictures of a batch; a latent is (B, 4, h, w), pictures are (B, 3, H, W).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,6 +16,7 @@ from torch import Tensor
 from minisdxl.config import ModelConfig
 from minisdxl.images import check_finite, to_image, to_pixels
 from minisdxl.runtime.allocator import freed_memory_kept
+from minisdxl.runtime.compiled import CompiledUNet
 from minisdxl.runtime.encoded import EncodedPrompts, encode_each
 from minisdxl.runtime.strips import decode_in_strips
 from minisdxl.sampler import UNetInputs, draw_noise, guided_denoiser, image_generators, initial_noise
@@ -25,26 +26,23 @@ from minisdxl.tokenizer import Tokenizer
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
 
-if TYPE_CHECKING:
-    from minisdxl.runtime.compiled import CompiledUNet
-
 StepCallback = Callable[[int, Tensor], bool | None]
 
 
 @dataclass(frozen=True)
 class SDXL:
-    """A whole model: what ``minisdxl.load`` returns."""
+    """A complete model, as ``minisdxl.load`` returns it."""
 
     config: ModelConfig
     unet: UNet
     vae: VAE
     text: TextEncoders | EncodedPrompts
     tokenizer: Tokenizer
-    compiled: CompiledUNet | None = None
+    compiled: CompiledUNet | None = None  # runs instead of ``unet``, with the same weights
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device that the model runs on."""
         return next(self.unet.parameters()).device
 
     @torch.no_grad()
@@ -56,29 +54,31 @@ class SDXL:
         on_step: StepCallback | None = None,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Pictures of ``prompts``, all in one batch; picture i starts from the noise of seed ``seed + i``.
+        """Generates a picture of each prompt, all in one batch. Picture i starts from the noise of seed ``seed + i``.
 
         Args:
             prompts: what to draw.
-            settings: how; ``None`` for the model's best. :class:`Settings` lists all of them.
-            on_step: called after each step with its number, from 0 (with an image, from the first step that is run),
-                and the latent (B, 4, h, w). If it returns true, sampling stops: the pictures show that noisy latent.
+            settings: how to draw it; ``None`` for the model's own. :class:`Settings` lists all of them.
+            on_step: called after each step with its number and the latent (B, 4, h, w). Steps count from 0; with an
+                image, from the first step that is run. If it returns true, sampling stops and this latent is decoded.
             changes: single settings by name, such as ``steps=20, prune="at-edm"``.
 
         Raises:
-            ValueError: for settings out of range.
-            ArithmeticError: if a part of the model overflows; names the part.
+            ValueError: for a setting out of range.
+            ArithmeticError: if a part of the model overflows. The message names the part.
         """
         check_prompts(prompts)
         asked = replace(settings or Settings(), **changes)
         run = check_settings(asked, self.config)
         generators = image_generators(range(asked.seed, asked.seed + len(prompts) * asked.images_per_prompt))
 
-        words = self.text.encode(prompts, self.tokenizer)
-        no_words = self.text.encode_negative([asked.negative] * len(prompts), self.tokenizer)
+        # Text encoders: prompts and negative prompts to what the U-Net is conditioned on.
+        positive = self.text.encode(prompts, self.tokenizer)
+        negative = self.text.encode_negative([asked.negative] * len(prompts), self.tokenizer)
         conditional, unconditional = (
-            self._unet_inputs(each, run.micro_conditioning, asked.images_per_prompt) for each in (words, no_words)
+            self._unet_inputs(text, run.micro_conditioning, asked.images_per_prompt) for text in (positive, negative)
         )
+        # U-Net: from noise to a clean latent, from one noise level to the next.
         denoiser = guided_denoiser(
             self.compiled or self.unet,
             conditional,
@@ -87,25 +87,28 @@ class SDXL:
             lambda step: run.plans[run.first + step],
             self.config.noise,
         )
-        levels = run.levels[run.first :]
-        start = self._start(asked.image, run.size, float(levels[0]), generators)
+        sigmas = run.sigmas[run.first :]
+        start = self._noisy_latents(asked.image, run.size, float(sigmas[0]), generators)
         with freed_memory_kept():
-            for step, x in enumerate(run.sampling.solver(denoiser, start, levels, generators), start=run.first):
+            for step, x in enumerate(run.sampling.solver(denoiser, start, sigmas, generators), start=run.first):
                 if on_step is not None and on_step(step, x):
                     break
-        return [to_image(picture) for picture in self._decode(check_finite("the U-Net", x), asked.strip_rows)]
+        # VAE decoder: latents to pictures.
+        check_finite("the U-Net", x)
+        pictures = self.vae.decode(x) if asked.strip_rows is None else decode_in_strips(self.vae, x, asked.strip_rows)
+        return [to_image(picture) for picture in check_finite("the VAE decoder", pictures)]
 
-    def _unet_inputs(self, words: TextEmbeddings, sizes: list[int], copies: int) -> UNetInputs:
-        """What the U-Net is told of each prompt, ``copies`` times, in its dtype and on its device."""
-        check_finite("the text encoders", words.context)
-        numbers = torch.tensor([sizes], device=self.device).expand(len(words.context), -1)
-        parts = words.context, words.vector(numbers, self.config.size_channels)
-        return UNetInputs(*(part.repeat_interleave(copies, dim=0).to(self.unet.dtype) for part in parts))
+    def _unet_inputs(self, text: TextEmbeddings, sizes: list[int], copies: int) -> UNetInputs:
+        """The U-Net's inputs, in its dtype and on its device, with each prompt repeated ``copies`` times."""
+        check_finite("the text encoders", text.context)
+        size_numbers = torch.tensor([sizes], device=self.device).expand(len(text.context), -1)
+        inputs = text.context, text.vector(size_numbers, self.config.size_channels)
+        return UNetInputs(*(each.repeat_interleave(copies, dim=0).to(self.unet.dtype) for each in inputs))
 
-    def _start(
+    def _noisy_latents(
         self, image: Image.Image | None, size: tuple[int, int], sigma: float, generators: Sequence[torch.Generator]
     ) -> Tensor:
-        """The first x (B, 4, h, w), at noise level ``sigma``: of noise alone, or of an image's latent and noise."""
+        """The first x (B, 4, h, w), at noise level ``sigma``: noise alone, or the latent of ``image`` plus noise."""
         f = self.config.vae.downscale
         shape = (self.config.vae.latent_channels, size[1] // f, size[0] // f)
         if image is None:
@@ -113,32 +116,13 @@ class SDXL:
         latent = check_finite("the VAE encoder", self.vae.encode(to_pixels(image, size).to(self.device)))
         return latent.float() + sigma * draw_noise(generators, shape).to(self.device)
 
-    def _decode(self, x: Tensor, strip_rows: int | None) -> Tensor:
-        """Latents (B, 4, h, w) to pictures (B, 3, H, W)."""
-        pictures = self.vae.decode(x) if strip_rows is None else decode_in_strips(self.vae, x, strip_rows)
-        return check_finite("the VAE decoder", pictures)
-
     def encode_ahead(self, prompts: Sequence[str], negatives: Sequence[str] = ("",)) -> SDXL:
-        """This model for pictures of ``prompts``, guided away from ``negatives``, without its text encoders.
+        """This model without its text encoders, for these prompts alone: :func:`~minisdxl.runtime.encoded.encode_each`.
 
-        They leave memory with the last reference to ``self``::
-
-            sdxl = minisdxl.load("sd_xl_base_1.0.safetensors", dtype=torch.bfloat16)
-            sdxl = sdxl.encode_ahead(["a fox", "an owl"])
-            image = sdxl.generate(["a fox"], strip_rows=8)[0]
-
-        The pictures are the same up to rounding, because here each prompt is encoded by itself. For other prompts
-        :meth:`generate` raises ``ValueError``. So does this for no prompts, or one string.
+        ``sdxl = sdxl.encode_ahead(["a fox"])`` drops the last reference to the text encoders, which frees their memory.
         """
-        for texts in (prompts, negatives):
-            check_prompts(texts)
         return replace(self, text=encode_each(self.text, self.tokenizer, prompts, negatives))
 
     def compile(self, backend: str = "inductor") -> SDXL:
-        """This model with the same U-Net, compiled: its first steps take minutes, all others less time.
-
-        ``backend`` is torch.compile's. Results differ by rounding.
-        """
-        from minisdxl.runtime.compiled import CompiledUNet  # torch's compiler takes a second to import
-
+        """This model with its U-Net compiled by ``torch.compile``: :class:`~minisdxl.runtime.compiled.CompiledUNet`."""
         return replace(self, compiled=CompiledUNet(self.unet, backend))

@@ -26,9 +26,8 @@ from minisdxl.cli.runs import Run
 from minisdxl.config import ModelConfig
 from minisdxl.loading import load, weights_path
 from minisdxl.pipeline import SDXL
-from minisdxl.sampler import first_step
 from minisdxl.samplings import SAMPLINGS, Sampling
-from minisdxl.settings import Settings, check_settings
+from minisdxl.settings import Settings, check_settings, first_step
 
 STRENGTH = 0.6  # with --image, when none is asked for
 

@@ -1,8 +1,8 @@
-"""Noise levels, preconditioning and guidance, in the symbols of the EDM paper (Karras et al. 2022, arXiv:2206.00364).
+"""Diffusion sampling: noise levels, preconditioning, guidance and Euler's method, in the symbols of the EDM paper.
 
-``x`` is a latent (B, C, H, W) with noise of standard deviation ``sigma`` on it, always fp32; ``D(x; sigma)`` is the
-denoised latent. Every image of a batch is at the same sigma. Sigmas are computed in float64 and act as Python floats.
-Euler's method is here, other solvers are in ``solvers``; ``samplings`` combines them under names.
+EDM is Karras et al. 2022, arXiv:2206.00364. ``x`` is a latent (B, C, H, W) with noise of standard deviation ``sigma``,
+always in fp32, and ``D(x; sigma)`` is the denoised latent. All images of a batch have the same sigma. Sigmas are
+computed in float64 and used as Python floats. Other solvers are in ``solvers``; ``samplings`` combines them by name.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from atedm.plan import TokenPlan
 from minisdxl.config import NoiseConfig
 from minisdxl.seeds import generator
 
-if TYPE_CHECKING:
-    from atedm.plan import TokenPlan
-
 Denoiser = Callable[[Tensor, float, int], Tensor]  # (x, sigma, step) -> D(x; sigma)
-Solver = Callable[[Denoiser, Tensor, Tensor, Sequence[torch.Generator]], "Iterator[Tensor]"]
+Solver = Callable[[Denoiser, Tensor, Tensor, Sequence[torch.Generator]], Iterator[Tensor]]
 Spacing = Callable[[int, NoiseConfig], Tensor]  # n steps to n indices into the levels of training, descending, int64
 
 
@@ -56,38 +54,25 @@ def sigmas(n: int, noise: NoiseConfig, spacing: Spacing = timesteps) -> Tensor:
     return torch.cat([discrete_sigmas(noise)[spacing(n, noise)], torch.zeros(1, dtype=torch.float64)])
 
 
-def first_step(n: int, strength: float) -> int:
-    """The first step of a run that starts from a picture: of steps 0 to n - 1 the last int(n * strength) are run.
-
-    As diffusers' image-to-image pipelines do. Raises ``ValueError`` unless 0 < strength <= 1 and a step is left.
-    """
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}, expected more than 0 and at most 1")
-    run = int(n * strength)
-    if run == 0:
-        raise ValueError(f"strength {strength} leaves none of {n} steps to run, expected more of either")
-    return n - run
-
-
 def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator for each image. Raises ``ValueError`` as :func:`minisdxl.seeds.check_seed`."""
     return [generator(seed) for seed in seeds]
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise (B, *shape), fp32 on the CPU, image i from generator i, so the same in every batch."""
+    """Standard normal noise (B, *shape), fp32 on the CPU. Image i uses generator i, so batches do not change it."""
     return torch.stack([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
 
 
 def initial_noise(generators: Sequence[torch.Generator], shape: Sequence[int], sigma_0: float) -> Tensor:
-    """The first x (B, C, H, W), at noise level ``sigma_0``, scaled to unit data variance plus noise, as is official."""
+    """The first x (B, C, H, W), at noise level ``sigma_0``. Official scale: unit data variance plus noise."""
     return math.sqrt(1 + sigma_0**2) * draw_noise(generators, shape)
 
 
 def denoise(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: float, levels: Tensor) -> Tensor:
     """D(x; sigma) of a ``network(c_in x, c_noise (B,))`` that predicts noise, trained at ``levels``: EDM equation 7."""
-    # NOTE: the official code rounds sigma itself to the nearest level, so in c_in and c_out too. That is the same
-    # without churn; with it, sigma may lie between levels or above the last, and c_in must fit the noise that is there.
+    # NOTE: the official code rounds sigma itself to the nearest level, so in c_in and c_out too. This differs only with
+    # churn: there sigma may lie between levels or above the last, and c_in must fit the noise that x has.
     c_skip = 1.0
     c_out = -sigma
     c_in = 1 / math.sqrt(sigma**2 + 1)
@@ -95,43 +80,43 @@ def denoise(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: float
     return c_skip * x + c_out * network(c_in * x, torch.full((len(x),), c_noise, device=x.device))
 
 
-Text = TypeVar("Text")
+KV = TypeVar("KV")
 
 
-class NoisePredictor(Protocol[Text]):
-    """What the sampler asks of a U-Net."""
+class NoisePredictor(Protocol[KV]):
+    """What the sampler needs of a U-Net."""
 
-    def project_context(self, context: Tensor) -> Text:
+    def project_context(self, context: Tensor) -> KV:
         """Keys and values of a context (B, 77, channels), the same at every noise level."""
 
-    def __call__(self, x: Tensor, c_noise: Tensor, text: Text, vector: Tensor, plan: TokenPlan) -> Tensor:
+    def __call__(self, x: Tensor, c_noise: Tensor, text: KV, vector: Tensor, plan: TokenPlan) -> Tensor:
         """The noise in ``x``, which is c_in times the latent (B, C, H, W)."""
 
 
 @dataclass(frozen=True)
 class UNetInputs:
-    """What the U-Net is told: context (B, 77, channels) and vector (B, channels), in the U-Net's dtype and device."""
+    """What the U-Net is conditioned on, in its dtype: context (B, 77, channels) and vector (B, channels)."""
 
     context: Tensor
     vector: Tensor
 
 
 def guided_denoiser(
-    unet: NoisePredictor[Text],
+    unet: NoisePredictor[KV],
     conditional: UNetInputs,
     unconditional: UNetInputs,
     scale: float,
     plans: Callable[[int], TokenPlan],
     noise: NoiseConfig,
 ) -> Denoiser:
-    """D(x; sigma) under classifier-free guidance, u + scale (c - u); ``plans(step)`` is the plan of step 0, 1, ...
+    """D(x; sigma) with classifier-free guidance, u + scale (c - u). ``plans(step)`` is the token plan of a step.
 
-    Calls the U-Net with a batch of 2B, the unconditional half first; at ``scale`` 1 with the conditional B alone. The
-    U-Net projects the context once, here, and computes in its dtype, everything around it in fp32.
+    The U-Net runs once on a batch of 2B, unconditional half first; at ``scale`` 1 on the conditional B alone. It runs
+    in its own dtype, everything around it in fp32. Keys and values of the context are computed once, here.
     """
-    parts = [conditional] if scale == 1 else [unconditional, conditional]
-    context = torch.cat([part.context for part in parts])
-    vector = torch.cat([part.vector for part in parts])
+    halves = [conditional] if scale == 1 else [unconditional, conditional]
+    context = torch.cat([half.context for half in halves])
+    vector = torch.cat([half.vector for half in halves])
     text = unet.project_context(context)
     levels = discrete_sigmas(noise)
 
@@ -139,7 +124,7 @@ def guided_denoiser(
         def network(scaled: Tensor, c_noise: Tensor) -> Tensor:
             return unet(scaled.to(context.dtype), c_noise, text, vector, plans(step)).float()
 
-        denoised = denoise(network, torch.cat([x] * len(parts)), sigma, levels)
+        denoised = denoise(network, torch.cat([x] * len(halves)), sigma, levels)
         if scale == 1:
             return denoised
         u, c = denoised.chunk(2)
@@ -150,40 +135,13 @@ def guided_denoiser(
 
 @torch.no_grad()
 def euler(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    generators: Sequence[torch.Generator] = (),
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torch.Generator] = ()
 ) -> Iterator[Tensor]:
-    """Euler's method on the probability-flow ODE: EDM algorithm 2 without its second-order correction.
+    """Euler's method on the probability-flow ODE: EDM algorithm 1 without its second-order correction.
 
-    ``s_churn`` above 0 adds fresh noise where s_tmin <= sigma <= s_tmax. Raises ``ValueError``, once the first latent
-    is asked for, if churn is negative or lacks a generator for each image.
+    Takes x at noise level ``sigmas[0]``. Yields x after each step, the last one at sigma 0.
     """
-    if not s_churn >= 0:
-        raise ValueError(f"s_churn is {s_churn}, expected 0 or more")
-    if s_churn > 0:
-        check_generators(generators, x)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
-        sigma_hat = sigma * (1 + gamma)
-        if gamma > 0:
-            x = x + math.sqrt(sigma_hat**2 - sigma**2) * s_noise * fresh_noise(generators, x)
-        d = (x - denoiser(x, sigma_hat, step)) / sigma_hat  # dx/dsigma
-        x = x + (sigma_next - sigma_hat) * d
+        d = (x - denoiser(x, sigma, step)) / sigma  # dx/dsigma
+        x = x + (sigma_next - sigma) * d
         yield x
-
-
-def check_generators(generators: Sequence[torch.Generator], x: Tensor) -> None:
-    """Raises ``ValueError`` unless there is a generator for each image of ``x``."""
-    if len(generators) != len(x):
-        raise ValueError(f"fresh noise has {len(generators)} generators for {len(x)} images, expected one for each")
-
-
-def fresh_noise(generators: Sequence[torch.Generator], x: Tensor) -> Tensor:
-    """Standard normal noise like ``x`` (B, C, H, W), image i from generator i."""
-    return draw_noise(generators, x.shape[1:]).to(x)

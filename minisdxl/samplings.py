@@ -1,4 +1,4 @@
-"""Named ways to sample: a solver, the noise levels it is run at, and the numbers that a model asks for with it."""
+"""Named samplers: a solver with its noise levels and its default steps, guidance and size."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LCM_STEPS = 50  # steps of the teacher that LCM was distilled with; diffusers: L
 
 
 def trailing_timesteps(n: int, noise: NoiseConfig) -> Tensor:
-    """diffusers' "trailing" spacing, which few-step models name: :func:`timesteps`, rounded and not truncated.
+    """diffusers' "trailing" spacing, which few-step models ask for: :func:`timesteps`, rounded instead of truncated.
 
-    Both are the same where n divides the steps of training; of 1 to 8 steps only 3 and 6 differ, by one.
+    Both are equal where n divides the steps of training. Of 1 to 8 steps only 3 and 6 differ, by one.
     Raises ``ValueError`` for n outside 1..steps.
     """
     check_steps(n, noise.steps)
@@ -37,20 +37,16 @@ def lcm_timesteps(n: int, noise: NoiseConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a latent is sampled. ``steps``, ``cfg`` and ``size`` stand where nothing else is asked for.
-
-    ``calls_per_step`` counts calls of the denoiser in each step but the last, which goes to sigma 0 with one. Raises
-    ``ValueError`` for numbers below 1.
-    """
+    """A solver and its defaults. Raises ``ValueError`` for ``steps`` or ``calls_per_step`` below 1."""
 
     name: str
     about: str
     solver: Solver
     spacing: Spacing
     steps: int
-    cfg: float | None = None  # classifier-free guidance scale, 1 = none; None = the model's own
-    size: int | None = None  # side of a picture in pixels, None = what the model was made for
-    calls_per_step: int = 1
+    cfg: float | None = None  # classifier-free guidance scale; 1 is none, None the model's own
+    size: int | None = None  # side of a picture in pixels; None is the model's own
+    calls_per_step: int = 1  # of the denoiser; the last step, to sigma 0, has one
 
     def __post_init__(self) -> None:
         for name in ("steps", "calls_per_step"):
@@ -62,19 +58,19 @@ class Sampling:
         return sigmas(steps, noise, self.spacing)
 
     def calls(self, steps: int) -> list[int]:
-        """How often each of ``steps`` steps calls the denoiser."""
+        """Number of denoiser calls in each of ``steps`` steps."""
         return [self.calls_per_step] * (steps - 1) + [1]
 
     def own_steps(self, config: ModelConfig) -> int:
-        """Steps where none are asked for: the model's own for the sampling that is its best, this one's for others."""
+        """Default number of steps: the model's if this is its default sampling, else this sampling's."""
         return config.defaults.steps if config.defaults.sampling == self.name else self.steps
 
     def own_cfg(self, config: ModelConfig) -> float:
-        """Guidance scale where none is asked for."""
+        """Default guidance scale."""
         return config.defaults.cfg if self.cfg is None else self.cfg
 
     def picture_size(self, config: ModelConfig, size: tuple[int, int] | None) -> tuple[int, int]:
-        """The (width, height) of a picture. Raises as :meth:`ModelConfig.picture_size`."""
+        """The (width, height) of a picture, ``None`` for the default. Raises as :meth:`ModelConfig.picture_size`."""
         if size is None and self.size is not None:
             size = (self.size, self.size)
         return config.picture_size(size)
@@ -88,7 +84,7 @@ SAMPLINGS: dict[str, Sampling] = _named(
     # For SDXL base and its fine-tunes: solvers and spacing of Stability AI's generative-models (sgm/inference/api.py),
     # 50 steps as in the AT-EDM paper, and half as many where a solver is of second order.
     Sampling("euler", "Euler's method, the official default", euler, timesteps, steps=50),
-    Sampling("euler-ancestral", "Euler with fresh noise in every step", euler_ancestral, timesteps, steps=50),
+    Sampling("euler-ancestral", "Euler with fresh noise at every step", euler_ancestral, timesteps, steps=50),
     Sampling("dpm++-2m", "DPM-Solver++(2M), second order at one call a step", dpmpp_2m, timesteps, steps=25),
     Sampling("heun", "Heun's method, second order at two calls a step", heun, timesteps, steps=25, calls_per_step=2),
     # stabilityai/sdxl-turbo: scheduler_config.json; diffusers' page on it (no guidance, 1 to 4 steps, 512 px). NOTE:

@@ -1,4 +1,4 @@
-"""What a caller may ask of a picture, and the checked numbers that ``SDXL.generate`` works with."""
+"""Settings of ``SDXL.generate``: what a caller may ask for, and the checked numbers that a run works with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from atedm.plan import DENSE, TokenPlan
 from atedm.presets import parse_preset
 from atedm.schedule import Schedule
 from minisdxl.config import ModelConfig
-from minisdxl.sampler import first_step
 from minisdxl.samplings import Sampling, find_sampling
 
 Size = tuple[int, int]  # width and height, or left and top, in pixels
@@ -22,40 +21,43 @@ Size = tuple[int, int]  # width and height, or left and top, in pixels
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are made. ``None`` stands for the model's own best value (``ModelConfig.defaults``)."""
+    """How to generate pictures. ``None`` stands for the model's own value (``ModelConfig.defaults``)."""
 
     negative: str = ""  # what to guide away from; empty means the zeros that SDXL was trained with
     sampling: str | Sampling | None = None  # a name in `minisdxl.samplings.SAMPLINGS`, such as "dpm++-2m"
     steps: int | None = None  # denoising steps, 1 to 1000
-    cfg: float | None = None  # classifier-free guidance scale; 1 means none, at half the cost
+    cfg: float | None = None  # classifier-free guidance scale; 1 turns guidance off, at half the cost
     seed: int = 0  # of the first picture, 0 to 2**64 - 1; picture i has seed + i
-    images_per_prompt: int = 1  # which follow one another in what is returned
+    images_per_prompt: int = 1  # returned one after the other
     prune: str | bool | Schedule | None = None  # a preset, as "at-edm:rho=0.5"; True: the model's own; None: dense
     size: Size | None = None  # multiples of 8
-    original_size: Size | None = None  # told to SDXL: before training resized it; small sizes give blurred pictures
-    crop: Size = (0, 0)  # told to SDXL: where training cropped it
-    target_size: Size | None = None  # told to SDXL: after training resized it
+    original_size: Size | None = None  # micro-conditioning: size before training resized it; small ones look blurred
+    crop: Size = (0, 0)  # micro-conditioning: where training cropped it
+    target_size: Size | None = None  # micro-conditioning: size after training resized it
     image: Image.Image | None = None  # a picture to start from, stretched to the size
     strength: float | None = None  # with an image, and only then: share of the steps to run, above 0, up to 1
     strip_rows: int | None = None  # decode in strips of so many latent rows: less memory, the same picture
 
 
 @dataclass(frozen=True)
-class Checked:
-    """:class:`Settings` for one model: every number is there and possible."""
+class CheckedSettings:
+    """:class:`Settings` for one model, in range and with all defaults filled in."""
 
     sampling: Sampling
     steps: int
     cfg: float
     size: Size
     micro_conditioning: list[int]  # six numbers
-    levels: Tensor  # sigmas of all steps and a final 0, (steps + 1,) float64
+    sigmas: Tensor  # noise levels of all steps and a final 0, (steps + 1,) float64
     plans: list[TokenPlan]  # of all steps
-    first: int  # the first step that is run: 0, but for an image
+    first: int  # the first step that is run: 0, except with an image
 
 
-def check_settings(settings: Settings, config: ModelConfig) -> Checked:
-    """Fills in what was not asked for. Warns of what has no effect; raises ``ValueError`` for what is out of range."""
+def check_settings(settings: Settings, config: ModelConfig) -> CheckedSettings:
+    """Checks settings and fills in defaults. Warns of settings without effect.
+
+    Raises ``ValueError`` for a setting out of range.
+    """
     if settings.images_per_prompt < 1:
         raise ValueError(f"images_per_prompt is {settings.images_per_prompt}, expected 1 or more")
     if settings.strip_rows is not None and settings.strip_rows < 1:
@@ -70,14 +72,14 @@ def check_settings(settings: Settings, config: ModelConfig) -> Checked:
         raise ValueError(f"guidance scale cfg is {cfg}, expected a finite number, such as 7.0")
     if cfg == 1 and settings.negative:
         warnings.warn(f"negative prompt {settings.negative!r} has no effect without guidance, at cfg 1", stacklevel=4)
-    levels = sampling.sigmas(steps, config.noise)
+    sigmas = sampling.sigmas(steps, config.noise)
     plans = token_plans(config, settings.prune, steps)
     first = 0 if settings.strength is None else first_step(steps, settings.strength)
     size = sampling.picture_size(config, settings.size)
     if settings.size not in (None, (sampling.size, sampling.size)):
         _warn_outside_buckets(config, size)
-    told = micro_conditioning(size, settings.original_size, settings.crop, settings.target_size)
-    return Checked(sampling, steps, cfg, size, told, levels, plans, first)
+    sizes = micro_conditioning(size, settings.original_size, settings.crop, settings.target_size)
+    return CheckedSettings(sampling, steps, cfg, size, sizes, sigmas, plans, first)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -86,8 +88,21 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise ValueError(f"prompts is {prompts!r}, there are no prompts in it; expected a list of strings")
 
 
+def first_step(n: int, strength: float) -> int:
+    """The first step to run when starting from a picture: of steps 0 to n - 1 the last int(n * strength) are run.
+
+    As in diffusers' image-to-image pipelines. Raises ``ValueError`` unless 0 < strength <= 1 and a step is left.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}, expected more than 0 and at most 1")
+    run = int(n * strength)
+    if run == 0:
+        raise ValueError(f"strength {strength} leaves none of {n} steps to run, expected more of either")
+    return n - run
+
+
 def token_plans(config: ModelConfig, prune: str | bool | Schedule | None, steps: int) -> list[TokenPlan]:
-    """The token plan of each of ``steps`` steps. Raises ``ValueError`` for a preset that does not exist or fit."""
+    """The token plan of each step. Raises ``ValueError`` for an unknown preset, or one that does not fit the U-Net."""
     if prune is None or prune is False:
         return [DENSE] * steps
     preset = config.defaults.prune if prune is True else prune

@@ -1,8 +1,7 @@
-"""The two text encoders: token ids to the context that the U-Net attends to, and one vector of pooled text.
+"""The two text encoders of SDXL, CLIP ViT-L/14 and OpenCLIP ViT-bigG/14: prompts to context and pooled vector.
 
-CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 in the published model. Their layers are in ``clip``; this file says which of
-their states SDXL uses.
-
+The U-Net attends to the context, and the pooled vector is added to its time embedding. The transformer layers are in
+``clip``; this file says which of their states SDXL uses.
 Shapes: B prompts, L tokens (``context_length``), C channels of both encoders together, P channels of the pooled text.
 """
 
@@ -29,27 +28,21 @@ class TextEmbeddings:
     pooled: Tensor
 
     def zeroed(self, rows: Tensor) -> TextEmbeddings:
-        """The same with zeros, "no prompt", where ``rows`` (B,) is true."""
+        """The same with zeros, which mean "no prompt", where ``rows`` (B,) is true."""
         context = self.context.masked_fill(rows[:, None, None], 0)
         return TextEmbeddings(context, self.pooled.masked_fill(rows[:, None], 0))
 
     def vector(self, sizes: Tensor, size_channels: int) -> Tensor:
-        """Pooled text, then the :func:`size_embedding` of ``sizes`` (B, 6): (B, P + 6 * size_channels)."""
+        """Pooled text and :func:`size_embedding` of ``sizes`` (B, 6), concatenated: (B, P + 6 * size_channels)."""
         return torch.cat([self.pooled, size_embedding(sizes, size_channels).to(self.pooled.dtype)], dim=-1)
 
 
 def size_embedding(sizes: Tensor, channels: int) -> Tensor:
     """SDXL's micro-conditioning: each size number embedded on its own (official: ``ConcatTimestepEmbedderND``).
 
-    Args:
-        sizes: (B, 6) in pixels: original height, width; crop top, left; target height, width.
-        channels: width of the embedding of one number (``ModelConfig.size_channels``).
-
-    Returns:
-        (B, 6 * channels), float64 where ``sizes`` are, float32 otherwise.
-
-    Raises:
-        ValueError: for ``sizes`` of another shape.
+    ``sizes`` (B, 6) are in pixels: original height, width; crop top, left; target height, width. ``channels`` is the
+    width of the embedding of one number. Returns (B, 6 * channels), float64 if ``sizes`` are, else float32. Raises
+    ``ValueError`` for ``sizes`` of another shape.
     """
     if sizes.ndim != 2 or sizes.shape[1] != 6:
         raise ValueError(f"sizes have shape {tuple(sizes.shape)}, expected (B, 6)")
@@ -61,24 +54,20 @@ class TextEncoder(nn.Module):
     """One CLIP text encoder, with a projection of its pooled output where the config has one."""
 
     def __init__(self, config: TextConfig) -> None:
-        """Random weights, as CLIP starts them."""
         super().__init__()
         self.end_token = config.end_token
         self.text_model = TextTransformer(config)
         self.text_projection: nn.Linear | None = None
         if config.projection is not None:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
-            nn.init.normal_(self.text_projection.weight, std=config.width**-0.5)
+            nn.init.normal_(self.text_projection.weight, std=config.width**-0.5)  # as CLIP starts it
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Encodes token ids (B, L).
 
-        Returns:
-            The hidden state before the last layer (B, L, width), without the final LayerNorm; and the pooled output
-            (B, projection), ``None`` without a projection: the normalized last state at the first end token, projected.
-
-        Raises:
-            ValueError: if a row has no end token to pool at.
+        Returns the hidden state before the last layer (B, L, width), without the final LayerNorm, and the pooled output
+        (B, projection): the normalized last state at the first end token, projected; ``None`` without a projection.
+        Raises ``ValueError`` for a row without an end token.
         """
         hidden = self.text_model(ids)
         if self.text_projection is None:
@@ -92,28 +81,27 @@ class TextEncoder(nn.Module):
 
 
 class TextEncoders(nn.Module):
-    """Both text encoders of SDXL."""
+    """Both text encoders. ``configs`` is ``ModelConfig.text``."""
 
     def __init__(self, configs: tuple[TextConfig, TextConfig]) -> None:
-        """``configs`` is ``ModelConfig.text``; random weights, or none under ``torch.device("meta")``."""
         super().__init__()
         self.configs = configs
         self.clip, self.openclip = (TextEncoder(config) for config in configs)
 
     def forward(self, ids: Tensor, ids_2: Tensor) -> TextEmbeddings:
-        """Encodes the two (B, L) tensors of ids that :class:`Tokenizer` gives, one padded for each encoder."""
+        """Encodes the two tensors (B, L) of token ids of :class:`Tokenizer`, one padded for each encoder."""
         hidden, _ = self.clip(ids)
         hidden_2, pooled = self.openclip(ids_2)
         return TextEmbeddings(torch.cat([hidden, hidden_2], dim=-1), pooled)
 
     def encode(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
-        """Encodes B prompts on the device of the weights. A prompt that is too long is cut, with a warning."""
+        """Encodes B prompts on the device of the weights. Warns of a prompt that is too long, and truncates it."""
         device = next(self.parameters()).device
         ids, ids_2 = tokenizer(prompts)
         return self(ids.to(device), ids_2.to(device))
 
     def encode_negative(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
-        """Encodes B negative prompts for guidance: an empty one gives zeros, not the encoding of ""."""
+        """Encodes B negative prompts for guidance. An empty one becomes zeros, not the encoding of ""."""
         embeddings = self.encode(prompts, tokenizer)
         empty = torch.tensor([not prompt.strip() for prompt in prompts], dtype=torch.bool)
         return embeddings.zeroed(empty.to(embeddings.pooled.device))

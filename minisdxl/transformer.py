@@ -1,7 +1,7 @@
-"""The attention block of the U-Net: a feature map becomes a token set, runs through transformer layers, and comes back.
+"""The U-Net's attention block: a feature map becomes a token set, runs through transformer layers, and comes back.
 
 Names are those of the official checkpoint (``SpatialTransformer`` and below).
-Legend: B batch, N tokens of a feature map, n <= N tokens still held, T text tokens, C channels, h heads, d = C / h.
+Shapes: B batch, N tokens of a feature map, n <= N tokens held, T text tokens, C channels, h heads, d = C / h.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from atedm.graph.inputs import AttentionInputs
 from atedm.plan import UNTOUCHED, BlockPlan, LayerPlan
 from atedm.recovery import Restore
 from atedm.tokens import TokenSet
+from minisdxl.config import AttentionSite, UNetConfig
 from minisdxl.operators import Linear, attention, geglu
 
 
 class ContextKV(NamedTuple):
-    """What queries attend to: ``key`` and ``value`` are (B, h, T, d) of T tokens, text or image."""
+    """``key`` and ``value`` (B, h, T, d) of the T tokens that queries attend to."""
 
     key: Tensor
     value: Tensor
 
 
 class Attention(nn.Module):
-    """Attention of tokens (B, n, C) to a context (B, T, c); q, k and v have no bias (official: CrossAttention).
+    """Multi-head attention of tokens (B, n, C) to a context (B, T, c) (official: CrossAttention).
 
     Split in two: :meth:`project_context` computes keys and values, :meth:`forward` computes queries and attends. The
     prompt is the same at every step, so its keys and values are computed once per picture.
@@ -49,7 +50,7 @@ class Attention(nn.Module):
         return ContextKV(k, v)
 
     def forward(self, x: Tensor, context: ContextKV) -> tuple[Tensor, AttentionInputs]:
-        """The attended values (B, n, C), and what the attention map is computed from, to rank tokens by."""
+        """The attended values (B, n, C), and the inputs of the attention map, from which tokens are ranked."""
         q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
         attended, log_sum_exp = attention(q, *context, self.scale)
         inputs = AttentionInputs(q, context.key, self.scale, log_sum_exp)
@@ -57,7 +58,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear map times the GELU of another (Shazeer 2020), both in one matrix."""
+    """A linear map times the GELU of another (Shazeer 2020). Both are in one matrix."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width, and back."""
+    """GEGLU to four times the width, then a linear map back."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward (official: BasicTransformerBlock). Any set of tokens will do."""
+    """Self-attention, cross-attention and feed-forward on any token set (official: BasicTransformerBlock)."""
 
     def __init__(self, channels: int, context_channels: int, head_channels: int) -> None:
         super().__init__()
@@ -94,9 +95,9 @@ class TransformerLayer(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, tokens: TokenSet, text: ContextKV, plan: LayerPlan) -> tuple[TokenSet, list[Restore]]:
-        """Norm, attend, add, three times. Returns the tokens that ``plan`` leaves and the way back.
+        """Norm, attend, add, three times. Returns the tokens that ``plan`` keeps, and how to restore the others.
 
-        ``text`` are the prompt's keys and values, of :attr:`attn2`.
+        ``text`` are the prompt's keys and values for :attr:`attn2`.
         """
         merge_1, merge_2, merge_3 = plan.merges(tokens)
         x = tokens.values
@@ -113,20 +114,18 @@ class TransformerLayer(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Feature map (B, C, H, W) to tokens, through ``depth`` layers, and back (official: SpatialTransformer).
+    """Feature map (B, C, H, W) to tokens, through all layers, and back (official: SpatialTransformer).
 
-    ``name`` is the block's display name (``down.1.0``, ``mid``), by which token plans address it.
+    ``name`` is the display name (``down.1.0``, ``mid``), by which token plans address the block.
     """
 
-    def __init__(
-        self, name: str, channels: int, depth: int, context_channels: int, head_channels: int, groups: int
-    ) -> None:
+    def __init__(self, site: AttentionSite, config: UNetConfig) -> None:
         super().__init__()
-        self.name = name
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # the official 1e-6, unlike the ResBlocks' 1e-5
+        self.name, channels = site.name, site.channels
+        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)  # official; the ResBlocks have 1e-5
         self.proj_in = Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            TransformerLayer(channels, context_channels, head_channels) for _ in range(depth)
+            TransformerLayer(channels, config.context_channels, config.head_channels) for _ in range(site.depth)
         )
         self.proj_out = Linear(channels, channels)
 
@@ -136,10 +135,7 @@ class AttentionBlock(nn.Module):
         return [layer.attn2.project_context(context) for layer in layers]
 
     def forward(self, x: Tensor, text: Sequence[ContextKV], plan: BlockPlan | None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); ``text`` is what :meth:`project_context` gave.
-
-        ``plan`` says what the layers do with their tokens, ``None`` means nothing.
-        """
+        """(B, C, H, W) -> (B, C, H, W). ``text`` is the result of :meth:`project_context`; plan ``None`` is dense."""
         tokens = TokenSet.from_feature_map(self.norm(x))
         tokens = tokens.with_values(self.proj_in(tokens.values))
         restores: list[Restore] = []

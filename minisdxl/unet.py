@@ -1,7 +1,7 @@
-"""The denoising U-Net.
+"""The denoising U-Net: predicts the noise in a latent.
 
 Names are those of the official single-file checkpoint (prefix ``model.diffusion_model.``): numbered ``input_blocks``,
-``middle_block``, ``output_blocks``. ``UNetConfig.attention_sites`` lists the attention blocks by names people can say.
+``middle_block``, ``output_blocks``. ``UNetConfig.attention_sites`` lists the attention blocks by display names.
 Shapes: latent x (B, 4, H, W); timestep (B,); context (B, T, c); vector (B, v); embedding (B, 4 * model_channels).
 """
 
@@ -19,20 +19,21 @@ from minisdxl.embedding import sinusoidal_embedding
 from minisdxl.operators import Conv3x3
 from minisdxl.transformer import AttentionBlock, ContextKV
 
-# Keys and values of a prompt for each layer of each attention block, by the block's name: the same at every step.
-Text = Mapping[str, Sequence[ContextKV]]
+# Keys and values of a prompt for each transformer layer of each attention block, by the block's name.
+PromptKV = Mapping[str, Sequence[ContextKV]]
 
 
 class ResBlock(nn.Module):
-    """Two normalized 3x3 convolutions with the embedding added between them, and a residual."""
+    """Two normalized 3x3 convolutions and a residual, with the time embedding added between the convolutions."""
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
         super().__init__()
-        # SiLU in place: nobody else has the normalized map.
+        groups = config.norm_groups
+        # SiLU works in place, because nothing else reads the normalized feature map.
         self.in_layers = nn.Sequential(
             nn.GroupNorm(groups, in_channels, eps=1e-5), nn.SiLU(inplace=True), Conv3x3(in_channels, out_channels)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(config.embedding_channels, out_channels))
         # Index 2 is the official code's dropout, which is 0.
         self.out_layers = nn.Sequential(
             nn.GroupNorm(groups, out_channels, eps=1e-5),
@@ -62,24 +63,24 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Repeats pixels up to the size of the feature map that comes next, then convolves."""
+    """Repeats pixels up to the size of the next skip connection, then convolves."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        """(B, C, h, w) -> (B, C, *size); the size is twice h and w, or one less where the way down rounded up."""
+        """(B, C, h, w) -> (B, C, *size). The size is twice h and w, or one less where the way down rounded up."""
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Block(nn.Sequential):
-    """One numbered block: a convolution in, or a ResBlock with or without attention, or a change of resolution."""
+    """One numbered block: the input convolution, or a ResBlock with or without attention, or a change of resolution."""
 
     def forward(  # type: ignore[override]  # nn.Sequential takes one input
-        self, x: Tensor, embedding: Tensor, text: Text, plan: TokenPlan, size: torch.Size
+        self, x: Tensor, embedding: Tensor, text: PromptKV, plan: TokenPlan, size: torch.Size
     ) -> Tensor:
-        """Each part takes what it needs; ``size`` is the (H, W) that an upsampling must reach."""
+        """Runs each part with the inputs that it needs. ``size`` is the (H, W) that an upsampling must reach."""
         for part in self:
             if isinstance(part, ResBlock):
                 x = part(x, embedding)
@@ -93,7 +94,7 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in a latent: ``unet(x, timestep, context, vector, plan)`` -> (B, 4, H, W)."""
+    """The U-Net: ``unet(x, timestep, context, vector, plan)`` -> predicted noise (B, 4, H, W)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -107,9 +108,9 @@ class UNet(nn.Module):
         top, bottom = config.channels(0), config.channels(len(config.levels) - 1)
         self.input_blocks = nn.ModuleList(self._down(sites))
         self.middle_block = Block(
-            self._res(bottom, bottom),
-            *([self._attention(next(sites))] if config.middle_depth else []),
-            self._res(bottom, bottom),
+            ResBlock(bottom, bottom, config),
+            *([AttentionBlock(next(sites), config)] if config.middle_depth else []),
+            ResBlock(bottom, bottom, config),
         )
         self.output_blocks = nn.ModuleList(self._up(sites))
         self.out = nn.Sequential(
@@ -123,59 +124,50 @@ class UNet(nn.Module):
         """The dtype that it computes in."""
         return next(self.parameters()).dtype
 
-    def _res(self, in_channels: int, out_channels: int) -> ResBlock:
-        return ResBlock(in_channels, out_channels, self.config.embedding_channels, self.config.norm_groups)
-
-    def _attention(self, site: AttentionSite) -> AttentionBlock:
-        c = self.config
-        return AttentionBlock(
-            site.name, site.channels, site.depth, c.context_channels, c.head_channels, groups=c.norm_groups
-        )
-
     def _down(self, sites: Iterator[AttentionSite]) -> Iterator[Block]:
-        """The numbered blocks of the way down; the output of each is a skip for the way up."""
+        """The numbered blocks of the way down. The output of each is a skip connection to the way up."""
         c = self.config
         yield Block(nn.Conv2d(c.in_channels, c.channels(0), 3, padding=1))
         channels = c.channels(0)
         for level, spec in enumerate(c.levels):
             for _ in range(c.res_blocks):
-                res = self._res(channels, c.channels(level))
-                yield Block(res, self._attention(next(sites))) if spec.depth else Block(res)
+                res = ResBlock(channels, c.channels(level), c)
+                yield Block(res, AttentionBlock(next(sites), c)) if spec.depth else Block(res)
                 channels = c.channels(level)
             if level < len(c.levels) - 1:
                 yield Block(Downsample(channels))
 
     def _up(self, sites: Iterator[AttentionSite]) -> Iterator[Block]:
-        """The numbered blocks of the way up: each takes one skip, level 0 last."""
+        """The numbered blocks of the way up, which ends with level 0. Each takes one skip connection."""
         c = self.config
         channels = c.channels(len(c.levels) - 1)
         for level, spec in reversed(list(enumerate(c.levels))):
-            # The skips of a level, in the order they come back: its ResBlocks, then what entered the level.
+            # The skips of a level, last one first: its ResBlocks, then what entered the level.
             skips = [c.channels(level)] * c.res_blocks + [c.channels(max(level - 1, 0))]
             for index, skip in enumerate(skips):
-                parts: list[nn.Module] = [self._res(channels + skip, c.channels(level))]
+                parts: list[nn.Module] = [ResBlock(channels + skip, c.channels(level), c)]
                 if spec.depth:
-                    parts.append(self._attention(next(sites)))
+                    parts.append(AttentionBlock(next(sites), c))
                 if level > 0 and index == c.res_blocks:
                     parts.append(Upsample(c.channels(level)))
                 yield Block(*parts)
                 channels = c.channels(level)
 
-    def project_context(self, context: Tensor) -> Text:
-        """Keys and values of a prompt (B, T, c), for all steps of a picture."""
+    def project_context(self, context: Tensor) -> PromptKV:
+        """Keys and values of a context (B, T, c). They are the same at every step, so one call serves a whole run."""
         blocks = (block for block in self.modules() if isinstance(block, AttentionBlock))
         return {block.name: block.project_context(context) for block in blocks}
 
     def forward(
-        self, x: Tensor, timestep: Tensor, context: Tensor | Text, vector: Tensor, plan: TokenPlan = DENSE
+        self, x: Tensor, timestep: Tensor, context: Tensor | PromptKV, vector: Tensor, plan: TokenPlan = DENSE
     ) -> Tensor:
         """The predicted noise (B, 4, H, W).
 
-        ``context`` is the encoded prompt (B, T, c), or what :meth:`project_context` gave for it, which saves time.
-        ``plan`` says what each attention block does with its tokens; a block that it does not name runs dense.
-        Raises ``ValueError`` for a plan that names a block this U-Net does not have.
+        ``context`` is the encoded prompt (B, T, c), or the result of :meth:`project_context`, which saves time.
+        ``plan`` says what each attention block does with its tokens; blocks that it does not name run dense. Raises
+        ``ValueError`` for a plan that names a block this U-Net does not have.
         """
-        plan.check(list(self.config.attention_sites()))
+        plan.check(self.config.attention_sites())
         embedding = self.time_embed(sinusoidal_embedding(timestep, self.config.model_channels).to(x.dtype))
         embedding = embedding + self.label_emb(vector.to(x.dtype))
         text = self.project_context(context) if isinstance(context, Tensor) else context

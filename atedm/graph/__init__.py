@@ -1,4 +1,4 @@
-"""Attention graphs: one protocol, four kinds (dense, by head, streamed, Triton)."""
+"""Attention graphs: the attention map as a weighted directed graph, held in memory or recomputed in pieces."""
 
 from atedm.graph.by_head import ByHeadGraph
 from atedm.graph.dense import DenseGraph

@@ -1,4 +1,4 @@
-"""The attention graph that holds some heads at a time, and lets all queries vote, or every s-th: a sketch of the votes.
+"""The by-head attention graph: holds the map of a few heads at a time. All queries vote, or a subsample of them.
 
 Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph.protocol`.
 """
@@ -16,28 +16,27 @@ from atedm.graph.streamed import StreamedGraph, take_rows
 from atedm.graph.triton import TritonGraph, streamed_graph
 from atedm.tokens import at_least_float32
 
-# One query in five votes. An odd stride walks across the columns of a grid of even width, where 4 would ask the same
-# few columns in every row.
+# Every fifth query votes. An odd stride reaches all columns of a grid of even width; 4 would take the same few columns
+# in every row.
 SUBSAMPLING_STRIDE = 5
 
-# Maps held together while they are ranked: as many as fit into the caches of a CPU, or into a small part of a GPU's
-# memory, and one alone if it has at most as much as that: SDXL's largest at 1024 px takes 64 MiB.
+# Memory of the maps that are held together. On a CPU as many heads as fit into its caches, at least one; on a GPU a
+# small part of its memory. A head whose map is larger than MAPS_BYTES is streamed; SDXL's largest at 1024 px is 64 MiB.
 CACHE_BYTES = 8 * 2**20
 MAPS_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class ByHeadGraph:
-    """Votes from the queries 0, stride, 2 * stride, ... alone; with a stride of 1 from all, which is exact.
+    """An attention graph in which the queries 0, stride, 2 * stride, ... vote. With stride 1 all do, and it is exact.
 
     ``query`` (B, heads, M, d) and ``key`` (B, heads, N, d) are those of the whole map, ``log_sum_exp`` (B, heads, M)
-    is that of its rows if known. ``voters`` is the graph of the queries that vote: a part of this graph has it
-    (:meth:`parts`). Without, it is built for each answer. All answers but votes are streamed.
+    is that of its rows, if known. ``voters`` is the graph of the voting queries. The parts of this graph have one
+    (:meth:`parts`); otherwise it is built for each answer. All answers but A^T s are exact and streamed.
 
-    The sketch stride * sum_{i votes} A_ij s_i is an unbiased estimate of one vote (A^T s)_j: its mean over the
-    ``stride`` places at which counting could start is exactly that. From 0 it is one draw, the same every time. Power
-    iteration on it only ever reads the scores of the queries that vote, so that it finds the scores that these give
-    each other, and ranks all keys by a last vote of theirs; that, as any iteration of an estimate, is biased.
+    The estimate stride * sum_{i votes} A_ij s_i of (A^T s)_j is unbiased: its mean over the ``stride`` possible first
+    queries is exact. Here the first is always 0. Power iteration reads only the scores of the voters. So it finds the
+    scores that voters give each other, and ranks all keys by their last vote. That iteration is biased.
     """
 
     query: Tensor
@@ -51,13 +50,13 @@ class ByHeadGraph:
     def from_qk(
         cls, q: Tensor, k: Tensor, scale: float, stride: int = SUBSAMPLING_STRIDE, log_sum_exp: Tensor | None = None
     ) -> ByHeadGraph:
-        """A sketch of the graph softmax(scale * q k^T) of queries (B, heads, M, d) and keys (B, heads, N, d).
+        """The graph softmax(scale * q k^T) of queries (B, heads, M, d) and keys (B, heads, N, d).
 
-        ``log_sum_exp`` (B, heads, M) is what fused attention knows of each row, if it is at hand.
-        Raises ``ValueError`` for a stride below 1.
+        ``log_sum_exp`` (B, heads, M) of each row, as fused attention returns it, if known. Raises ``ValueError`` for a
+        stride below 1.
         """
         if stride < 1:
-            raise ValueError(f"sketch stride is {stride}, expected 1 or more")
+            raise ValueError(f"subsampling stride is {stride}, expected 1 or more")
         return cls(q, k, scale, stride, log_sum_exp)
 
     @property
@@ -67,10 +66,10 @@ class ByHeadGraph:
         return batch, heads, queries, self.key.shape[2]
 
     def parts(self) -> Iterator[ByHeadGraph]:
-        """Some heads at a time, with their voters in memory; all and streamed, where one head's would take too much.
+        """A few heads at a time, with the map of their voters in memory; or all heads, streamed, if one is too large.
 
-        See :meth:`~atedm.graph.protocol.AttentionGraph.parts`. All parts share their memory: on a CPU it takes longer
-        to get than to fill. No gradient goes through them.
+        See :meth:`~atedm.graph.protocol.AttentionGraph.parts`. All parts reuse the same memory, because on a CPU
+        allocating it takes longer than filling it. No gradient passes through them.
         """
         if self.voters is not None:
             yield self
@@ -102,7 +101,7 @@ class ByHeadGraph:
         return torch.full_like(at_least_float32(self.query[..., 0]), 1 / self.shape[2])
 
     def rmatvec(self, s_q: Tensor) -> Tensor:
-        """The sketch of A^T s, see :meth:`~atedm.graph.protocol.AttentionGraph.rmatvec`."""
+        """A^T s, or its estimate, see :meth:`~atedm.graph.protocol.AttentionGraph.rmatvec`."""
         voters = self.voters or self._streamed_voters()
         return self.stride * voters.rmatvec(self._voting(s_q))
 
@@ -115,9 +114,9 @@ class ByHeadGraph:
         return self._exact().entropy()
 
     def argmax_query(self, among: Tensor, targets: Tensor) -> Tensor:
-        """Which query attends most to each target, see :meth:`~atedm.graph.protocol.AttentionGraph.argmax_query`."""
+        """The query that attends most to each target, see :meth:`~atedm.graph.protocol.AttentionGraph.argmax_query`."""
         sums = None if self.log_sum_exp is None else self.log_sum_exp.take_along_dim(among.unsqueeze(1), dim=2)
-        rows = streamed_graph(take_rows(self.query, among), self.key, self.scale, sums)  # no others are needed
+        rows = streamed_graph(take_rows(self.query, among), self.key, self.scale, sums)  # only these rows
         return rows.argmax_query(torch.arange(among.shape[1], device=among.device).expand_as(among), targets)
 
     def _voting(self, x: Tensor) -> Tensor:
@@ -129,14 +128,14 @@ class ByHeadGraph:
         return streamed_graph(self._voting(self.query), self.key, self.scale, sums)
 
     def _exact(self) -> StreamedGraph:
-        # Anew each time: cross-attention asks, whose keys are few; self-attention, which does not, would pay for it.
+        # Built for each answer: only cross-attention needs it, and its keys are few.
         return StreamedGraph.from_qk(self.query, self.key, self.scale, self.log_sum_exp)
 
 
 def _filled(memory: Tensor, query: Tensor, key: Tensor, log_sum_exp: Tensor) -> DenseGraph:
-    """The graph exp(query key^T - log_sum_exp) in ``memory`` (b, 1, m, N), made a few rows at a time, in cache.
+    """The graph exp(query key^T - log_sum_exp), written to ``memory`` (b, 1, m, N) a few rows at a time, in cache.
 
-    Its weights are off by rounding, the sums of its rows too, which no vote notices.
+    The sums of its rows are one up to rounding, which does not matter to A^T s.
     """
     rows = max(1, CACHE_BYTES // (memory[:, :, 0].numel() * memory.element_size()))
     for piece, q, sums in zip(*(torch.split(x, rows, dim=2) for x in (memory, query, log_sum_exp)), strict=True):

@@ -1,4 +1,4 @@
-"""The attention graph that holds its whole map in memory: the simplest, and the fastest where the map is small.
+"""The dense attention graph: holds the whole map in memory. The simplest graph, and the fastest for small maps.
 
 Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph.protocol`.
 """
@@ -16,16 +16,16 @@ from atedm.tokens import at_least_float32
 
 @dataclass(frozen=True, eq=False)
 class DenseGraph:
-    """An attention graph that holds its whole map in memory, in float32 or float64."""
+    """An attention graph with its whole ``map`` (B, heads, M, N) in memory, in float32 or float64."""
 
     map: Tensor
 
     @classmethod
     def from_map(cls, attention: Tensor) -> DenseGraph:
-        """The graph of a given map (B, heads, M, N); half precision becomes float32.
+        """The graph of a map (B, heads, M, N). Half precision is converted to float32.
 
-        Raises ``ValueError`` unless the map has that shape, is free of NaN, has no negative weights, and its rows sum
-        to one: to within 1e-3, or four units of rounding where the map's own precision is coarser than that.
+        Raises ``ValueError`` for another shape, NaN, negative weights, and rows that do not sum to one within 1e-3, or
+        within four units of rounding of the map's dtype if that is more.
         """
         shape = tuple(attention.shape)
         if len(shape) != 4 or 0 in shape:
@@ -50,7 +50,7 @@ class DenseGraph:
     def from_qk(cls, q: Tensor, k: Tensor, scale: float) -> DenseGraph:
         """The graph softmax(scale * q k^T) of queries (B, heads, M, d) and keys (B, heads, N, d).
 
-        Logits and softmax are computed in float32 at least, as fused attention does inside.
+        Logits and softmax are computed in float32 at least, as in fused attention.
         """
         logits = (at_least_float32(q) * scale) @ at_least_float32(k).mT
         return cls(logits.softmax(dim=-1))
@@ -62,7 +62,7 @@ class DenseGraph:
         return batch, heads, queries, keys
 
     def parts(self) -> Iterator[DenseGraph]:
-        """Itself: what is in memory is not cut, see :meth:`~atedm.graph.protocol.AttentionGraph.parts`."""
+        """The graph itself, see :meth:`~atedm.graph.protocol.AttentionGraph.parts`."""
         yield self
 
     def uniform(self) -> Tensor:
@@ -80,11 +80,10 @@ class DenseGraph:
 
     def entropy(self) -> Tensor:
         """Entropy of each row in nats, see :meth:`~atedm.graph.protocol.AttentionGraph.entropy`."""
-        terms: Tensor = torch.special.entr(self.map)  # -x ln x, and 0 at x = 0
-        return terms.sum(dim=-1)
+        return torch.special.entr(self.map).sum(dim=-1)  # -x ln x, and 0 at x = 0
 
     def argmax_query(self, among: Tensor, targets: Tensor) -> Tensor:
-        """Which query attends most to each target, see :meth:`~atedm.graph.protocol.AttentionGraph.argmax_query`."""
+        """The query that attends most to each target, see :meth:`~atedm.graph.protocol.AttentionGraph.argmax_query`."""
         rows = self.map.mean(dim=1).gather(1, among.unsqueeze(2).expand(-1, -1, self.map.shape[-1]))
         weights = rows.gather(2, targets.unsqueeze(1).expand(-1, among.shape[1], -1))  # (B, m, p)
-        return weights.argmax(dim=1)  # torch documents: the first of equal maxima
+        return weights.argmax(dim=1)  # the first of equal maxima, as torch documents

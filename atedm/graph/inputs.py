@@ -1,4 +1,4 @@
-"""What an attention layer hands over, and the graph that is built from it on request."""
+"""Queries and keys of an attention layer, and the attention graph that is built from them on first use."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ GRAPHS = ("by-head", "streamed", "subsampled", "dense")  # names of the kinds of
 
 
 class AttentionInputs(NamedTuple):
-    """What an attention layer hands over, so that no map is built where nobody asks for one.
+    """Queries and keys of an attention layer. A map is built from them only where a ranking or recovery reads it.
 
     ``query`` is (B, heads, M, d), ``key`` is (B, heads, N, d); the map is softmax(scale * query key^T).
-    ``log_sum_exp`` (B, heads, M) is that of each row of scale * query key^T, if the attention layer knows it: it spares
-    graphs that are not held from computing all rows for it.
+    ``log_sum_exp`` (B, heads, M) is that of each row of scale * query key^T, where the layer knows it. Graphs that do
+    not hold the map need it, and compute it from all rows otherwise.
     """
 
     query: Tensor
@@ -28,10 +28,10 @@ class AttentionInputs(NamedTuple):
     log_sum_exp: Tensor | None = None
 
     def graph(self, kind: str = "by-head") -> AttentionGraph:
-        """Build the attention graph of the ``kind``, one of ``GRAPHS``. Raises ``ValueError`` for any other.
+        """The attention graph of the ``kind``, one of ``GRAPHS``. Raises ``ValueError`` for any other.
 
-        ``dense`` holds the whole map in memory, ``by-head`` a few heads at a time while they are ranked, ``streamed``
-        recomputes the map in pieces for each answer: the same answers. In ``subsampled`` every fifth query votes.
+        ``dense`` holds the whole map in memory, ``by-head`` a few heads at a time, and ``streamed`` recomputes the map
+        in pieces; their answers are the same. In ``subsampled`` only every fifth query votes.
         """
         match kind:
             case "dense":
@@ -46,12 +46,12 @@ class AttentionInputs(NamedTuple):
 
 
 class LazyGraph:
-    """A graph that is built on first use and then shared by ranking and recovery."""
+    """An attention graph that is built on first use and shared by ranking and recovery."""
 
     def __init__(self, inputs: AttentionInputs, kind: str = "by-head") -> None:
         self.inputs = inputs
         self.kind = kind
-        self._built: AttentionGraph | None = None  # no cached_property: its lock stops torch.compile
+        self._built: AttentionGraph | None = None  # not a cached_property, whose lock torch.compile cannot trace
 
     @property
     def graph(self) -> AttentionGraph:

@@ -1,10 +1,10 @@
-"""Triton kernels for what ranking and recovery ask of an attention map that is nowhere held.
+"""Triton kernels that reduce an attention map without storing it: A^T s, and the strongest query of each key.
 
-Each computes tiles of the map in registers, from queries, keys and the rows' log-sum-exp, in float32 whatever the
-inputs are in, and reduces them at once: memory grows with the number of tokens, not with its square. Triton comes with
-torch for CUDA; with ``TRITON_INTERPRET=1`` in the environment the same kernels run on a CPU, slowly, to be tested.
+A kernel computes tiles of the map in registers, in float32, from queries, keys and the rows' log-sum-exp, and reduces
+them at once. So memory grows with the number of tokens, not with its square. Triton comes with torch for CUDA. With
+``TRITON_INTERPRET=1`` in the environment the kernels run on a CPU, slowly, for tests.
 
-Shapes: queries are (B, heads, M, d), keys (B, heads, N, d), d is padded to a power of two of at least 16.
+Shapes: queries are (B, heads, M, d), keys (B, heads, N, d); d is padded to a power of two of at least 16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tile sizes, in rows of the map. NOTE: not tuned, for want of a GPU at hand; `python -m tools.bench` measures.
+# Rows and columns of a tile. NOTE: not tuned on a GPU; `python -m tools.bench` measures.
 TILE = 64
 
 
@@ -22,7 +22,7 @@ TILE = 64
 def _votes_kernel(
     query, key, bias, out, queries, keys, channels, scale, TILE_M: tl.constexpr, TILE_N: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """One tile of keys of one head: all queries pass by."""
+    """One tile of keys of one head, summed over all queries."""
     head = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     d = tl.arange(0, D)
@@ -37,14 +37,14 @@ def _votes_kernel(
             (m[:, None] < queries) & (d[None, :] < channels),
             0.0,
         )
-        b = tl.load(bias + head * queries + m, m < queries, float("-inf"))  # exp makes 0 of rows that are not there
+        b = tl.load(bias + head * queries + m, m < queries, float("-inf"))  # exp(-inf) = 0 beyond the last row
         logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
         total += tl.sum(tl.exp(logits + b[None, :]), axis=1)
     tl.store(out + head * keys + n, total, n < keys)
 
 
 def rmatvec(query: Tensor, key: Tensor, scale: float, log_sum_exp: Tensor, s_q: Tensor) -> Tensor:
-    """A^T s: (B, heads, N) in float32, for scores ``s_q`` >= 0 and ``log_sum_exp`` of all rows, both (B, heads, M)."""
+    """A^T s (B, heads, N) in float32, for scores ``s_q`` >= 0 and the rows' ``log_sum_exp``, both (B, heads, M)."""
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]
     bias = (s_q.log() - log_sum_exp).float().contiguous()
@@ -62,7 +62,7 @@ def _strongest_kernel(
     query, key, log_sum_exp, out, heads, queries, keys, channels, scale,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of one batch row: all queries pass by, a tile at a time through all heads."""
+    """One tile of keys of one batch row: the maximum over all queries of the weight, summed over heads."""
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     d = tl.arange(0, D)
@@ -94,9 +94,9 @@ def _strongest_kernel(
 
 
 def argmax_query(query: Tensor, key: Tensor, scale: float, log_sum_exp: Tensor) -> Tensor:
-    """For each key the place of the query with the largest weight, summed over heads, the first on ties: (B, N) int64.
+    """For each key the index of the query with the largest weight, summed over heads, first on ties: (B, N) int64.
 
-    ``query`` and ``log_sum_exp`` (B, heads, M) are of the tokens to choose among, ``key`` is of those that ask.
+    ``query`` and ``log_sum_exp`` (B, heads, M) are of the tokens to choose among, ``key`` of the targets.
     """
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]
@@ -110,5 +110,5 @@ def argmax_query(query: Tensor, key: Tensor, scale: float, log_sum_exp: Tensor) 
 
 
 def _padded(channels: int) -> int:
-    """The least size of a tile's side that holds ``channels``: tensor cores take no fewer than 16."""
+    """``channels`` rounded up to a power of two of at least 16, the least that tensor cores take."""
     return max(16, 1 << (channels - 1).bit_length())

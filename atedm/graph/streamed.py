@@ -1,7 +1,7 @@
-"""Attention graphs that hold no M x N numbers: they keep queries and keys, and compute the map anew for each answer.
+"""The streamed attention graph: keeps queries and keys, and recomputes the map in pieces for each answer.
 
-Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph.protocol`; d is the number of channels of a head. The weight
-of query i for key j is exp(q_i k_j * scale - L_i), where L_i is the row's log-sum-exp.
+The M x N map is never in memory. The weight of query i for key j is exp(scale q_i k_j - L_i), with L_i the row's
+log-sum-exp. Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph.protocol`; d channels per head.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from atedm.tokens import at_least_float32
 
-# What a piece of the map and one temporary of its size may take together. SDXL's largest map (4096 tokens, 10 heads)
-# is 640 MiB in float32. Smaller pieces save little beside the queries and keys, and each costs a few kernel launches.
+# Memory of a piece of the map and one temporary of its size. SDXL's largest map (4096 tokens, 10 heads) is 640 MiB in
+# float32. Smaller pieces save little compared to queries and keys, and each piece costs a few kernel launches.
 PIECE_BYTES = 24 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedGraph:
-    """The answers of :class:`~atedm.graph.dense.DenseGraph` without its map, from pieces of at most ``piece_bytes``.
+    """The answers of :class:`~atedm.graph.dense.DenseGraph` from pieces of the map of at most ``piece_bytes``.
 
-    ``query`` (B, heads, M, d) is scaled already, ``key`` is (B, heads, N, d), both in float32 or float64;
-    ``log_sum_exp`` (B, heads, M) is L, in natural logarithm. A piece is one row or column of each head at the least.
+    ``query`` (B, heads, M, d), already scaled, and ``key`` (B, heads, N, d) are in float32 or float64. ``log_sum_exp``
+    (B, heads, M) is L, in natural logarithm. The smallest piece is one row or column of each head.
     """
 
     query: Tensor
@@ -38,10 +38,10 @@ class StreamedGraph:
     ) -> StreamedGraph:
         """The graph softmax(scale * q k^T) of queries (B, heads, M, d) and keys (B, heads, N, d).
 
-        ``log_sum_exp`` (B, heads, M) is what fused attention knows of each row; without it, it is computed here.
-        Raises ``ValueError`` if it has another shape.
+        ``log_sum_exp`` (B, heads, M) of each row, as fused attention returns it; computed here if not given. Raises
+        ``ValueError`` if it has another shape.
         """
-        # Attention layers split heads by a view. Contiguous, because every piece would copy it otherwise.
+        # Contiguous, because attention layers split heads by a view, which every piece would copy.
         query, key = (at_least_float32(q) * scale).contiguous(), at_least_float32(k).contiguous()
         graph = cls(query, key, query.new_zeros(query.shape[:3]), piece_bytes)
         if log_sum_exp is None:
@@ -58,7 +58,7 @@ class StreamedGraph:
         return batch, heads, queries, self.key.shape[2]
 
     def parts(self) -> Iterator[StreamedGraph]:
-        """Itself, all heads at once, see :meth:`~atedm.graph.protocol.AttentionGraph.parts`."""
+        """The graph itself, see :meth:`~atedm.graph.protocol.AttentionGraph.parts`."""
         yield self
 
     def uniform(self) -> Tensor:
@@ -68,10 +68,10 @@ class StreamedGraph:
     def rmatvec(self, s_q: Tensor) -> Tensor:
         """A^T s for scores s >= 0, see :meth:`~atedm.graph.protocol.AttentionGraph.rmatvec`.
 
-        (A^T s)_j = exp(logsumexp_i(q_i k_j * scale - L_i + log s_i)): attention with queries and keys swapped and a
-        bias. Weights and scores are at most one, so that the sum needs no maximum taken out to be safe.
+        (A^T s)_j = sum_i exp(scale q_i k_j - L_i + log s_i): attention with queries and keys swapped, and a bias.
+        Weights and scores are at most one, so the sum is safe without subtracting a maximum.
         """
-        bias = (s_q.log() - self.log_sum_exp).unsqueeze(2)  # -inf where s = 0, which exp takes back to 0
+        bias = (s_q.log() - self.log_sum_exp).unsqueeze(2)  # -inf where s = 0, and exp(-inf) = 0
         pieces = self._pieces(along=3, across=2)
         return torch.cat([(self.key[:, :, j] @ self.query.mT).add_(bias).exp_().sum(dim=-1) for j in pieces], dim=-1)
 
@@ -83,14 +83,14 @@ class StreamedGraph:
     def entropy(self) -> Tensor:
         """Entropy of each row in nats, see :meth:`~atedm.graph.protocol.AttentionGraph.entropy`."""
         pieces = self._pieces(along=2, across=3)
-        weights = (self._logits(rows).softmax(dim=-1) for rows in pieces)  # exp(logit - L) is off near one-hot rows
+        weights = (self._logits(rows).softmax(dim=-1) for rows in pieces)  # exp(logit - L) errs near one-hot rows
         return torch.cat([torch.special.entr(piece).sum(dim=-1) for piece in weights], dim=-1)
 
     def argmax_query(self, among: Tensor, targets: Tensor) -> Tensor:
-        """Which query attends most to each target, see :meth:`~atedm.graph.protocol.AttentionGraph.argmax_query`.
+        """The query that attends most to each target, see :meth:`~atedm.graph.protocol.AttentionGraph.argmax_query`.
 
-        No other part of the map than these queries and keys is computed. Where two are equal but for rounding, the
-        winner can be another than in a :class:`~atedm.graph.dense.DenseGraph`.
+        Only this part of the map is computed. Where two weights differ by rounding alone, the result may differ from
+        that of a :class:`~atedm.graph.dense.DenseGraph`.
         """
         part = replace(
             self,
@@ -104,16 +104,16 @@ class StreamedGraph:
             weights = part.query.new_zeros(among.shape[0], among.shape[1], part.key[0, 0, columns].shape[0])
             for query, key, bias in zip(*heads, strict=True):
                 weights += (query @ key[:, columns].mT).sub_(bias).exp_()
-            strongest.append(weights.argmax(dim=1))  # torch documents: the first of equal maxima
+            strongest.append(weights.argmax(dim=1))  # the first of equal maxima, as torch documents
         return torch.cat(strongest, dim=-1)
 
     def _logits(self, rows: slice) -> Tensor:
         return self.query[:, :, rows] @ self.key.mT
 
     def _pieces(self, along: int, across: int, heads: int | None = None) -> Iterator[slice]:
-        """Cut axis ``along`` of the map so that two pieces fit into ``piece_bytes``; they are whole ``across``.
+        """Slices of the map's axis ``along``, so that two pieces, complete along ``across``, fit into ``piece_bytes``.
 
-        Of all heads, or of so many ``heads``.
+        Pieces are of all heads, or of ``heads`` at a time.
         """
         numbers = self.shape[0] * (heads or self.shape[1]) * self.shape[across]
         step = max(1, self.piece_bytes // (2 * self.query.element_size() * numbers))
@@ -122,5 +122,5 @@ class StreamedGraph:
 
 
 def take_rows(x: Tensor, indices: Tensor) -> Tensor:
-    """Queries or keys (B, heads, m, d) at ``indices`` (B, m) of ``x`` (B, heads, M, d)."""
+    """Gathers (B, heads, m, d) from queries or keys ``x`` (B, heads, M, d) at ``indices`` (B, m)."""
     return x.gather(2, indices[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

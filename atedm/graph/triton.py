@@ -1,6 +1,6 @@
-"""Attention graphs on a GPU that hold no M x N numbers, by the kernels of :mod:`atedm.graph.kernels`.
+"""The streamed attention graph on a GPU, by the Triton kernels of :mod:`atedm.graph.kernels`.
 
-Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph.protocol`; d is the number of channels of a head.
+Shapes: the map is (B, heads, M, N), see :mod:`atedm.graph.protocol`; d channels per head.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from atedm.graph.streamed import StreamedGraph, take_rows
 
 
 def usable(query: Tensor) -> bool:
-    """Whether the kernels run where ``query`` is: on a GPU, with Triton there, and nothing to be differentiated."""
+    """Whether the kernels can run for ``query``: on a GPU, with Triton installed and without gradients."""
     return query.is_cuda and find_spec("triton") is not None and not torch.is_grad_enabled()
 
 
 def streamed_graph(q: Tensor, k: Tensor, scale: float, log_sum_exp: Tensor | None) -> StreamedGraph | TritonGraph:
-    """The exact graph softmax(scale * q k^T) without its map, the faster way where there is one."""
+    """The streamed graph softmax(scale * q k^T): by Triton where it is usable, in plain PyTorch elsewhere."""
     kind = TritonGraph if usable(q) else StreamedGraph
     return kind.from_qk(q, k, scale, log_sum_exp)
 
 
 @dataclass(frozen=True, eq=False)
 class TritonGraph:
-    """The answers of :class:`~atedm.graph.streamed.StreamedGraph` to within rounding, in one kernel each.
+    """The answers of :class:`~atedm.graph.streamed.StreamedGraph` up to rounding, by one kernel each.
 
-    ``query`` (B, heads, M, d) and ``key`` (B, heads, N, d) are as attention has them, in any precision;
+    ``query`` (B, heads, M, d) and ``key`` (B, heads, N, d) are those of the attention layer, in its precision.
     ``log_sum_exp`` (B, heads, M) is that of each row of scale * query key^T.
     """
 
@@ -43,7 +43,7 @@ class TritonGraph:
     def from_qk(cls, q: Tensor, k: Tensor, scale: float, log_sum_exp: Tensor | None = None) -> TritonGraph:
         """The graph of queries (B, heads, M, d) and keys (B, heads, N, d).
 
-        ``log_sum_exp`` (B, heads, M) is what fused attention knows of each row; without it, it is computed here.
+        ``log_sum_exp`` (B, heads, M) of each row, as fused attention returns it; computed here if not given.
         """
         known = StreamedGraph.from_qk(q, k, scale).log_sum_exp if log_sum_exp is None else log_sum_exp
         return cls(q, k, scale, known)
@@ -55,7 +55,7 @@ class TritonGraph:
         return batch, heads, queries, self.key.shape[2]
 
     def parts(self) -> Iterator[TritonGraph]:
-        """Itself, all heads at once, see :meth:`~atedm.graph.protocol.AttentionGraph.parts`."""
+        """The graph itself, see :meth:`~atedm.graph.protocol.AttentionGraph.parts`."""
         yield self
 
     def uniform(self) -> Tensor:
@@ -64,7 +64,7 @@ class TritonGraph:
 
     def rmatvec(self, s_q: Tensor) -> Tensor:
         """A^T s for scores s >= 0, see :meth:`~atedm.graph.protocol.AttentionGraph.rmatvec`."""
-        from atedm.graph import kernels  # where Triton is missing, nothing else here needs it
+        from atedm.graph import kernels  # needs Triton, which may not be installed
 
         return kernels.rmatvec(self.query, self.key, self.scale, self.log_sum_exp, s_q)
 
@@ -77,12 +77,12 @@ class TritonGraph:
         return self._in_pieces().entropy()
 
     def argmax_query(self, among: Tensor, targets: Tensor) -> Tensor:
-        """Which query attends most to each target, see :meth:`~atedm.graph.protocol.AttentionGraph.argmax_query`."""
+        """The query that attends most to each target, see :meth:`~atedm.graph.protocol.AttentionGraph.argmax_query`."""
         from atedm.graph import kernels
 
         sums = self.log_sum_exp.take_along_dim(among.unsqueeze(1), dim=2)
         return kernels.argmax_query(take_rows(self.query, among), take_rows(self.key, targets), self.scale, sums)
 
     def _in_pieces(self) -> StreamedGraph:
-        # Asked of cross-attention alone, whose keys are few.
+        # Only cross-attention needs these answers, and its keys are few.
         return StreamedGraph.from_qk(self.query, self.key, self.scale, self.log_sum_exp)

@@ -17,9 +17,8 @@ from minisdxl.cli.previews import preview_path
 from minisdxl.cli.prompt_files import RANDOM, Prompt, read_prompts
 from minisdxl.cli.prompt_syntax import warn_of_syntax
 from minisdxl.config import ModelConfig
-from minisdxl.sampler import first_step
 from minisdxl.seeds import check_seed
-from minisdxl.settings import Settings, check_settings
+from minisdxl.settings import Settings, check_settings, first_step
 
 LONGEST_NAME = 255  # bytes of a file's name, on all common file systems
 WORDS, KIND = 100, 60  # bytes of a picture's name that its prompt and its preset may take

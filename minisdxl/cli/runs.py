@@ -20,9 +20,8 @@ from minisdxl.cli.picture_files import InitImage, side_by_side, write_picture
 from minisdxl.cli.previews import Preview, RGBMap, fit_rgb
 from minisdxl.cost import count, format_flops
 from minisdxl.pipeline import SDXL
-from minisdxl.sampler import first_step
 from minisdxl.samplings import Sampling
-from minisdxl.settings import Settings, token_plans
+from minisdxl.settings import Settings, first_step, token_plans
 
 LOW_MEMORY_STRIP_ROWS = 8  # rows of the latent decoded at once, with --low-memory
 

@@ -1,4 +1,4 @@
-"""Memory between denoising steps: what one step frees stays with the process for the next one."""
+"""Memory allocation on a CPU: keeps freed memory mapped between denoising steps (glibc)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Meanwhile, memory that is freed stays with the process; then all that is free goes back to the system.
+    """Inside this context freed memory stays with the process. At its end free memory goes back to the system.
 
-    Each step asks anew for the same large tensors. glibc has the system map them, which fills every page with zeros
-    when it is first touched, and unmaps them when they are freed: up to a seventh of a pruned step of SDXL. Where
-    libc is another one, or somebody has tuned it by its ``MALLOC_`` variables, nothing changes.
+    Each step allocates the same large tensors again. glibc maps such memory at every allocation, and the system fills
+    each page with zeros when it is first touched: up to a seventh of the time of a pruned step of SDXL. Nothing changes
+    where libc is another one, or where a ``MALLOC_`` variable or ``GLIBC_TUNABLES`` is set.
     """
     tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] != "glibc" or tuned:
@@ -29,6 +29,6 @@ def freed_memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(M_MMAP_MAX, 65536)  # glibc's own
-        libc.mallopt(M_TRIM_THRESHOLD, 2**26)  # what glibc comes to by itself where tensors are large
+        libc.mallopt(M_MMAP_MAX, 65536)  # glibc's default
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)  # the value that glibc reaches by itself for large tensors
         libc.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The U-Net through torch's compiler: one graph for each token plan, of which a picture has two."""
+"""The compiled U-Net: ``torch.compile``, with one graph for each token plan."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from atedm.plan import DENSE, TokenPlan
-from minisdxl.unet import Text, UNet
+from minisdxl.unet import PromptKV, UNet
 
 
 class CompiledUNet:
-    """Stands in for a :class:`UNet` that nobody trains.
+    """Runs instead of a :class:`UNet`, for inference. Results differ by rounding.
 
-    A plan is data to the U-Net and a constant to the compiler, so that no step waits for the device to learn which
-    tokens stay. The first call with a plan or a shape compiles, which takes minutes at SDXL's size. What the compiler
-    cannot trace runs as it is between two graphs: random rankings, and G-WPR that iterates until it settles (give it
-    ``iterations``).
+    The first call with a token plan or a shape compiles, which takes minutes at SDXL's size; later calls are faster. To
+    the compiler a plan is a constant, so that no step waits for the device to learn how many tokens stay. Random
+    rankings, and G-WPR that runs until it converges, cannot be traced and run as they are between two graphs. With
+    ``iterations`` G-WPR is traced as well.
     """
 
     def __init__(self, unet: UNet, backend: str = "inductor", mode: str | None = None) -> None:
-        """``backend`` and ``mode`` are ``torch.compile``'s; without a mode, CUDA graphs on a GPU and none elsewhere."""
+        """``backend`` and ``mode`` are ``torch.compile``'s. The default mode uses CUDA graphs on a GPU."""
         self.unet = unet
         on_gpu = next(unet.parameters()).is_cuda
         self.mode = "reduce-overhead" if mode is None and on_gpu and backend == "inductor" else mode
@@ -35,18 +34,20 @@ class CompiledUNet:
         """As :attr:`UNet.dtype`."""
         return self.unet.dtype
 
-    def project_context(self, context: Tensor) -> Text:
-        """As :meth:`UNet.project_context`, not compiled: it runs once a picture."""
+    def project_context(self, context: Tensor) -> PromptKV:
+        """As :meth:`UNet.project_context`. Not compiled, because it runs once per picture."""
         return self.unet.project_context(context)
 
-    def __call__(self, x: Tensor, c_noise: Tensor, text: Text, vector: Tensor, plan: TokenPlan = DENSE) -> Tensor:
-        """As :meth:`UNet.forward`, of what :meth:`project_context` gave.
+    def __call__(self, x: Tensor, c_noise: Tensor, text: PromptKV, vector: Tensor, plan: TokenPlan = DENSE) -> Tensor:
+        """As :meth:`UNet.forward`, with the keys and values of :meth:`project_context`.
 
-        Raises ``ValueError`` where the compiler fails too, such as without ``g++``.
+        Raises ``ValueError`` also where the compiler fails, for example without ``g++``.
         """
+        from torch._dynamo.exc import TorchDynamoException  # not above: the compiler takes a second to import
+
         if plan not in self.graphs:
             self.graphs[plan] = torch.compile(self._with(plan), backend=self.backend, mode=self.mode)
-        # The last step's output is no longer needed.
+        # CUDA graphs reuse the memory of the last step's output, which is no longer needed.
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
             return self.graphs[plan](x, c_noise, text, vector)

@@ -1,4 +1,4 @@
-"""Prompts encoded ahead of sampling, so that the text encoders can leave memory."""
+"""Prompts encoded ahead of sampling, so that the memory of the text encoders can be freed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Protocol
 
 import torch
 
+from minisdxl.settings import check_prompts
 from minisdxl.text import TextEmbeddings
 from minisdxl.tokenizer import Tokenizer
 
 
 class Encoder(Protocol):
-    """Text encoders, or what stands in for them."""
+    """The text encoders, or :class:`EncodedPrompts`."""
 
     def encode(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
         """As :meth:`minisdxl.text.TextEncoders.encode`."""
@@ -24,7 +25,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """The embeddings of some prompts, one row each: stands in for text encoders that have left memory."""
+    """The embeddings of some prompts, one row each, used instead of the text encoders."""
 
     positive: Mapping[str, TextEmbeddings]
     negative: Mapping[str, TextEmbeddings]
@@ -42,7 +43,13 @@ class EncodedPrompts:
 def encode_each(
     text: Encoder, tokenizer: Tokenizer, prompts: Sequence[str], negatives: Sequence[str]
 ) -> EncodedPrompts:
-    """Encodes every prompt and negative prompt by itself."""
+    """Encodes every prompt and negative prompt, so that ``text`` is no longer needed.
+
+    Each is encoded by itself, so that pictures differ by rounding from those of a batch. ``EncodedPrompts`` raises
+    ``ValueError`` for other prompts; this raises it for no prompts, or one string.
+    """
+    for texts in (prompts, negatives):
+        check_prompts(texts)
     return EncodedPrompts(
         {prompt: text.encode([prompt], tokenizer) for prompt in prompts},
         {prompt: text.encode_negative([prompt], tokenizer) for prompt in negatives},
@@ -50,9 +57,9 @@ def encode_each(
 
 
 def _rows(encoded: Mapping[str, TextEmbeddings], prompts: Sequence[str], kind: str) -> TextEmbeddings:
-    """The rows of ``prompts``, stacked."""
+    """The embeddings of ``prompts`` as one batch."""
     for prompt in prompts:
         if prompt not in encoded:
-            raise ValueError(f"{kind} {prompt!r} was not encoded ahead, and the text encoders are gone")
+            raise ValueError(f"{kind} {prompt!r} was not encoded ahead, and the text encoders have been dropped")
     rows = [encoded[prompt] for prompt in prompts]
     return TextEmbeddings(torch.cat([row.context for row in rows]), torch.cat([row.pooled for row in rows]))

@@ -1,8 +1,8 @@
-"""The VAE decoder in strips of a feature map, for large pictures in little memory.
+"""The VAE decoder strip by strip, for large pictures in little memory.
 
-A map (B, C, H, W) is cut along H and its layers are applied strip by strip. Nothing is approximate: a convolution gets
-one row of each neighbouring strip, and a normalization has the statistics of the whole map, so there is no seam. A
-strip is taken away as it is read: a map and the next one that is made of it take little more than the larger of them.
+A feature map (B, C, H, W) is cut along H, and layers are applied to one strip at a time. The result is exact, without
+seams: a convolution reads one row of each neighboring strip, and a normalization uses the statistics of the whole map.
+A strip is freed once it is read, so that the input and output of a layer take little more than the larger of them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisdxl.vae import VAE, Decoder, ResnetBlock, UpLevel, Upsample
+from minisdxl.vae import VAE
+from minisdxl.vae_decoder import Decoder, ResnetBlock, UpLevel, Upsample
 
 Strips = deque[Tensor]  # of one map, from top to bottom
 
 
 def drain(strips: Strips) -> Iterator[Tensor]:
-    """Every strip, which the map then has no longer."""
+    """Removes and yields every strip."""
     while strips:
         yield strips.popleft()
 
 
 def convolve(conv: nn.Conv2d, strips: Iterable[Tensor]) -> Iterator[Tensor]:
-    """A 3x3 convolution that pads with zeros, of a map whose strips come one by one."""
+    """A 3x3 convolution with zero padding, of a feature map that comes strip by strip."""
     strips = iter(strips)
     strip = next(strips)
     above = edge = torch.zeros_like(strip[:, :, :1])
@@ -39,7 +40,7 @@ def convolve(conv: nn.Conv2d, strips: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def normalization(norm: nn.GroupNorm, strips: Strips) -> Callable[[Tensor], Tensor]:
-    """``norm`` for single strips, with the means and variances of the whole map that ``strips`` are."""
+    """``norm`` as a function of one strip, with the means and variances of the whole feature map."""
     dtype = torch.promote_types(strips[0].dtype, torch.float32)  # as GroupNorm itself
     rows = torch.tensor([strip.shape[2] for strip in strips], dtype=dtype, device=strips[0].device)
     grouped = (rearrange(strip.to(dtype), "b (g c) h w -> b g c h w", g=norm.num_groups) for strip in strips)
@@ -55,7 +56,7 @@ def normalization(norm: nn.GroupNorm, strips: Strips) -> Callable[[Tensor], Tens
 
 
 def decode_in_strips(vae: VAE, latents: Tensor, rows: int) -> Tensor:
-    """``vae.decode(latents)`` up to rounding, in less memory: picture by picture, in strips of ``rows`` latent rows.
+    """``vae.decode(latents)`` up to rounding, one picture at a time, in strips of ``rows`` latent rows.
 
     Raises ``ValueError`` for ``rows`` below 1.
     """
@@ -65,10 +66,10 @@ def decode_in_strips(vae: VAE, latents: Tensor, rows: int) -> Tensor:
 
 
 def _decode(decoder: Decoder, x: Tensor, rows: int) -> Tensor:
-    """``decoder(x)`` of a latent (B, z, h, w), in strips of ``rows`` of its rows from the end of the middle on.
+    """``decoder(x)`` of a latent (B, z, h, w). The middle runs at once, the levels in strips of ``rows`` latent rows.
 
-    The largest map that is held, of twice the width of the last level and of full size, takes 1 GiB at the official
-    numbers, 1024 x 1024 pixels and fp32; the whole decoder at once takes three times as much.
+    For the official decoder, 1024 x 1024 pixels and fp32, the largest feature map takes 1 GiB, and decoding at once
+    takes three times as much.
     """
     strips = deque(decoder.mid(decoder.conv_in(x)).split(rows, dim=2))
     for level in reversed(decoder.up):
@@ -78,7 +79,7 @@ def _decode(decoder: Decoder, x: Tensor, rows: int) -> Tensor:
 
 
 def _in_strips(part: nn.Module, strips: Strips) -> Strips:
-    """What the forward of a part of the decoder does."""
+    """The forward of a part of the decoder."""
     match part:
         case ResnetBlock():
             return _resnet_in_strips(part, strips)

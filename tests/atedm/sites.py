@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Block:
-    name: str
-    stage: str
-    level: int
-    index: int
-    depth: int
-
+from atedm import Site
 
 SDXL = [
-    Block("down.1.0", "down", 1, 0, 2),
-    Block("down.1.1", "down", 1, 1, 2),
-    Block("down.2.0", "down", 2, 0, 10),
-    Block("down.2.1", "down", 2, 1, 10),
-    Block("mid", "mid", 2, 0, 10),
-    Block("up.2.0", "up", 2, 0, 10),
-    Block("up.2.1", "up", 2, 1, 10),
-    Block("up.2.2", "up", 2, 2, 10),
-    Block("up.1.0", "up", 1, 0, 2),
-    Block("up.1.1", "up", 1, 1, 2),
-    Block("up.1.2", "up", 1, 2, 2),
+    Site("down", 1, 0, depth=2),
+    Site("down", 1, 1, depth=2),
+    Site("down", 2, 0, depth=10),
+    Site("down", 2, 1, depth=10),
+    Site("mid", 2, 0, depth=10),
+    Site("up", 2, 0, depth=10),
+    Site("up", 2, 1, depth=10),
+    Site("up", 2, 2, depth=10),
+    Site("up", 1, 0, depth=2),
+    Site("up", 1, 1, depth=2),
+    Site("up", 1, 2, depth=2),
 ]
-NAMES = [block.name for block in SDXL]
-DEPTHS = {block.name: block.depth for block in SDXL}
+NAMES = [
+    *("down.1.0", "down.1.1", "down.2.0", "down.2.1"),
+    "mid",
+    *("up.2.0", "up.2.1", "up.2.2", "up.1.0", "up.1.1", "up.1.2"),
+]
+DEPTHS = dict(zip(NAMES, (site.depth for site in SDXL), strict=True))
 PRUNE_LESS = ["down.1.1", "down.2.1", "mid", "up.2.0", "up.2.1", "up.1.0", "up.1.1"]

@@ -1,4 +1,4 @@
-"""Token plans as values: equality, printing, what they count, and what they refuse."""
+"""Token plans as values: equality, printing, and what they refuse."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from atedm import DENSE, BlockPlan, LayerPlan, Merging, Pruning, TokenPlan
-from atedm.plan import UNTOUCHED, Counts
+from atedm.plan import UNTOUCHED
 from tests.atedm.sites import NAMES, SDXL
 
 HALF = Pruning(0.5)
@@ -25,23 +25,6 @@ def test_layers_not_named_do_nothing() -> None:
 def test_merging_is_in_all_layers() -> None:
     plan = BlockPlan.merging(Merging(0.5), depth=3)
     assert [plan.layer(index) for index in range(3)] == [LayerPlan(merging=Merging(0.5))] * 3
-
-
-@pytest.mark.parametrize(
-    ("plan", "tokens", "counts"),
-    [
-        (UNTOUCHED, 100, (100, 100, 100, 100)),
-        (LayerPlan(Pruning(0.63)), 100, (100, 100, 100, 37)),
-        (LayerPlan(Pruning(0.63), before_feed_forward=True), 100, (100, 100, 37, 37)),
-        (LayerPlan(Pruning(0.25)), 37, (37, 37, 37, 28)),  # 27.75
-        (LayerPlan(Pruning(0.99)), 7, (7, 7, 7, 1)),
-        (LayerPlan(merging=Merging(0.5)), 99, (50, 50, 50, 99)),
-        (LayerPlan(merging=Merging(0.5, cross_attention=False)), 99, (50, 99, 50, 99)),
-        (LayerPlan(merging=Merging(0.0)), 99, (99, 99, 99, 99)),
-    ],
-)
-def test_counts(plan: LayerPlan, tokens: int, counts: tuple[int, int, int, int]) -> None:
-    assert plan.counts(tokens) == Counts(*counts)
 
 
 def test_plans_are_values() -> None:

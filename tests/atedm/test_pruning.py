@@ -169,7 +169,7 @@ def test_seed_chooses_the_random_positions() -> None:
     [
         ({"ratio": 1.0}, r"rho is 1\.0, expected 0 <= rho < 1"),
         ({"ranking": "wpr"}, "ranking is 'wpr', expected one of gwpr, ca-wpr, one-vote, lowest, random"),
-        ({"graph": "stream"}, "graph is 'stream', expected one of held, streamed, sketched, whole"),
+        ({"graph": "stream"}, "graph is 'stream', expected one of by-head, streamed, subsampled, dense"),
         ({"recovery": "copy"}, "recovery is 'copy', expected one of similarity, zeros, bicubic, direct"),
         ({"iterations": 0}, "iterations is 0, expected 1 or more, or None"),
     ],

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from atedm import DENSE, PRESETS, BlockPlan, Merging, Pruning, Schedule, TokenPlan
-from tests.atedm.sites import DEPTHS, NAMES, PRUNE_LESS, SDXL, Block
+from atedm import DENSE, PRESETS, BlockPlan, Merging, Pruning, Schedule, Site, TokenPlan
+from tests.atedm.sites import DEPTHS, NAMES, PRUNE_LESS, SDXL
 
 AT_EDM, DAGGER, TOME = (PRESETS[name].schedule for name in ("at-edm", "at-edm-dagger", "tome"))
 ENDS = ["down.1.0", "down.2.0", "up.2.2", "up.1.2"]
@@ -57,7 +57,7 @@ def test_merging_is_in_all_layers_of_all_blocks() -> None:
     for step in (0, 49):
         plan = TOME.plan(step, 50, SDXL)
         assert dict(plan) == {name: BlockPlan.merging(Merging(0.5), DEPTHS[name]) for name in NAMES}
-    shallow = [Block("mid", "mid", 0, 0, 1)]
+    shallow = [Site("mid", 0, 0, depth=1)]
     assert dict(TOME.plan(0, 50, shallow)) == {"mid": BlockPlan.merging(Merging(0.5), 1)}
 
 
@@ -171,7 +171,7 @@ def test_before_the_feed_forward() -> None:
 
 @pytest.mark.parametrize("before_feed_forward", [False, True])
 def test_blocks_without_a_following_layer_are_not_pruned(before_feed_forward: bool) -> None:
-    shallow = [Block("down.1.0", "down", 1, 0, 1), Block("mid", "mid", 1, 0, 2), Block("up.1.0", "up", 1, 0, 1)]
+    shallow = [Site("down", 1, 0, depth=1), Site("mid", 1, 0, depth=2), Site("up", 1, 0, depth=1)]
     schedule = Schedule("test", Pruning(0.5), before_feed_forward=before_feed_forward)
     assert list(schedule.plan(49, 50, shallow)) == ["mid"]
 
@@ -203,7 +203,7 @@ def test_a_plan_that_reduces_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="would reduce no tokens"):
         AT_EDM.plan(49, 50, [])
     with pytest.raises(ValueError, match="would reduce no tokens"):
-        AT_EDM.plan(49, 50, [Block("mid", "mid", 0, 0, 1)])
+        AT_EDM.plan(49, 50, [Site("mid", 0, 0, depth=1)])
     with pytest.raises(ValueError, match="would reduce no tokens"):
         Schedule("test", Merging(0.5), spared=tuple(NAMES)).plan(49, 50, SDXL)
     zeros = tuple((name, 0.0) for name in NAMES)

@@ -17,11 +17,23 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from atedm import DENSE, GRAPHS, PRESETS, AttentionInputs, BlockPlan, Merging, Pruning, TokenPlan, parse_preset, rank
+from atedm import (
+    DENSE,
+    GRAPHS,
+    PRESETS,
+    AttentionInputs,
+    BlockPlan,
+    LayerPlan,
+    Merging,
+    Pruning,
+    TokenPlan,
+    parse_preset,
+    rank,
+)
 from atedm.gwpr import MAX_ITERATIONS
 from minisdxl.checkpoint.modules import Modules, save
 from minisdxl.config import SDXL_BASE, SHAPES, Level, UNetConfig
-from minisdxl.cost import Work, count, format_flops, summary
+from minisdxl.cost import Work, count, format_flops, summary, tokens_seen
 from minisdxl.flops import main
 from minisdxl.text import TextEncoders
 from minisdxl.transformer import Attention, AttentionBlock, TransformerLayer
@@ -247,7 +259,8 @@ def test_pruned_shapes_to_the_flop(plan: TokenPlan, height: int, width: int) -> 
     assert counted.total == sum(flops for (_, kind), flops in measured.items() if kind != "ranking and recovery")
     for name, block_plan in plan.items():
         site = SHAPES_SITES[name]
-        tokens, cost, spared = site.tokens(height, width), 0, 0
+        rows, columns = (-(-side // 2**site.level) for side in (height, width))  # each halving rounds up
+        tokens, cost, spared = rows * columns, 0, 0
         for index, layer_plan in block_plan.layers:
             assert layer_plan.pruning is not None
             kept = round(tokens * (1 - layer_plan.pruning.ratio))
@@ -359,6 +372,23 @@ def test_without_schedule_all_is_dense(steps: int) -> None:
 def test_schedule_of_equal_steps(tau: int) -> None:
     found = summary(SDXL_BASE, 128, 128, parse_preset(f"at-edm:tau={tau}"), 20)
     assert found["dense"] > found["steady"] == found["pruneless"] == found["average"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "tokens", "counts"),
+    [
+        (LayerPlan(), 100, (100, 100, 100, 100)),
+        (LayerPlan(Pruning(0.63)), 100, (100, 100, 100, 37)),
+        (LayerPlan(Pruning(0.63), before_feed_forward=True), 100, (100, 100, 37, 37)),
+        (LayerPlan(Pruning(0.25)), 37, (37, 37, 37, 28)),  # 27.75
+        (LayerPlan(Pruning(0.99)), 7, (7, 7, 7, 1)),
+        (LayerPlan(merging=Merging(0.5)), 99, (50, 50, 50, 99)),
+        (LayerPlan(merging=Merging(0.5, cross_attention=False)), 99, (50, 99, 50, 99)),
+        (LayerPlan(merging=Merging(0.0)), 99, (99, 99, 99, 99)),
+    ],
+)
+def test_tokens_that_each_sub_layer_sees(plan: LayerPlan, tokens: int, counts: tuple[int, int, int, int]) -> None:
+    assert tokens_seen(plan, tokens) == counts
 
 
 def test_bad_numbers() -> None:

@@ -7,10 +7,11 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from minisdxl.images import to_pixels, to_rgb
+from minisdxl.images import check_finite, to_image, to_pixels, to_rgb
 
 RAMP = np.linspace(0, 1, 256 * 4).reshape(4, 256)  # shades from black to white
 COLORS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -168,3 +169,19 @@ def test_pixels_are_stretched_on_white() -> None:
         pixels = to_pixels(Image.fromarray(hidden), (16, 24))
     assert pixels.shape == (1, 3, 24, 16)
     assert (pixels == 1).all()
+
+
+def drawing() -> Image.Image:
+    """A picture that is neither square nor of a size that is asked for."""
+    noise = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((150, 90), Image.Resampling.BICUBIC)
+
+
+def test_pixels_come_back() -> None:
+    image = drawing()
+    assert np.array_equal(np.asarray(to_image(to_pixels(image, image.size)[0])), np.asarray(image))
+
+
+def test_finite_counts_what_is_not() -> None:
+    with pytest.raises(ArithmeticError, match=r"the part gave 2 of 3 values"):
+        check_finite("the part", torch.tensor([1.0, float("nan"), float("inf")]))

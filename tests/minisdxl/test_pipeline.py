@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import math
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,14 +21,14 @@ import minisdxl
 from atedm import TokenPlan
 from minisdxl.checkpoint.modules import Modules, official_state_dict
 from minisdxl.config import SDXL_BASE, TextConfig
-from minisdxl.images import check_finite, to_image, to_pixels
+from minisdxl.images import to_image
 from minisdxl.loading import BUNDLED
 from minisdxl.pipeline import SDXL
 from minisdxl.sampler import image_generators, initial_noise
 from minisdxl.samplings import SAMPLINGS
-from minisdxl.settings import micro_conditioning, token_plans
 from minisdxl.text import TextEncoders
 from tests.minisdxl.peers import diffusers_unet, diffusers_vae
+from tests.minisdxl.test_images import drawing
 from tests.minisdxl.test_samplings import own_scale, scheduler
 from tools.drawn.painting import draw
 from tools.drawn.world import Place, parse_caption
@@ -110,7 +108,7 @@ def diffusers_picture(sdxl: SDXL, peer: Any, name: str, steps: int, side: int, s
 
 
 def test_picture_equals_diffusers(sdxl: SDXL, peer: StableDiffusionXLPipeline) -> None:
-    ours = sdxl.generate([PROMPT], steps=10, cfg=5.0, seed=3, size=(128, 128))[0]
+    ours = sdxl.generate([PROMPT], sampling="euler", steps=10, cfg=5.0, seed=3, size=(128, 128))[0]
     theirs = diffusers_picture(sdxl, peer, "euler", steps=10, side=128, seed=3, guidance_scale=5.0)
     error = np.abs(pixels(ours) - pixels(theirs))
     print(f"picture, in [0, 1]: max error {error.max():.2e}, mean {error.mean():.2e}")
@@ -128,7 +126,7 @@ def test_picture_of_each_sampling_equals_diffusers(sdxl: SDXL, peer: StableDiffu
 
 
 def test_micro_conditioning_equals_diffusers(sdxl: SDXL, peer: StableDiffusionXLPipeline) -> None:
-    settings: dict[str, Any] = {"steps": 4, "cfg": 5.0, "seed": 3, "size": (64, 64)}
+    settings: dict[str, Any] = {"sampling": "euler", "steps": 4, "cfg": 5.0, "seed": 3, "size": (64, 64)}
     sizes: dict[str, Any] = {"original_size": (300, 200), "crop": (16, 40), "target_size": (96, 128)}
     ours = sdxl.generate([PROMPT], **settings, **sizes)[0]
     as_there: dict[str, Any] = {  # height, width; top, left
@@ -149,18 +147,6 @@ def test_micro_conditioning_equals_diffusers(sdxl: SDXL, peer: StableDiffusionXL
     assert np.array_equal(default, pixels(sdxl.generate([PROMPT], **settings, **told)[0]))
     for name, value in sizes.items():
         assert np.abs(default - pixels(sdxl.generate([PROMPT], **settings, **{name: value})[0])).any()
-
-
-def test_size_numbers_are_in_the_official_order() -> None:
-    # Official: height, width; crop top, left; height, width.
-    assert micro_conditioning((1, 2), (3, 4), (5, 6), (7, 8)) == [4, 3, 6, 5, 8, 7]
-    assert micro_conditioning((1216, 832), None, (0, 0), None) == [832, 1216, 0, 0, 832, 1216]
-
-
-def drawing() -> Image.Image:
-    """A picture that is neither square nor of a size that is asked for."""
-    noise = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((150, 90), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize(("name", "steps", "strength"), [("euler", 10, 0.6), ("heun", 5, 0.8), ("lcm", 4, 0.5)])
@@ -226,18 +212,6 @@ def test_less_strength_stays_nearer_to_the_picture(sdxl: SDXL) -> None:
     assert 2 * away[0] < away[1] < away[2] / 1.5
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
-def test_any_image_mode_becomes_pixels(mode: str) -> None:
-    values = to_pixels(drawing().convert(mode), (64, 32))
-    assert values.shape == (1, 3, 32, 64)
-    assert -1 <= values.min() < values.max() <= 1
-
-
-def test_pixels_come_back() -> None:
-    image = drawing()
-    assert np.array_equal(pixels(to_image(to_pixels(image, image.size)[0])), pixels(image))
-
-
 def test_several_pictures_of_a_prompt(sdxl: SDXL) -> None:
     prompts = [PROMPT, "a big green triangle on a black background"]
     settings: dict[str, Any] = {"sampling": "euler-ancestral", "steps": 3, "size": (64, 64)}
@@ -276,13 +250,6 @@ def test_image_of_a_batch_is_the_same_alone(prune: str | None) -> None:
         error = np.abs(pixels(alone) - pixels(together[index])).mean()
         print(f"image {index} alone and in a batch, pruning {prune}: mean error {error:.2e}")
         assert error <= 1e-6
-
-
-def test_plan_of_each_step_reaches_the_unet(sdxl: SDXL) -> None:
-    plans = token_plans(sdxl.config, "at-edm:rho=0.5,tau=10", 10)
-    assert [len(plan) for plan in plans] == [3] * 2 + [7] * 8  # prune-less: mid, up.2.0 and up.1.0 alone
-    assert set(token_plans(sdxl.config, None, 5)) == {token_plans(sdxl.config, None, 5)[0]}
-    assert not token_plans(sdxl.config, None, 1)[0]
 
 
 def test_odd_and_oblong_sizes(sdxl: SDXL) -> None:
@@ -403,29 +370,6 @@ def test_defaults_are_those_of_the_sampling(sdxl: SDXL) -> None:
     assert batches == [1] * 4 + [2] * 2  # no guidance; guidance
 
 
-def test_the_40_sizes_of_training() -> None:
-    sizes = SDXL_BASE.buckets
-    assert len(set(sizes)) == len(sizes) == 40
-    for width, height in sizes:
-        assert SDXL_BASE.picture_size((width, height)) == (width, height)
-        assert width % 64 == height % 64 == 0
-        assert 0.88 < width * height / 1024**2 <= 1.04  # "as close to 1024^2 as possible"
-        assert SDXL_BASE.nearest_bucket((width, height)) == (width, height)
-    # Portrait and landscape mirror each other, but for one.
-    assert {size for size in sizes if size[::-1] not in sizes} == {(1344, 704)}
-    assert type(SDXL_BASE).from_dict(SDXL_BASE.to_dict()) == SDXL_BASE
-
-
-@pytest.mark.parametrize(
-    ("size", "nearest"),
-    [((512, 512), (1024, 1024)), ((1920, 1080), (1344, 768)), ((704, 1344), (704, 1408)), ((64, 4096), (512, 2048))],
-)
-def test_nearest_bucket(size: tuple[int, int], nearest: tuple[int, int]) -> None:
-    ratios = {bucket: bucket[0] / bucket[1] / (size[0] / size[1]) for bucket in SDXL_BASE.buckets}
-    assert min(ratios, key=lambda bucket: max(ratios[bucket], 1 / ratios[bucket])) == nearest
-    assert SDXL_BASE.nearest_bucket(size) == nearest
-
-
 def test_sizes_outside_the_buckets_are_warned_of(sdxl: SDXL) -> None:
     buckets = ((128, 64), (64, 128), (72, 72))
     model = replace(sdxl, config=replace(sdxl.config, size=72, buckets=buckets))
@@ -443,49 +387,23 @@ def test_sizes_outside_the_buckets_are_warned_of(sdxl: SDXL) -> None:
         sdxl.generate([PROMPT], steps=1, size=(96, 64))  # nothing is known of sizes
 
 
-@pytest.mark.parametrize("buckets", [((64,),), ((64, 64.0),), ((64, 0),), (("64", "64"),)])
-def test_buckets_that_are_no_sizes_are_refused(buckets: Any) -> None:
-    with pytest.raises(ValueError, match=r"training bucket is .*, expected a width and a height"):
-        replace(SDXL_BASE, buckets=buckets)
-
-
 def test_a_negative_prompt_without_guidance_is_warned_of(sdxl: SDXL) -> None:
     with pytest.warns(UserWarning, match="negative prompt 'blue' has no effect without guidance, at cfg 1"):
         sdxl.generate([PROMPT], negative="blue", sampling="turbo", size=(64, 64))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"size": (100, 128)}, "width is 100 pixels"),
-        ({"size": (128, 8192)}, "height is 8192 pixels"),
-        ({"size": (8, 128)}, "width is 8 pixels"),
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": 1001}, "steps is 1001"),
-        ({"prune": "nonesuch"}, "nonesuch"),
-        ({"prune": "at-edm:rho=1"}, "rho is 1.0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"prompts": []}, "no prompts"),
-        ({"cfg": math.nan}, "cfg is nan"),
-        ({"sampling": "nonesuch"}, "unknown sampling 'nonesuch'"),
-        ({"sampling": "lcm", "steps": 51}, "steps is 51, expected 1 to 50"),
-        ({"images_per_prompt": 0}, "images_per_prompt is 0"),
-        ({"original_size": (0, 64)}, "original_size is 0 x 64"),
-        ({"target_size": (64, -1)}, "target_size is 64 x -1"),
-        ({"crop": (-1, 0)}, "crop is -1 x 0"),
-        ({"tile": 0}, "tile is 0, expected 1 or more rows"),
-        ({"image": drawing()}, "strength is None with an image"),
-        ({"strength": 0.5}, r"strength is 0\.5 without an image"),
-        ({"image": drawing(), "strength": 0.0}, r"strength is 0\.0, expected more than 0"),
-        ({"image": drawing(), "strength": 1.5}, r"strength is 1\.5, .* at most 1"),
-        ({"image": drawing(), "strength": 0.5}, r"strength 0\.5 leaves none of 1 steps"),
-    ],
-    ids=lambda value: str(value)[:20],
-)
-def test_bad_arguments_are_named(sdxl: SDXL, change: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = {"prompts": [PROMPT], "steps": 1, "size": (64, 64)} | change
-    with pytest.raises(ValueError, match=message):
-        sdxl.generate(**arguments)  # type: ignore[arg-type]
+def test_bad_arguments_are_named(sdxl: SDXL) -> None:
+    """``minisdxl.settings`` has most checks; these are of the call itself."""
+    with pytest.raises(ValueError, match=r"prompts is \[\], there are no prompts in it"):
+        sdxl.generate([])
+    with pytest.raises(ValueError, match="seed is -1"):
+        sdxl.generate([PROMPT], seed=-1)
+    with pytest.raises(ValueError, match=f"seed is {2**32}"):
+        sdxl.generate([PROMPT], seed=2**32 - 1, images_per_prompt=2)
+    with pytest.raises(ValueError, match="width is 100 pixels"):
+        sdxl.generate([PROMPT], size=(100, 128))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stesp'"):
+        sdxl.generate([PROMPT], stesp=20)
 
 
 @pytest.mark.parametrize(
@@ -510,16 +428,6 @@ def test_half_precision_runs_with_the_vae_in_fp32(dtype: torch.dtype) -> None:
     assert error.mean() <= 1e-2  # the VAE's scale factor of 0.25 makes an error of the latent four times as large
 
 
-def test_finite_counts_what_is_not() -> None:
-    with pytest.raises(ArithmeticError, match=r"the part gave 2 of 3 values"):
-        check_finite("the part", torch.tensor([1.0, float("nan"), float("inf")]))
-
-
-def test_missing_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=r"nowhere\.safetensors"):
-        minisdxl.load(tmp_path / "nowhere.safetensors")
-
-
 def test_a_compiled_model_makes_the_same_picture(sdxl: SDXL) -> None:
     compiled = sdxl.compile(backend="eager")
     settings: dict[str, Any] = {"steps": 1, "cfg": 3.0, "size": (64, 64)}
@@ -529,18 +437,3 @@ def test_a_compiled_model_makes_the_same_picture(sdxl: SDXL) -> None:
     assert error < 1.5 / 255
     assert compiled.compiled is not None
     assert len(compiled.compiled.graphs) == 1
-
-
-def test_loading_leaves_garbage_collection_as_it_was(tmp_path: Path) -> None:
-    assert gc.isenabled()
-    minisdxl.load("shapes")
-    assert gc.isenabled()
-    with pytest.raises(FileNotFoundError):
-        minisdxl.load(tmp_path / "missing.safetensors", tokenizer=tmp_path)
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        minisdxl.load("shapes")
-        assert not gc.isenabled()
-    finally:
-        gc.enable()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers import EulerDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
 from atedm import BlockPlan, Pruning, TokenPlan
@@ -23,7 +22,6 @@ from minisdxl.sampler import (
     denoise,
     discrete_sigmas,
     euler,
-    first_step,
     guided_denoiser,
     image_generators,
     sigmas,
@@ -119,29 +117,6 @@ def test_lcm_has_at_most_the_steps_it_was_distilled_at() -> None:
             lcm_timesteps(n, NOISE)
     with pytest.raises(ValueError, match="8 noise levels, LCM needs a multiple of 50"):
         lcm_timesteps(4, NoiseConfig(steps=8))
-
-
-@pytest.mark.parametrize(
-    ("n", "strength"), [(50, 0.6), (50, 1.0), (10, 0.7), (100, 0.29), (4, 0.5), (3, 0.34), (1, 1.0)]
-)
-def test_first_step_equals_diffusers(n: int, strength: float) -> None:
-    kind: Any = StableDiffusionXLImg2ImgPipeline
-    pipeline = SimpleNamespace(scheduler=scheduler(n))
-    left, count = kind.get_timesteps(pipeline, n, strength, "cpu")
-    first = first_step(n, strength)
-    assert (n - first, trailing_timesteps(n, NOISE)[first:].tolist()) == (count, left.tolist())
-    assert pipeline.scheduler.begin_index == first
-
-
-@pytest.mark.parametrize("strength", [0.0, -0.1, 1.1, math.inf, math.nan])
-def test_strength_outside_its_range_is_refused(strength: float) -> None:
-    with pytest.raises(ValueError, match=rf"strength is {strength}, expected more than 0 and at most 1"):
-        first_step(50, strength)
-
-
-def test_strength_that_leaves_no_step_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"strength 0\.2 leaves none of 4 steps"):
-        first_step(4, 0.2)
 
 
 def test_initial_scale_equals_diffusers_with_leading_spacing() -> None:

@@ -18,8 +18,9 @@ from diffusers import (
 from torch import Tensor
 
 from minisdxl.config import SDXL_BASE, SHAPES
-from minisdxl.sampler import first_step, image_generators, initial_noise
+from minisdxl.sampler import image_generators, initial_noise
 from minisdxl.samplings import SAMPLINGS, Sampling, find_sampling
+from minisdxl.settings import first_step
 from tests.minisdxl.denoisers import NOISE, SHAPE, epsilon_network, network_denoiser, relative_error, start
 
 PEERS: dict[str, Any] = {  # diffusers carries no types

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minisdxl.sampler import Denoiser, Solver, discrete_sigmas, euler, image_generators, initial_noise, sigmas
 from minisdxl.samplings import lcm_timesteps
-from minisdxl.solvers import dpmpp_2m, euler_ancestral, heun, lcm
+from minisdxl.solvers import churned_euler, dpmpp_2m, euler_ancestral, heun, lcm
 from tests.minisdxl.denoisers import (
     NOISE,
     SHAPE,
@@ -41,7 +41,8 @@ def test_churned_steps_equal_diffusers() -> None:
     seeds = [5, 6]
     generators = image_generators(seeds)
     x = initial_noise(generators, SHAPE, 14.6)
-    ours = list(euler(network_denoiser(network), x, sigmas(n, NOISE), generators, s_churn, s_tmin, s_tmax, s_noise))
+    churn = (s_churn, s_tmin, s_tmax, s_noise)
+    ours = list(churned_euler(network_denoiser(network), x, sigmas(n, NOISE), generators, *churn))
 
     kind: Any = EulerDiscreteScheduler  # diffusers carries no types
     peer = kind(timestep_spacing="trailing", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -61,7 +62,7 @@ def test_churned_steps_equal_diffusers() -> None:
         index = min(range(1000), key=lambda i: abs(float(levels[i]) - sigma_hat))
         peer.scale_model_input(x, t)
         noise = network(noisy / math.sqrt(sigma_hat**2 + 1), torch.full((2,), index))
-        x = peer.step(noise, t, x, s_churn, s_tmin, s_tmax, s_noise, generator=theirs).prev_sample
+        x = peer.step(noise, t, x, *churn, generator=theirs).prev_sample
         error = max(error, relative_error(latent, x))
     print(f"churn: {churned} of {n} steps with fresh noise, max error / max {error:.1e}")
     assert 0 < churned < n
@@ -73,7 +74,7 @@ def test_churn_equals_edm_algorithm_2_in_float64() -> None:
     levels = sigmas(n, NOISE)
     generators = image_generators([9])
     x = initial_noise(generators, SHAPE, float(levels[0]))
-    ours = list(euler(gaussian_denoiser(0.3, 0.5), x, levels, generators, s_churn))
+    ours = list(churned_euler(gaussian_denoiser(0.3, 0.5), x, levels, generators, s_churn))
 
     generator = torch.Generator().manual_seed(9)
     torch.randn(SHAPE, generator=generator)
@@ -227,7 +228,7 @@ def test_one_step_lands_on_the_denoised_latent(solver: Solver) -> None:
 
 
 def churned(denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torch.Generator]) -> Iterator[Tensor]:
-    return euler(denoiser, x, sigmas, generators, s_churn=3.0)
+    return churned_euler(denoiser, x, sigmas, generators, s_churn=3.0)
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS, churned])
@@ -278,4 +279,4 @@ def test_bad_churn_is_refused() -> None:
     x, levels, denoiser = start([0, 1], 10), sigmas(10, NOISE), gaussian_denoiser(0.0, 1.0)
     for s_churn in (-1.0, math.nan):
         with pytest.raises(ValueError, match=rf"s_churn is {s_churn}, expected 0 or more"):
-            next(euler(denoiser, x, levels, image_generators([0, 1]), s_churn=s_churn))
+            next(churned_euler(denoiser, x, levels, image_generators([0, 1]), s_churn=s_churn))

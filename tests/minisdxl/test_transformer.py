@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from atedm import BlockPlan, LayerPlan, Merging, Pruning, TokenSet
 from atedm.gwpr import EPSILON
 from atedm.plan import UNTOUCHED
+from minisdxl.config import AttentionSite, Level, UNetConfig
 from minisdxl.transformer import GEGLU, Attention, AttentionBlock, TransformerLayer
 
 CHANNELS, HEADS, TEXT, CONTEXT, GROUPS, DEPTH = 8, 2, 5, 6, 4, 3
@@ -210,7 +211,17 @@ def block_by_loops(
 def random_block(scale: float = 1.0) -> AttentionBlock:
     """Attention as choosy as in a trained model, so that scores lie apart; inputs below may be small."""
     torch.manual_seed(0)
-    block = AttentionBlock("mid", CHANNELS, DEPTH, CONTEXT, CHANNELS // HEADS, GROUPS).double().requires_grad_(False)
+    config = UNetConfig(
+        model_channels=CHANNELS,
+        levels=(Level(1, DEPTH),),
+        middle_depth=DEPTH,
+        res_blocks=1,
+        head_channels=CHANNELS // HEADS,
+        context_channels=CONTEXT,
+        vector_channels=1,
+        norm_groups=GROUPS,
+    )
+    block = AttentionBlock(AttentionSite("mid", 0, 0, DEPTH, CHANNELS), config).double().requires_grad_(False)
     for name, weight in block.named_parameters():
         weight.normal_(std=0.4 if weight.ndim > 1 else 0.3).mul_(scale if "proj_in" in name else 1.0)
         if weight.ndim == 1 and "norm" in name and name.endswith("weight"):

@@ -142,7 +142,7 @@ def blocks(
         raise ValueError(f"there is no attention block {name!r}, expected one of {', '.join(sites)}")
     site, c = sites[name], config.unet
     with torch.device("meta"):
-        block = AttentionBlock(name, site.channels, site.depth, c.context_channels, c.head_channels, c.norm_groups)
+        block = AttentionBlock(site, c)
     randomize(block, device, dtype)
     side = -(-(size // config.vae.downscale) >> site.level)
     with device:

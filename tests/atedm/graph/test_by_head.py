@@ -1,4 +1,4 @@
-"""The graph of heads in turn, and its sketch: what that estimates, in which sense, and that all else is exact."""
+"""The by-head graph: exact with all queries voting, and an unbiased estimate of A^T s with a subsample of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_votes_by_loops(stride: int) -> None:
             for j in range(11):
                 expected = stride * sum(a[b, h, i, j].item() * s[b, h, i].item() for i in range(0, 23, stride))
                 worst = max(worst, abs(votes[b, h, j].item() - expected))
-    print(f"sketched votes, stride {stride}: max error {worst:.1e}")
+    print(f"subsampled votes, stride {stride}: max error {worst:.1e}")
     assert worst < 1e-13
 
 
@@ -47,7 +47,7 @@ def test_the_mean_over_all_starts_is_exact(queries: int, stride: int) -> None:
     for start in range(min(stride, queries)):
         mean += ByHeadGraph.from_qk(q[:, :, start:], k, 0.5, stride).rmatvec(s[:, :, start:]) / stride
     error = (mean - exact).abs().max().item()
-    print(f"mean of sketches, {queries} queries, stride {stride}: max error {error:.1e}")
+    print(f"mean of estimates, {queries} queries, stride {stride}: max error {error:.1e}")
     assert error < 1e-13
 
 
@@ -70,15 +70,15 @@ def test_iteration_is_that_of_the_voters_among_each_other() -> None:
 @pytest.mark.parametrize("keys", [40, 9])
 def test_everything_but_votes_is_exact(keys: int) -> None:
     q, k = random_qk(40, keys)
-    held, sketched = DenseGraph.from_qk(q, k, 0.5), ByHeadGraph.from_qk(q, k, 0.5, 4)
+    held, subsampled = DenseGraph.from_qk(q, k, 0.5), ByHeadGraph.from_qk(q, k, 0.5, 4)
     s_k = random_scores(keys)
-    assert sketched.shape == held.shape
-    assert torch.equal(sketched.uniform(), held.uniform())
-    assert (sketched.matvec(s_k) - held.matvec(s_k)).abs().max() < 1e-14
-    assert (sketched.entropy() - held.entropy()).abs().max() < 1e-13
+    assert subsampled.shape == held.shape
+    assert torch.equal(subsampled.uniform(), held.uniform())
+    assert (subsampled.matvec(s_k) - held.matvec(s_k)).abs().max() < 1e-14
+    assert (subsampled.entropy() - held.entropy()).abs().max() < 1e-13
     among = torch.tensor([[0, 3, 4, 30], [1, 2, 17, 39]])
     targets = torch.arange(1, keys, 2).expand(2, -1)
-    assert torch.equal(sketched.argmax_query(among, targets), held.argmax_query(among, targets))
+    assert torch.equal(subsampled.argmax_query(among, targets), held.argmax_query(among, targets))
 
 
 @pytest.mark.parametrize("stride", [1, 8])
@@ -136,7 +136,7 @@ def test_no_gradient_goes_through_parts() -> None:
 
 
 def test_stride_below_one() -> None:
-    with pytest.raises(ValueError, match="sketch stride is 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="subsampling stride is 0, expected 1 or more"):
         ByHeadGraph.from_qk(*random_qk(4, 4), 0.5, stride=0)
 
 

@@ -20,16 +20,16 @@ def random_map(dtype: torch.dtype = torch.float64) -> Tensor:
     return logits.softmax(-1).to(dtype)
 
 
-def test_votes_gather_entropy_by_loops() -> None:
+def test_rmatvec_matvec_entropy_by_loops() -> None:
     a = random_map()
     a[0, 0, 2] = torch.nn.functional.one_hot(torch.tensor(4), KEYS)  # 0 ln 0 = 0
     generator = torch.Generator().manual_seed(1)
     s_q = torch.rand(BATCH, HEADS, QUERIES, generator=generator, dtype=torch.float64)
     s_k = torch.rand(BATCH, HEADS, KEYS, generator=generator, dtype=torch.float64)
     graph: AttentionGraph = DenseGraph.from_map(a)
-    votes, gathered, entropy = graph.rmatvec(s_q), graph.matvec(s_k), graph.entropy()
+    voted, gathered, entropy = graph.rmatvec(s_q), graph.matvec(s_k), graph.entropy()
     assert graph.shape == (BATCH, HEADS, QUERIES, KEYS)
-    assert votes.shape == s_k.shape
+    assert voted.shape == s_k.shape
     assert gathered.shape == entropy.shape == s_q.shape
 
     worst = 0.0
@@ -38,13 +38,13 @@ def test_votes_gather_entropy_by_loops() -> None:
             rows = a[b, h].tolist()
             for j in range(KEYS):
                 expected = sum(rows[i][j] * s_q[b, h, i].item() for i in range(QUERIES))
-                worst = max(worst, abs(votes[b, h, j].item() - expected))
+                worst = max(worst, abs(voted[b, h, j].item() - expected))
             for i in range(QUERIES):
                 expected = sum(rows[i][j] * s_k[b, h, j].item() for j in range(KEYS))
                 worst = max(worst, abs(gathered[b, h, i].item() - expected))
                 expected = -sum(w * math.log(w) for w in rows[i] if w > 0)
                 worst = max(worst, abs(entropy[b, h, i].item() - expected))
-    print(f"votes, gather, entropy: max error {worst:.1e}")
+    print(f"rmatvec, matvec, entropy: max error {worst:.1e}")
     assert worst < 1e-14
     assert entropy[0, 0, 2] == 0
 
@@ -55,7 +55,7 @@ def test_uniform_scores_sum_to_one() -> None:
     assert torch.equal(s_q, torch.full_like(s_q, 1 / QUERIES))
 
 
-def test_strongest_query_by_loops() -> None:
+def test_argmax_query_by_loops() -> None:
     a = random_map()
     among, targets = torch.tensor([[0, 2, 4], [1, 2, 3]]), torch.tensor([[6, 0, 1, 5], [3, 3, 2, 0]])
     strongest = DenseGraph.from_map(a).argmax_query(among, targets)
@@ -92,7 +92,7 @@ def test_map_times_values_is_fused_attention(spread: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "by-head"),
+    ("given", "held"),
     [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
 )
 def test_softmax_in_float32_at_least(given: torch.dtype, held: torch.dtype) -> None:
@@ -147,7 +147,7 @@ def test_graphs_by_name() -> None:
     assert all(graph.shape == (2, 3, 9, 7) for graph in graphs)
     assert [graph.stride for graph in graphs if isinstance(graph, ByHeadGraph)] == [1, SUBSAMPLING_STRIDE]
     assert isinstance(inputs.graph(), ByHeadGraph)
-    with pytest.raises(ValueError, match="attention graph is 'hold', expected one of held, streamed, sketched, whole"):
+    with pytest.raises(ValueError, match="graph is 'hold', expected one of by-head, streamed, subsampled, dense"):
         inputs.graph("hold")
 
 

@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,9 +62,9 @@ def test_every_format_is_right_or_refused(tmp_path: Path, suffix: str) -> None:
         if found.shape != expected.shape:  # of icons, which have sizes of their own
             assert suffix in (".ico", ".icns", ".cur")
             continue
-        error = np.abs(found - expected).mean()
-        print(f"{path.name}: mean error {error:.2f} of 255; {said}")
-        assert error < (12 if kept.mode == "P" else 4)
+        off = np.abs(found - expected).mean()
+        print(f"{path.name}: mean error {off:.2f} of 255; {said}")
+        assert off < (12 if kept.mode == "P" else 4)
         if name == "alpha":
             assert said == ["the picture is transparent in places, which are taken as white"]
 
@@ -128,7 +129,8 @@ def test_cmyk_is_read_as_colors(tmp_path: Path) -> None:
 def test_the_first_of_several_frames_is_taken_and_said(tmp_path: Path, suffix: str) -> None:
     frames = [Image.fromarray(np.roll(COLORS, shift, axis=1)) for shift in (0, 10, 20)]
     path = tmp_path / f"x.{suffix}"
-    frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == "webp" else {}))
+    options: dict[str, Any] = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
     found, said = read(path)
     assert said == [f"{path} has 3 frames, the first is taken"]
     assert np.abs(found - COLORS).mean() < 12  # of a palette
