@@ -26,7 +26,7 @@ from minisdxl.cli.runs import Run
 from minisdxl.config import ModelConfig
 from minisdxl.loading import load, weights_path
 from minisdxl.pipeline import SDXL
-from minisdxl.samplings import SAMPLINGS, Sampling
+from minisdxl.samplings import LEVELS, SAMPLINGS, Sampling
 from minisdxl.settings import Settings, check_settings, first_step
 
 STRENGTH = 0.6  # with --image, when none is asked for
@@ -133,7 +133,7 @@ def _parser() -> Parser:
     add(
         "--sampling",
         metavar="NAME",
-        help=f"{', '.join(SAMPLINGS)} (default: the model's best); 'list' says what they are",
+        help=f"{', '.join(SAMPLINGS)}, or 'DPM++ 2M Karras' (default: the model's best); 'list' says what they are",
     )
     add("--steps", type=int, help="denoising steps (default: the model's or the sampling's own, 50 for euler)")
     add(
@@ -204,6 +204,8 @@ def _list_samplings() -> str:
     for name, each in SAMPLINGS.items():
         cfg = "" if each.cfg is None else f"{each.cfg:g}"
         lines.append(f"{name:<16} {each.steps:>5} {cfg:>4}   {each.about}")
+    ends = " or ".join(f"-{levels}" for levels in LEVELS)
+    lines.append(f"A name without cfg may end with {ends}, other noise levels for the same solver.")
     return "\n".join(lines)
 
 

@@ -76,7 +76,7 @@ def denoise(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: float
     c_skip = 1.0
     c_out = -sigma
     c_in = 1 / math.sqrt(sigma**2 + 1)
-    c_noise = int((levels - sigma).abs().argmin())
+    c_noise = int((levels / sigma).log().abs().argmin())
     return c_skip * x + c_out * network(c_in * x, torch.full((len(x),), c_noise, device=x.device))
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from minisdxl.config import ModelConfig, NoiseConfig
-from minisdxl.sampler import Solver, Spacing, check_steps, euler, sigmas, timesteps
-from minisdxl.solvers import dpmpp_2m, euler_ancestral, heun, lcm
+from minisdxl.sampler import Solver, check_steps, discrete_sigmas, euler, sigmas
+from minisdxl.solvers import dpmpp_2m, dpmpp_2m_sde, euler_ancestral, heun, lcm, tcd, unipc
 
 LCM_STEPS = 50  # steps of the teacher that LCM was distilled with; diffusers: LCMScheduler.original_inference_steps
+RHO = 7.0  # of Karras noise levels: EDM, table 1
+
+Sigmas = Callable[[int, NoiseConfig], Tensor]  # n steps to their noise levels, descending, and 0: (n + 1,) float64
 
 
 def trailing_timesteps(n: int, noise: NoiseConfig) -> Tensor:
@@ -31,8 +37,43 @@ def lcm_timesteps(n: int, noise: NoiseConfig) -> Tensor:
     """
     check_steps(n, LCM_STEPS)
     if noise.steps % LCM_STEPS:
-        raise ValueError(f"model was trained with {noise.steps} noise levels, LCM needs a multiple of {LCM_STEPS}")
+        raise ValueError(
+            f"model was trained with {noise.steps} noise levels, LCM and TCD need a multiple of {LCM_STEPS}"
+        )
     return noise.steps - 1 - torch.arange(n) * LCM_STEPS // n * (noise.steps // LCM_STEPS)
+
+
+def leading_timesteps(n: int, noise: NoiseConfig) -> Tensor:
+    """DDIM's spacing, every (steps // n)-th timestep from 1 up: diffusers' "leading" with SDXL's ``steps_offset`` 1.
+
+    All timesteps, from 0 up, where n is ``noise.steps``. Raises ``ValueError`` for n outside 1..steps.
+    """
+    check_steps(n, noise.steps)
+    return torch.arange(n - 1, -1, -1) * (noise.steps // n) + (1 if n < noise.steps else 0)
+
+
+def karras_sigmas(n: int, noise: NoiseConfig) -> Tensor:
+    """Noise levels of EDM equation 5, from the highest to the lowest of training, and 0: (n + 1,) float64.
+
+    They lie between the levels of training. As ``use_karras_sigmas`` in diffusers and "Karras" in web UIs. Raises
+    ``ValueError`` for n outside 1..steps.
+    """
+    check_steps(n, noise.steps)
+    lowest, *_, highest = discrete_sigmas(noise).tolist()
+    ramp = torch.linspace(highest ** (1 / RHO), lowest ** (1 / RHO), n, dtype=torch.float64)
+    return torch.cat([ramp**RHO, torch.zeros(1, dtype=torch.float64)])
+
+
+def exponential_sigmas(n: int, noise: NoiseConfig) -> Tensor:
+    """Noise levels in equal ratios, from the highest to the lowest of training, and 0: (n + 1,) float64.
+
+    As ``use_exponential_sigmas`` in diffusers and "Exponential" in web UIs. Raises ``ValueError`` for n outside
+    1..steps.
+    """
+    check_steps(n, noise.steps)
+    lowest, *_, highest = discrete_sigmas(noise).log().tolist()
+    ramp = torch.linspace(highest, lowest, n, dtype=torch.float64)
+    return torch.cat([ramp.exp(), torch.zeros(1, dtype=torch.float64)])
 
 
 @dataclass(frozen=True)
@@ -42,7 +83,7 @@ class Sampling:
     name: str
     about: str
     solver: Solver
-    spacing: Spacing
+    sigmas: Sigmas  # raises ``ValueError`` for a number of steps out of range
     steps: int
     cfg: float | None = None  # classifier-free guidance scale; 1 is none, None the model's own
     size: int | None = None  # side of a picture in pixels; None is the model's own
@@ -52,10 +93,6 @@ class Sampling:
         for name in ("steps", "calls_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of sampling {self.name} is {getattr(self, name)}, expected 1 or more")
-
-    def sigmas(self, steps: int, noise: NoiseConfig) -> Tensor:
-        """Noise levels of ``steps`` steps and a final 0: (steps + 1,) float64. Raises as its spacing does."""
-        return sigmas(steps, noise, self.spacing)
 
     def calls(self, steps: int) -> list[int]:
         """Number of denoiser calls in each of ``steps`` steps."""
@@ -83,17 +120,27 @@ def _named(*samplings: Sampling) -> dict[str, Sampling]:
 SAMPLINGS: dict[str, Sampling] = _named(
     # For SDXL base and its fine-tunes: solvers and spacing of Stability AI's generative-models (sgm/inference/api.py),
     # 50 steps as in the AT-EDM paper, and half as many where a solver is of second order.
-    Sampling("euler", "Euler's method, the official default", euler, timesteps, steps=50),
-    Sampling("euler-ancestral", "Euler with fresh noise at every step", euler_ancestral, timesteps, steps=50),
-    Sampling("dpm++-2m", "DPM-Solver++(2M), second order at one call a step", dpmpp_2m, timesteps, steps=25),
-    Sampling("heun", "Heun's method, second order at two calls a step", heun, timesteps, steps=25, calls_per_step=2),
+    Sampling("euler", "Euler's method, the official default", euler, sigmas, steps=50),
+    Sampling("euler-ancestral", "Euler with fresh noise at every step", euler_ancestral, sigmas, steps=50),
+    Sampling("dpm++-2m", "DPM-Solver++(2M), second order at one call a step", dpmpp_2m, sigmas, steps=25),
+    Sampling("dpm++-2m-sde", "DPM++ 2M with fresh noise at every step", dpmpp_2m_sde, sigmas, steps=25),
+    Sampling("unipc", "UniPC, second order with a corrector, at one call a step", unipc, sigmas, steps=25),
+    Sampling("heun", "Heun's method, second order at two calls a step", heun, sigmas, steps=25, calls_per_step=2),
+    # In the variable x / alpha a step of DDIM (arXiv:2010.02502, equation 13) is one of Euler's method.
+    Sampling(
+        "ddim",
+        "DDIM: Euler's method at DDIM's own noise levels",
+        euler,
+        partial(sigmas, spacing=leading_timesteps),
+        steps=50,
+    ),
     # stabilityai/sdxl-turbo: scheduler_config.json; diffusers' page on it (no guidance, 1 to 4 steps, 512 px). NOTE:
     # Stability AI's demo (scripts/demo/turbo.py) has timesteps 999, 899, 799, 699; one step is the same in both.
     Sampling(
         "turbo",
         "for SDXL-Turbo: 1 to 4 steps, no guidance, 512 px",
         euler_ancestral,
-        trailing_timesteps,
+        partial(sigmas, spacing=trailing_timesteps),
         steps=1,
         cfg=1.0,
         size=512,
@@ -103,19 +150,67 @@ SAMPLINGS: dict[str, Sampling] = _named(
         "lightning",
         "for SDXL-Lightning: 2, 4 or 8 steps, as the file's name says, no guidance",
         euler,
-        trailing_timesteps,
+        partial(sigmas, spacing=trailing_timesteps),
         steps=4,
         cfg=1.0,
     ),
     # latent-consistency/lcm-sdxl: model card (2 to 8 steps, guidance off or 1 to 2) and LCMScheduler.
-    Sampling("lcm", "for LCM and LCM-LoRA: 2 to 8 steps, guidance 1 to 2", lcm, lcm_timesteps, steps=4, cfg=1.0),
+    Sampling(
+        "lcm",
+        "for LCM and LCM-LoRA: 2 to 8 steps, guidance 1 to 2",
+        lcm,
+        partial(sigmas, spacing=lcm_timesteps),
+        steps=4,
+        cfg=1.0,
+    ),
+    # h1t/TCD-SDXL-LoRA: model card (4 steps, no guidance, gamma 0.3). TCDScheduler has LCM's timesteps.
+    Sampling(
+        "tcd",
+        "for TCD-LoRA: 2 to 50 steps, no guidance",
+        tcd,
+        partial(sigmas, spacing=lcm_timesteps),
+        steps=4,
+        cfg=1.0,
+    ),
 )
+# Noise levels that a name may end with. Distilled models, which ask for a guidance scale, have levels of their own.
+LEVELS: dict[str, Sigmas] = {"karras": karras_sigmas, "exponential": exponential_sigmas}
+ALIASES = {"eulera": "euler-ancestral", "keulera": "euler-ancestral", "keuler": "euler", "kheun": "heun"}
+
+
+def _key(name: str) -> str:
+    """A name without case, spaces, underscores and hyphens, and with ++ for pp."""
+    return re.sub(r"[\s_-]", "", name.lower()).replace("dpmpp", "dpm++")
 
 
 def find_sampling(name: str | Sampling) -> Sampling:
-    """The sampling of that name, or the one given. Raises ``ValueError`` for an unknown name."""
+    """The sampling of that name, or the one given.
+
+    Names are read as people write them: "DPM++ 2M Karras" and "dpmpp_2m_karras" are ``dpm++-2m-karras``, "Euler a" is
+    ``euler-ancestral``. Raises ``ValueError`` for an unknown name, and for noise levels that a distilled model cannot
+    be sampled at.
+    """
     if isinstance(name, Sampling):
         return name
-    if name not in SAMPLINGS:
-        raise ValueError(f"unknown sampling {name!r}, expected one of {', '.join(SAMPLINGS)}")
-    return SAMPLINGS[name]
+    key = _key(name)
+    levels = next((levels for levels in LEVELS if key.endswith(levels)), None)
+    key = key.removesuffix(levels or "")
+    known = {_key(each): each for each in SAMPLINGS} | ALIASES
+    if key not in known:
+        raise ValueError(
+            f"unknown sampling {name!r}, expected one of {', '.join(SAMPLINGS)}, "
+            f"if wanted with {' or '.join(f'-{levels}' for levels in LEVELS)} at the end"
+        )
+    sampling = SAMPLINGS[known[key]]
+    if levels is None:
+        return sampling
+    if sampling.cfg is not None:
+        raise ValueError(
+            f"sampling {name!r} has other noise levels than the model was distilled at, expected {known[key]}"
+        )
+    return replace(
+        sampling,
+        name=f"{sampling.name}-{levels}",
+        about=f"{sampling.about}; {levels} noise levels",
+        sigmas=LEVELS[levels],
+    )

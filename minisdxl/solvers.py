@@ -1,4 +1,4 @@
-"""Solvers beside Euler's method: Heun, DPM-Solver++(2M), Euler ancestral, Euler with churn, LCM.
+"""Solvers beside Euler's method: Heun, DPM++ 2M and its SDE form, UniPC, Euler ancestral, Euler with churn, LCM, TCD.
 
 All take ``x`` (B, C, H, W) at noise level ``sigmas[0]`` and descending ``sigmas`` (n + 1,), the last of them 0 for a
 clean latent. They yield n latents in the dtype of x: x after each step, number i at noise level ``sigmas[i + 1]``.
@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minisdxl.sampler import Denoiser, draw_noise
+from minisdxl.config import SDXL_BASE
+from minisdxl.sampler import Denoiser, discrete_sigmas, draw_noise
+
+TCD_GAMMA = 0.3  # the stochasticity that TCD's authors recommend; diffusers: eta of TCDScheduler.step
 
 
 @torch.no_grad()
@@ -118,6 +122,117 @@ def lcm(denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torc
         if sigma_next > 0:
             x = x + sigma_next * _fresh_noise(generators, x)
         yield x
+
+
+@torch.no_grad()
+def dpmpp_2m_sde(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torch.Generator]
+) -> Iterator[Tensor]:
+    """SDE-DPM-Solver++(2M), the midpoint form: :func:`dpmpp_2m` on the reverse SDE, with fresh noise at every step.
+
+    From arXiv:2211.01095, in the variable x / alpha. Raises ``ValueError`` at the first latent unless there is a
+    generator for each image.
+    """
+    # NOTE: k-diffusion draws the noise of all steps from one Brownian path; diffusers, and this, anew at each step.
+    _check_generators(generators, x)
+    previous, h_previous = x, math.inf  # before the first step there is no denoised latent: 1 / r is 0
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoiser(x, sigma, step)
+        if sigma_next > 0:
+            h = math.log(sigma / sigma_next)
+            r = h_previous / h
+            extrapolated = denoised + (denoised - previous) / (2 * r)
+            x = math.exp(-2 * h) * x - math.expm1(-2 * h) * extrapolated
+            x = x + sigma_next * math.sqrt(-math.expm1(-2 * h)) * _fresh_noise(generators, x)
+            previous, h_previous = denoised, h
+        else:
+            x = denoised
+        yield x
+
+
+@torch.no_grad()
+def tcd(denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torch.Generator]) -> Iterator[Tensor]:
+    """Trajectory consistency sampling: Euler's method to below the next noise level, then fresh noise up to it.
+
+    Strategic stochastic sampling of arXiv:2402.19159: of the next timestep t, the step goes down to
+    (1 - gamma) t, in whole timesteps of SDXL. Raises ``ValueError`` at the first latent unless there is a generator for
+    each image, and for noise levels that SDXL was not trained at.
+    """
+    # NOTE: diffusers and the authors end at the lowest noise level, 0.029, and leave that noise in; here it is 0.
+    _check_generators(generators, x)
+    levels = discrete_sigmas(SDXL_BASE.noise)
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        sigma_down = 0.0 if sigma_next == 0 else float(levels[int((1 - TCD_GAMMA) * _timestep(sigma_next, levels))])
+        d = (x - denoiser(x, sigma, step)) / sigma
+        x = x + (sigma_down - sigma) * d
+        if sigma_next > 0:
+            x = x + math.sqrt(sigma_next**2 - sigma_down**2) * _fresh_noise(generators, x)
+        yield x
+
+
+def _timestep(sigma: float, levels: Tensor) -> int:
+    """The timestep of a noise level. Raises ``ValueError`` for one that is not in ``levels``."""
+    timestep = int((levels - sigma).abs().argmin())
+    if abs(float(levels[timestep]) / sigma - 1) > 1e-6:
+        raise ValueError(
+            f"noise level {sigma:.6g} is none of SDXL's, which TCD was distilled at; expected its own steps"
+        )
+    return timestep
+
+
+class _Evaluation(NamedTuple):
+    """A step's start: the latent, its denoised latent, and lambda = -log(sigma)."""
+
+    x: Tensor
+    denoised: Tensor
+    lambda_: float
+
+
+@torch.no_grad()
+def unipc(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torch.Generator] = ()
+) -> Iterator[Tensor]:
+    """UniPC of order 2, B(h) = e^h - 1: UniP-2 predicts x, and UniC-2 corrects it once its denoised latent is known.
+
+    arXiv:2302.04867, in the variable x / alpha, where UniP-2 is DPM-Solver++(2M). The corrector costs no further call.
+    The first step, and a last one to sigma 0, are of first order.
+    """
+    past: list[_Evaluation] = []  # of the last two steps
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoiser(x, sigma, step)
+        lambda_ = -math.log(sigma)
+        if past:
+            x = _corrected(past, denoised, lambda_)
+        past = [*past[-1:], _Evaluation(x, denoised, lambda_)]
+        x = _predicted(past, -math.log(sigma_next)) if sigma_next > 0 else denoised
+        yield x
+
+
+def _predicted(past: Sequence[_Evaluation], lambda_: float) -> Tensor:
+    """UniP: x at ``lambda_``."""
+    last = past[-1]
+    h = lambda_ - last.lambda_
+    slope = torch.zeros_like(last.x)
+    if len(past) == 2:
+        slope = (last.denoised - past[0].denoised) * h / (last.lambda_ - past[0].lambda_)
+    return math.exp(-h) * last.x - math.expm1(-h) * (last.denoised + slope / 2)
+
+
+def _corrected(past: Sequence[_Evaluation], denoised: Tensor, lambda_: float) -> Tensor:
+    """UniC: x at ``lambda_`` again, where the latent predicted there came out as ``denoised``."""
+    last = past[-1]
+    h = lambda_ - last.lambda_
+    change = denoised - last.denoised
+    if len(past) == 1:
+        correction = change / 2
+    else:
+        # The paper's system R rho = b for order 2, solved: rows (1, 1) and (r, 1).
+        r = (past[0].lambda_ - last.lambda_) / h
+        b_1 = 1 / -math.expm1(-h) - 1 / h
+        b_2 = 2 * (b_1 / -h - 1 / (2 * math.expm1(-h)))
+        rho = (b_1 - b_2) / (1 - r)
+        correction = rho * (past[0].denoised - last.denoised) / r + (b_1 - rho) * change
+    return math.exp(-h) * last.x - math.expm1(-h) * (last.denoised + correction)
 
 
 def _check_generators(generators: Sequence[torch.Generator], x: Tensor) -> None:

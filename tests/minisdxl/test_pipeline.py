@@ -26,6 +26,7 @@ from minisdxl.loading import BUNDLED
 from minisdxl.pipeline import SDXL
 from minisdxl.sampler import image_generators, initial_noise
 from minisdxl.samplings import SAMPLINGS
+from minisdxl.solvers import TCD_GAMMA
 from minisdxl.text import TextEncoders
 from tests.minisdxl.peers import diffusers_unet, diffusers_vae
 from tests.minisdxl.test_images import drawing
@@ -104,6 +105,7 @@ def diffusers_picture(sdxl: SDXL, peer: Any, name: str, steps: int, side: int, s
     peer.scheduler = scheduler(name, steps)
     latents = x * own_scale(peer.scheduler, sigma) / peer.scheduler.init_noise_sigma  # which diffusers scales by
     run = {"num_inference_steps": steps, "generator": generators, "height": side, "width": side, "latents": latents}
+    run |= {"eta": TCD_GAMMA} if name == "tcd" else {}  # the pipeline would say 0 and not leave it to the scheduler
     return peer(PROMPT, **run, **settings).images[0]
 
 

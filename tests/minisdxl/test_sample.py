@@ -344,9 +344,15 @@ def test_low_memory_makes_the_same_pictures(tmp_path: Path, monkeypatch: pytest.
 
 def test_list_of_samplings(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--sampling", "list"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(SAMPLINGS)
-    assert [line.split()[1] for line in lines[1:]] == [str(each.steps) for each in SAMPLINGS.values()]
+    _, *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(SAMPLINGS)
+    assert [line.split()[1] for line in lines] == [str(each.steps) for each in SAMPLINGS.values()]
+    assert "may end with -karras or -exponential" in last
+
+
+def test_a_sampling_as_people_write_it_is_recorded_by_its_name(tmp_path: Path) -> None:
+    main([PROMPT, *QUICK, "--sampling", "DPM++ 2M SDE Karras", "--out", str(tmp_path / "x.png")])
+    assert record_of(tmp_path / "x.png")["sampling"] == "dpm++-2m-sde-karras"
 
 
 def test_numbers_of_the_sampling_are_the_defaults(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_lcm_has_at_most_the_steps_it_was_distilled_at() -> None:
     for n in (0, 51):
         with pytest.raises(ValueError, match=rf"steps is {n}, expected 1 to 50"):
             lcm_timesteps(n, NOISE)
-    with pytest.raises(ValueError, match="8 noise levels, LCM needs a multiple of 50"):
+    with pytest.raises(ValueError, match="8 noise levels, LCM and TCD need a multiple of 50"):
         lcm_timesteps(4, NoiseConfig(steps=8))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minisdxl.sampler import Denoiser, Solver, discrete_sigmas, euler, image_generators, initial_noise, sigmas
 from minisdxl.samplings import lcm_timesteps
-from minisdxl.solvers import churned_euler, dpmpp_2m, euler_ancestral, heun, lcm
+from minisdxl.solvers import churned_euler, dpmpp_2m, dpmpp_2m_sde, euler_ancestral, heun, lcm, tcd, unipc
 from tests.minisdxl.denoisers import (
     NOISE,
     SHAPE,
@@ -26,8 +26,8 @@ from tests.minisdxl.denoisers import (
     start,
 )
 
-SOLVERS = (euler, heun, dpmpp_2m, euler_ancestral, lcm)
-STOCHASTIC = (euler_ancestral, lcm)
+SOLVERS = (euler, heun, dpmpp_2m, dpmpp_2m_sde, unipc, euler_ancestral, lcm, tcd)
+STOCHASTIC = (dpmpp_2m_sde, euler_ancestral, lcm, tcd)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 
@@ -112,7 +112,7 @@ def test_gaussian_data_converges_to_the_exact_solution(deviation: float, grid: C
         assert 4 < coarse / fine < 6  # Euler is of first order: 5 times the steps, a fifth of the error
 
 
-@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (dpmpp_2m, 2)])
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (dpmpp_2m, 2), (unipc, 3)])
 def test_solver_has_its_order(solver: Solver, order: int) -> None:
     mean, deviation = 0.4, 0.5
     x = start([1], 50).double()
@@ -169,12 +169,13 @@ def test_ancestral_steps_equal_k_diffusion_in_float64() -> None:
     assert error < 1e-12
 
 
+@pytest.mark.parametrize("solver", [euler_ancestral, dpmpp_2m_sde])
 @pytest.mark.parametrize("deviation", [1.0, 1e-2])
-def test_ancestral_sampling_ends_in_the_distribution_of_the_data(deviation: float) -> None:
+def test_stochastic_sampling_ends_in_the_distribution_of_the_data(solver: Solver, deviation: float) -> None:
     generators = image_generators(range(64))
     levels = geometric_sigmas(2000)
     x = initial_noise(generators, SHAPE, float(levels[0])).double()
-    *_, last = euler_ancestral(gaussian_denoiser(0.4, deviation), x, levels, generators)
+    *_, last = solver(gaussian_denoiser(0.4, deviation), x, levels, generators)
     count = last.numel()
     mean, spread = last.mean().item(), last.std().item()
     print(f"{count} numbers of N(0.4, {deviation:g}^2): mean {mean:.4f}, deviation {spread:.4g}")
