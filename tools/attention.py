@@ -23,8 +23,8 @@ from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.cli.options import DEVICES, Parser, parse_size, plain_warnings
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
+from tools.evaluation.attention_maps import Settings, attention_spread, make
 from tools.evaluation.pictures import drawn_captions
-from tools.figures import Settings, attention_spread, make
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

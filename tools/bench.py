@@ -17,7 +17,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,41 +29,11 @@ if __name__ == "__main__":  # run as a file, Python looks for imports in tools/ 
 from minisdxl.cli.options import DTYPES, Parser
 from minisdxl.runtime import allocator
 from tools.benchmark.bench_models import CONFIGS, PEERS, Contender, blocks, unets
+from tools.benchmark.gauges import forget_peak, memory, seconds
+from tools.benchmark.machine import gib, machine
 from tools.benchmark.profile_parts import PARTS, spent
-from tools.memory import gib, machine
 
 BASELINES = ("dense", "diffusers")
-
-
-def memory(device: torch.device, field: str) -> int:
-    """Bytes in use: VmRSS is now, VmHWM the most since :func:`forget_peak`."""
-    if device.type == "cuda":
-        now = field == "VmRSS"
-        return torch.cuda.memory_allocated(device) if now else torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def forget_peak(device: torch.device) -> None:
-    """Lets the peak of memory start anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
-
-
-def seconds(contender: Contender, device: torch.device) -> float:
-    """How long one call takes, on the device's own clock where it has one."""
-    if device.type == "cuda":
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        began.record()
-        contender.call()
-        ended.record()
-        torch.cuda.synchronize(device)
-        return float(began.elapsed_time(ended)) / 1000
-    start = time.perf_counter()
-    contender.call()
-    return time.perf_counter() - start
 
 
 @torch.no_grad()

@@ -20,7 +20,9 @@ from pathlib import Path
 
 from atedm import parse_preset
 from minisdxl.cli.options import DTYPES, Parser, parse_size
-from tools.memory import CONFIGS, machine, measure, prepared
+from tools.benchmark.machine import machine
+from tools.benchmark.model_files import CONFIGS, prepared
+from tools.benchmark.processes import measure
 
 PEER = "diffusers"
 MEASURES = {"picture": "s a picture", "first_step": "s to the first step"}

@@ -65,9 +65,9 @@ def _run(arguments: argparse.Namespace) -> bool:
     if not caption:
         raise ValueError(f"{arguments.picture} names no prompt in its metadata, expected a caption after the file")
     result = check(picture, caption)
-    words = "as its caption says" if result.obeyed else f"not as its caption says: {'; '.join(result.reasons)}"
+    words = "as its caption says" if result.right else f"not as its caption says: {'; '.join(result.reasons)}"
     print(f"{arguments.picture}: {words} (found {result.found})")
-    return result.obeyed
+    return result.right
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,52 +18,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minisdxl.checkpoint.atomic import atomic_path
-from minisdxl.cli.options import DTYPES, Parser, parse_size, plain_warnings
+from minisdxl.cli.options import DTYPES, Parser, plain_warnings
 from minisdxl.cli.reports import versions, write_report
-from minisdxl.loading import load, weights_path
-from minisdxl.pipeline import SDXL
-from minisdxl.samplings import SAMPLINGS
+from minisdxl.loading import load
 from minisdxl.settings import Settings, check_settings
 from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
+from tools.evaluation.paired_statistics import INTERVALS
 from tools.evaluation.pictures import (
     SPLITS,
     Captions,
     Evaluation,
     drawn_captions,
     file_captions,
-    parse_shard,
     solve,
-    weights_sha256,
 )
-from tools.evaluation.plots import LATENT_ERROR, OBEYED, save_figure
+from tools.evaluation.plots import CAPTION_ACCURACY, LATENT_ERROR, save_figure
 from tools.evaluation.rows import DENSE, Folder
+from tools.evaluation.run_options import model_options, settings_of
 from tools.evaluation.set_metrics import REFERENCES, Crowd, Drawn
 from tools.evaluation.summaries import as_json, common_rows, markdown_table, summarize
-
-INTERVALS = (
-    "Intervals of 95 %: Wilson 1927 for shares, Tango 1998 for paired differences of shares, "
-    "paired bootstrap (percentiles, Efron and Tibshirani 1993) for the others."
-)
-
-
-def model_options(parser: Parser, *, weights: str, out: Path) -> None:
-    """The options that say what makes the pictures, and where they go."""
-    add = parser.add_argument
-    devices = [name for name in ("cpu", "mps", "cuda") if torch.get_device_module(name).is_available()]
-    add("--weights", default=weights, help="the bundled 'shapes', a checkpoint file or a folder (default: %(default)s)")
-    add("--tokenizer", metavar="DIR", help="with the vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
-    add("--captions", type=int, default=200, metavar="N", help="how many, of seeds 0 to N - 1 (default: %(default)s)")
-    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
-    add("--sampling", choices=SAMPLINGS, help="(default: the model's best)")
-    add("--batch", type=int, default=8, help="pictures at a time (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
-    add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
-    add("--shard", type=parse_shard, default=(1, 1), metavar="i/n", help="make the i-th of n parts of the pictures")
-    add("--table", action="store_true", help="make no pictures: report on those that are there")
-    add("--out", type=Path, default=out, metavar="DIR", help="(default: %(default)s)")
 
 
 def _parser() -> Parser:
@@ -84,24 +58,6 @@ def _parser() -> Parser:
     add("--inception", type=Path, metavar="FILE", help="Inception's weights for FID, as torch-fidelity has them")
     add("--clip", type=Path, metavar="DIR", help="a CLIP model for CLIP score, in the layout of transformers")
     return parser
-
-
-def settings_of(
-    options: argparse.Namespace, sdxl: SDXL, size: tuple[int, int], steps: int, cfg: float, captions: str
-) -> dict[str, Any]:
-    """What all rows of a folder share; ``captions`` says which ones."""
-    return {
-        "model": sdxl.config.name,
-        "weights": weights_path(options.weights).name,
-        "sha256": weights_sha256(options.weights, DTYPES[options.dtype]),
-        "captions": captions,
-        "sampling": options.sampling,
-        "steps": steps,
-        "cfg": cfg,
-        "size": "{}x{}".format(*size),
-        "dtype": options.dtype,
-        "batch": options.batch,
-    }
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -173,7 +129,7 @@ def _report(
     }
     write_report(str(options.out / "summary.json"), report)
     if evaluation.captions.drawn:
-        save_figure(options.out / "caption-accuracy.png", summaries, [OBEYED], "flops_share")
+        save_figure(options.out / "caption-accuracy.png", summaries, [CAPTION_ACCURACY], "flops_share")
     save_figure(options.out / "latent-error.png", summaries, [LATENT_ERROR], None)
 
 

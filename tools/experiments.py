@@ -19,21 +19,22 @@ from minisdxl.cli.options import DTYPES, Parser, plain_warnings
 from minisdxl.cli.reports import versions, write_report
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
-from tools.evaluate import INTERVALS, model_options, settings_of
 from tools.evaluation.experiment_specs import BASELINE, EXPERIMENTS, Experiment
+from tools.evaluation.paired_statistics import INTERVALS
 from tools.evaluation.pictures import Captions, Evaluation, average_share, drawn_captions, solve
-from tools.evaluation.plots import LATENT_ERROR, OBEYED, save_figure, save_pictures
+from tools.evaluation.plots import CAPTION_ACCURACY, LATENT_ERROR, save_figure, save_pictures
 from tools.evaluation.rows import DENSE, Folder, Row, write_rows
+from tools.evaluation.run_options import model_options, settings_of
 from tools.evaluation.set_metrics import REFERENCES, Crowd, Drawn
 from tools.evaluation.summaries import (
+    ClaimOutcome,
     Summary,
-    Verdict,
     as_json,
+    claim_table,
     common_rows,
     judge,
     markdown_table,
     summarize,
-    verdict_table,
 )
 
 SHOWN = 8  # captions whose pictures are shown
@@ -94,7 +95,7 @@ class Findings:
 
     rows: list[Row]
     summaries: list[Summary]
-    verdicts: list[Verdict]
+    outcomes: list[ClaimOutcome]
     drawn_distance: float | None
 
 
@@ -102,7 +103,7 @@ def find(
     experiment: Experiment, parts: Sequence[Part], evaluations: Sequence[Evaluation], drawn: Drawn, captions: int
 ) -> Findings:
     """Raises ``ValueError`` if a part has no caption with all of its rows."""
-    summaries, verdicts, rows = list[Summary](), list[Verdict](), dict[tuple[str, int, float], Sequence[Row]]()
+    summaries, outcomes, rows = list[Summary](), list[ClaimOutcome](), dict[tuple[str, int, float], Sequence[Row]]()
     for part, evaluation in zip(parts, evaluations, strict=True):
         mine = common_rows(evaluation.folder.rows, list(part.presets.values()), captions)
         numbers = [row.number for row in mine[DENSE]]
@@ -115,10 +116,10 @@ def find(
             if claim.better in part.presets and claim.worse in part.presets:
                 text = claim.text if len(parts) == 1 else f"{claim.text}: {part.label}"
                 better, worse = (mine[part.presets[name]] for name in (claim.better, claim.worse))
-                verdicts.append(judge(text, better, worse))
+                outcomes.append(judge(text, better, worse))
     count = min(summary.captions for summary in summaries)
     own_distance = drawn.own_distance(count) if count > 1 else None
-    return Findings([row for each in rows.values() for row in each], summaries, verdicts, own_distance)
+    return Findings([row for each in rows.values() for row in each], summaries, outcomes, own_distance)
 
 
 def page(name: str, findings: Findings, notes: Sequence[str], command: str, settings: Mapping[str, object]) -> str:
@@ -140,7 +141,7 @@ def page(name: str, findings: Findings, notes: Sequence[str], command: str, sett
             f"to the {REFERENCES} drawn."
         )
     parts += ["\n".join(f"- {note}" for note in notes)] if notes else []
-    parts += [verdict_table(findings.verdicts)] if findings.verdicts else []
+    parts += [claim_table(findings.outcomes)] if findings.outcomes else []
     parts += [f"![{name}]({name}.png)"]
     parts += [f"![pictures of {name}]({name}-pictures.png)"] if EXPERIMENTS[name].axis is None else []
     return "\n\n".join(parts) + "\n"
@@ -177,10 +178,10 @@ def _experiment(options: argparse.Namespace) -> None:
         "machines": sorted({row.machine for row in findings.rows}),
         "notes": notes,
         "presets": [as_json(each) for each in findings.summaries],
-        "verdicts": [as_json(each) for each in findings.verdicts],
+        "verdicts": [as_json(each) for each in findings.outcomes],
     }
     write_report(str(options.results / f"{name}.json"), report)
-    save_figure(options.results / f"{name}.png", findings.summaries, [OBEYED, LATENT_ERROR], experiment.axis)
+    save_figure(options.results / f"{name}.png", findings.summaries, [CAPTION_ACCURACY, LATENT_ERROR], experiment.axis)
     if experiment.axis is None:
         folder, numbers = evaluations[0].folder, sorted({row.number for row in findings.rows})[:SHOWN]
         presets = dict.fromkeys([DENSE, *parts[0].presets.values()])

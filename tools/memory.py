@@ -12,91 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from minisdxl.checkpoint.folder_writer import json_files, tokenizer_files
-from minisdxl.checkpoint.modules import file_metadata, official_shapes, read_config, without_memory
-from minisdxl.checkpoint.tensorfile import write_tensors
 from minisdxl.cli.options import DTYPES, Parser, parse_size
-from minisdxl.cli.reports import processor
-from minisdxl.config import SDXL_BASE, SHAPES, ModelConfig
-from minisdxl.loading import BUNDLED
-from minisdxl.tokenizer import load_vocabulary
+from tools.benchmark.machine import gib, machine
+from tools.benchmark.model_files import CONFIGS, prepared, write_random
+from tools.benchmark.processes import measure
 
-CONFIGS = {"full": SDXL_BASE, "small": SHAPES}
 LIBRARIES = ("ours", "diffusers")
 PROMISE = 12 * 2**30  # bytes for a picture of 1024 x 1024
-
-
-def write_random(path: Path, config: ModelConfig) -> None:
-    """Writes a file of random fp16 numbers in the official layout, of a scale at which no part overflows.
-
-    Raises:
-        OSError: if the disk has no room for it.
-        CheckpointError: if it cannot be written.
-    """
-    shapes = official_shapes(without_memory(config))
-    needed, free = 2 * sum(map(math.prod, shapes.values())), shutil.disk_usage(path.parent).free
-    if free < 1.01 * needed:
-        raise OSError(f"{path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} are free; name another --folder")
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers() -> Iterator[Tensor]:
-        for name, shape in shapes.items():
-            if len(shape) > 1:
-                yield torch.randn(shape, generator=generator).div(math.sqrt(math.prod(shape[1:])))
-            else:
-                yield torch.full(shape, float(name.endswith("weight")))  # normalizations do nothing, and biases neither
-
-    write_tensors(
-        path, {name: (torch.float16, shape) for name, shape in shapes.items()}, numbers(), file_metadata(config)
-    )
-
-
-def write_description(folder: Path, config: ModelConfig, weights: Path, tokenizer: Path | None) -> None:
-    """Writes what diffusers wants to know beside the weights: a folder of configs and tokenizers.
-
-    Raises:
-        CheckpointError: if diffusers has no such model.
-        FileNotFoundError: if there is no vocabulary.
-        ValueError: if the vocabulary is not that of the model.
-    """
-    files = {name: json.dumps(content) for name, content in json_files(folder, config).items()}
-    files |= tokenizer_files(config, load_vocabulary(weights, tokenizer))
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def measure(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """One measurement of ``tools.benchmark.worker`` in a process of its own. Raises ``RuntimeError`` if that fails."""
-    with Path(arguments["weights"]).open("rb") as file:
-        while file.read(2**24):  # into the system's cache, so that the disk is not what is measured
-            pass
-    command = [sys.executable, "-m", "tools.benchmark.worker", kind, json.dumps(arguments)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        why = "killed, as systems do when memory runs out" if done.returncode == -9 else f"exit code {done.returncode}"
-        last = done.stderr.strip().splitlines()[-1:]
-        raise RuntimeError(f"measuring {kind} {arguments['dtype']} failed: {' '.join([why, *last])}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def measure_loading(weights: Path, folder: Path, dtypes: Sequence[str], repeats: int) -> list[dict[str, Any]]:
@@ -137,21 +65,6 @@ def measure_loading(weights: Path, folder: Path, dtypes: Sequence[str], repeats:
     return rows
 
 
-def machine() -> str:
-    """The machine and the versions, in words."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "diffusers"))
-    return (
-        f"{processor()}, {len(os.sched_getaffinity(0))} cores, {gib(memory)} GiB; "
-        f"Python {platform.python_version()}, {versions}"
-    )
-
-
-def gib(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / 2**30:.2f}"
-
-
 def loading_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of :func:`measure_loading`: seconds with imports, and ratios of all."""
     lines = [
@@ -176,22 +89,6 @@ def picture_table(result: Mapping[str, Any]) -> str:
         lines.append(f"| {stage} | {numbers['seconds']:.1f} | {gib(numbers['resident'])} | {gib(numbers['peak'])} |")
     verdict = "within" if result["peak"] <= PROMISE else "above"
     return "\n".join([*lines, f"peak {gib(result['peak'])} GiB, {verdict} {gib(PROMISE)} GiB"])
-
-
-@contextmanager
-def prepared(options: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
-    """The weights and the folder that describes them; both are gone afterwards but for weights that were given."""
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        weights, tokenizer = options.weights, options.tokenizer
-        if weights is None:
-            weights = folder / f"{options.scale}.safetensors"
-            if options.scale == "small" and tokenizer is None:
-                tokenizer = BUNDLED["shapes"].parent / "tokenizer"
-            print(f"writing {weights}", file=sys.stderr)
-            write_random(weights, CONFIGS[options.scale])
-        write_description(folder, read_config(weights), weights, tokenizer)
-        yield weights.absolute(), folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

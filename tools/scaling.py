@@ -24,9 +24,9 @@ from minisdxl.cli.options import DTYPES, Parser
 from minisdxl.config import ModelConfig
 from minisdxl.cost import Kind, count
 from minisdxl.runtime import allocator
-from tools.bench import forget_peak, memory, seconds
 from tools.benchmark.bench_models import CONFIGS, plan_of, unets
-from tools.memory import gib, machine
+from tools.benchmark.gauges import forget_peak, memory, seconds
+from tools.benchmark.machine import gib, machine
 
 # What grows alike is fitted with one speed: convolutions and linear maps with the pixels, attention with their square.
 SPEEDS = {

@@ -128,7 +128,7 @@ def rows_are_right(folder: Path, rows: list[Row]) -> None:
             made[prune] = np.asarray(sdxl.generate([row.caption], **settings, on_step=keep)[0])
         picture = made[None if row.preset == "dense" else PRESET]
         verdict = check(picture, row.caption)
-        assert (row.obeyed, row.reasons) == (verdict.obeyed, "; ".join(verdict.reasons))
+        assert (row.obeyed, row.reasons) == (verdict.right, "; ".join(verdict.reasons))
         assert row.held_out is True
         assert (row.psnr, row.ssim) == (psnr(picture, made[None]), ssim(picture, made[None]))
         if row.preset == "dense":

@@ -13,6 +13,10 @@ RESAMPLES = 10_000
 CHUNK = 500  # resamples held in memory at a time
 LEAST_PAIRS = 6  # of fewer, all on one side is not yet rare: 2 * 0.5^5 > 0.05
 VERDICTS = ("confirmed", "not", "undecided")
+INTERVALS = (
+    "Intervals of 95 %: Wilson 1927 for shares, Tango 1998 for paired differences of shares, "
+    "paired bootstrap (percentiles, Efron and Tibshirani 1993) for the others."
+)
 
 
 class Estimate(NamedTuple):

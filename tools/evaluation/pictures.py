@@ -192,7 +192,7 @@ class Evaluation:
                 steps=self.steps,
                 cfg=self.cfg,
                 caption=caption,
-                **_verdict(pixels, caption, self.captions.drawn),
+                **_caption_check(pixels, caption, self.captions.drawn),
                 psnr=psnr(pixels, dense),
                 ssim=ssim(pixels, dense),
                 latent_error=latent_error(latent, self.folder.latent(number)),
@@ -205,15 +205,15 @@ class Evaluation:
 _share = cache(average_share)
 
 
-def _verdict(pixels: Any, caption: str, drawn: bool) -> dict[str, Any]:
+def _caption_check(pixels: Any, caption: str, drawn: bool) -> dict[str, Any]:
     if not drawn:
         return {"obeyed": None, "held_out": None, "reasons": ""}
-    verdict = check(pixels, caption)
-    reasons = "; ".join(verdict.reasons)
-    return {"obeyed": verdict.obeyed, "held_out": held_out(parse_caption(caption)), "reasons": reasons}
+    found = check(pixels, caption)
+    reasons = "; ".join(found.reasons)
+    return {"obeyed": found.right, "held_out": held_out(parse_caption(caption)), "reasons": reasons}
 
 
 def _progress(rows: Sequence[Row]) -> str:
-    obeyed = sum(row.obeyed is True for row in rows)
-    judged = "" if rows[0].obeyed is None else f"{obeyed} of {len(rows)} obeyed, "
+    right = sum(row.obeyed is True for row in rows)
+    judged = "" if rows[0].obeyed is None else f"{right} of {len(rows)} right, "
     return f"{judged}{rows[0].seconds:.1f} s each"

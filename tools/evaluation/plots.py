@@ -36,7 +36,7 @@ class Measure:
         return None if found is None else Estimate(*(self.factor * number for number in found))
 
 
-OBEYED = Measure("obeyed", "caption accuracy, %", 100)
+CAPTION_ACCURACY = Measure("obeyed", "caption accuracy, %", 100)
 LATENT_ERROR = Measure("latent_error", "mean squared latent error to dense")
 AXES = {  # what a panel can be drawn against
     "flops_share": "FLOPs of a U-Net call, average of all steps, share of dense",

@@ -80,8 +80,8 @@ def _summary(mine: Sequence[Row], dense: Sequence[Row], baseline: Sequence[Row] 
         seen=_share([row for row in mine if row.held_out is False]) if both else None,
         held_out=_share([row for row in mine if row.held_out is True]) if both else None,
         new_pairs=_share([row for row in mine if has_new_pair(row.caption)]),
-        over_dense=None if first.preset == DENSE else obeyed_over(mine, dense),
-        over_baseline=obeyed_over(mine, other) if other else None,
+        over_dense=None if first.preset == DENSE else accuracy_over(mine, dense),
+        over_baseline=accuracy_over(mine, other) if other else None,
         psnr=bootstrap_mean([row.psnr for row in mine]),
         ssim=bootstrap_mean([row.ssim for row in mine]),
         latent_error=bootstrap_mean([row.latent_error for row in mine]),
@@ -95,7 +95,7 @@ def _share(rows: Sequence[Row]) -> Estimate | None:
     return wilson(sum(judged), len(judged)) if judged else None
 
 
-def obeyed_over(ours: Sequence[Row], theirs: Sequence[Row]) -> Estimate | None:
+def accuracy_over(ours: Sequence[Row], theirs: Sequence[Row]) -> Estimate | None:
     """Our share of obeyed captions less theirs, paired (:func:`paired_shares`); ``None`` where none are judged."""
     if ours[0].obeyed is None:
         return None
@@ -108,7 +108,7 @@ def error_over(ours: Sequence[Row], theirs: Sequence[Row]) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ClaimOutcome:
     """What two measures say of the claim that ``better`` beats ``worse``; each word is one of ``VERDICTS``."""
 
     claim: str
@@ -120,10 +120,10 @@ class Verdict:
     error_verdict: str
 
 
-def judge(claim: str, better: Sequence[Row], worse: Sequence[Row]) -> Verdict:
+def judge(claim: str, better: Sequence[Row], worse: Sequence[Row]) -> ClaimOutcome:
     """Of the rows of two presets on the same captions."""
-    obeyed, error = obeyed_over(better, worse), error_over(better, worse)
-    return Verdict(
+    obeyed, error = accuracy_over(better, worse), error_over(better, worse)
+    return ClaimOutcome(
         claim=claim,
         better=better[0].preset,
         worse=worse[0].preset,
@@ -164,16 +164,16 @@ def markdown_table(summaries: Sequence[Summary], baseline: str | None) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> str:
+def claim_table(outcomes: Sequence[ClaimOutcome]) -> str:
     """A row for each claim."""
     lines = ["| claim | by caption accuracy | by latent error |", "| --- | --- | --- |"]
-    for each in verdicts:
+    for each in outcomes:
         obeyed = "" if each.obeyed is None else f"{each.obeyed_verdict}: {_percent(each.obeyed, '+')}"
         lines.append(f"| {each.claim} | {obeyed} | {each.error_verdict}: {_number(each.error, '+.4f')} |")
     return "\n".join(lines)
 
 
-def as_json(record: Summary | Verdict) -> dict[str, Any]:
+def as_json(record: Summary | ClaimOutcome) -> dict[str, Any]:
     """For JSON, which knows no infinity: ``None`` stands for it, as in the PSNR of equal pictures."""
 
     def finite(value: Any) -> Any:
