@@ -3,7 +3,8 @@
 ``weights/downloads.json`` lists the known files with their sizes in bytes and their sha256. A file is written as
 ``NAME.partial`` and renamed when both are right. If a download ends early (a broken connection, a full disk, Ctrl-C),
 the same command continues where it stopped. ``hf_hub_download`` is not used because it deletes partial files.
-Addresses, login and connections come from the hub library, so ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` apply.
+Addresses, login and connections come from the hub library, so ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE``
+apply.
 """
 
 from __future__ import annotations

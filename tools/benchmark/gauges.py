@@ -11,7 +11,7 @@ from tools.benchmark.bench_models import Contender
 
 
 def memory(device: torch.device, field: str) -> int:
-    """Bytes in use: VmRSS is now, VmHWM the most since :func:`forget_peak`."""
+    """Bytes of memory: ``VmRSS`` in use now, ``VmHWM`` the peak since :func:`forget_peak`."""
     if device.type == "cuda":
         now = field == "VmRSS"
         return torch.cuda.memory_allocated(device) if now else torch.cuda.max_memory_allocated(device)
@@ -20,7 +20,7 @@ def memory(device: torch.device, field: str) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Lets the peak of memory start anew."""
+    """Resets the peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -28,7 +28,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def seconds(contender: Contender, device: torch.device) -> float:
-    """How long one call takes, on the device's own clock where it has one."""
+    """Time of one call: by CUDA events on a GPU, by the wall clock on a CPU."""
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         began.record()

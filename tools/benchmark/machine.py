@@ -1,4 +1,4 @@
-"""The machine and the library versions in words, and sizes in GiB."""
+"""The hardware and the library versions as text, and sizes in GiB."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minisdxl.cli.reports import processor
 
 
 def machine() -> str:
-    """The machine and the versions, in words."""
+    """Processor, cores, memory and library versions, as text."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "diffusers"))
     return (
@@ -20,5 +20,5 @@ def machine() -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes as people read them."""
+    """Bytes as GiB, with two decimals."""
     return f"{size / 2**30:.2f}"

@@ -26,11 +26,11 @@ CONFIGS = {"full": SDXL_BASE, "small": SHAPES}
 
 
 def write_random(path: Path, config: ModelConfig) -> None:
-    """Writes a file of random fp16 numbers in the official layout, of a scale at which no part overflows.
+    """Writes random fp16 weights in the official layout, scaled so that no part overflows.
 
     Raises:
-        OSError: if the disk has no room for it.
-        CheckpointError: if it cannot be written.
+        OSError: if the disk has no room for the file.
+        CheckpointError: if the file cannot be written.
     """
     shapes = official_shapes(without_memory(config))
     needed, free = 2 * sum(map(math.prod, shapes.values())), shutil.disk_usage(path.parent).free
@@ -43,7 +43,7 @@ def write_random(path: Path, config: ModelConfig) -> None:
             if len(shape) > 1:
                 yield torch.randn(shape, generator=generator).div(math.sqrt(math.prod(shape[1:])))
             else:
-                yield torch.full(shape, float(name.endswith("weight")))  # normalizations do nothing, and biases neither
+                yield torch.full(shape, float(name.endswith("weight")))  # normalizations scale by 1, biases are 0
 
     write_tensors(
         path, {name: (torch.float16, shape) for name, shape in shapes.items()}, numbers(), file_metadata(config)
@@ -51,7 +51,7 @@ def write_random(path: Path, config: ModelConfig) -> None:
 
 
 def write_description(folder: Path, config: ModelConfig, weights: Path, tokenizer: Path | None) -> None:
-    """Writes what diffusers wants to know beside the weights: a folder of configs and tokenizers.
+    """Writes the folder of configs and tokenizers that diffusers needs beside the weights.
 
     Raises:
         CheckpointError: if diffusers has no such model.
@@ -67,7 +67,7 @@ def write_description(folder: Path, config: ModelConfig, weights: Path, tokenize
 
 @contextmanager
 def prepared(options: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
-    """The weights and the folder that describes them; both are gone afterwards but for weights that were given."""
+    """The weights and the folder that describes them. Both are deleted afterwards, except weights that were given."""
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         weights, tokenizer = options.weights, options.tokenizer

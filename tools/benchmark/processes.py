@@ -12,9 +12,9 @@ from typing import Any
 
 
 def measure(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """One measurement of ``tools.benchmark.worker`` in a process of its own. Raises ``RuntimeError`` if that fails."""
+    """One measurement of ``tools.benchmark.worker`` in a fresh process. Raises ``RuntimeError`` if it fails."""
     with Path(arguments["weights"]).open("rb") as file:
-        while file.read(2**24):  # into the system's cache, so that the disk is not what is measured
+        while file.read(2**24):  # into the system's cache, so that the disk is not measured
             pass
     command = [sys.executable, "-m", "tools.benchmark.worker", kind, json.dumps(arguments)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
