@@ -1,12 +1,12 @@
-"""How presets do on the same captions and seeds: exact scoring of drawn captions, distance to dense, FLOPs, time.
+"""Compares presets on the same captions and seeds: caption accuracy, distance to dense, FLOPs and time.
 
     python -m tools.evaluate --presets at-edm tome random --share 0.76 --captions 200 --baseline at-edm
     python -m tools.evaluate --weights sd_xl_base_1.0.safetensors --prompts captions.txt --captions 5000 \\
         --references coco/val2017 --inception pt_inception-2015-12-05-6726825d.pth --clip clip-vit-large-patch14
 
-Every picture is a row of a CSV file in the folder --out as soon as its batch is made; a run that was stopped goes on
-where it was. With --shard 1/2 and --shard 2/2 two machines share the work; copied into one folder, their files make one
-evaluation, which --table shows.
+Every picture is a row of a CSV file in the folder --out, written when its batch is done. A run that was stopped
+continues where it was. With --shard 1/2 and --shard 2/2 two machines share the work: copy their files into one folder,
+and --table reports on all of them.
 """
 
 from __future__ import annotations
@@ -46,15 +46,27 @@ def _parser() -> Parser:
     )
     model_options(parser, weights="shapes", out=Path("runs/evaluate"))
     add = parser.add_argument
-    add("--presets", nargs="+", default=["at-edm"], help="what is compared with dense (default: at-edm)")
-    add("--baseline", metavar="PRESET", help="one of the presets, that the others are compared with as well")
-    add("--share", type=float, help="of the dense FLOPs: solves the ratio of each preset for it, as 0.76")
-    add("--share-for", choices=("average", "steady"), default="average", help="of all steps, or of the last one")
+    add("--presets", nargs="+", default=["at-edm"], help="presets to compare with the dense model (default: at-edm)")
+    add("--baseline", metavar="PRESET", help="one of the presets; the others are compared with it, too")
+    add("--share", type=float, help="share of the dense FLOPs, as 0.76: finds the ratio of each preset for it")
+    add(
+        "--share-for",
+        choices=("average", "steady"),
+        default="average",
+        help="--share of all steps or of the last one (default: %(default)s)",
+    )
     add("--steps", type=int, help="denoising steps (default: the model's or the sampling's own)")
     add("--cfg", type=float, help="guidance scale (default: the model's or the sampling's own)")
-    add("--split", choices=SPLITS, default="test", help="drawn captions: those that training never saw, or of all")
-    add("--prompts", type=Path, metavar="FILE", help="captions from a .txt, .jsonl or .csv file, not of drawn scenes")
-    add("--references", type=Path, metavar="DIR", help="pictures that FID is taken to; with --inception")
+    add(
+        "--split",
+        choices=SPLITS,
+        default="test",
+        help="drawn captions: unseen in training, or all (default: test)",
+    )
+    add(
+        "--prompts", type=Path, metavar="FILE", help="captions from this .txt, .jsonl or .csv file, not of drawn scenes"
+    )
+    add("--references", type=Path, metavar="DIR", help="folder of real pictures for FID; with --inception")
     add("--inception", type=Path, metavar="FILE", help="Inception's weights for FID, as torch-fidelity has them")
     add("--clip", type=Path, metavar="DIR", help="a CLIP model for CLIP score, in the layout of transformers")
     return parser
@@ -87,14 +99,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         evaluation.run(presets, options.shard)
         missing = evaluation.missing(presets)
         if missing:
-            print(f"{missing} pictures are for other shards to make; --table shows what is there")
+            print(f"{missing} pictures are left to other shards; --table reports on those that are there")
             return
     crowd = Crowd(evaluation, Drawn(sdxl.vae, run.size[0]), fid, clip)
     _report(evaluation, crowd, presets, baseline, settings, options)
 
 
 def _captions(options: argparse.Namespace) -> tuple[Captions, str]:
-    """And what they are, for the settings."""
+    """The captions, and their description for the settings."""
     if options.prompts is None:
         return drawn_captions(options.captions, options.split), f"drawn, {options.split}"
     return file_captions(options.prompts, options.captions), options.prompts.name
@@ -108,14 +120,16 @@ def _report(
     settings: Mapping[str, Any],
     options: argparse.Namespace,
 ) -> None:
-    """The table on stdout and in table.md, all numbers in summary.json, plots in PNG files."""
+    """Writes the table to stdout and table.md, all numbers to summary.json, and plots to PNG files."""
     rows = common_rows(evaluation.folder.rows, presets, options.captions)
     numbers = [row.number for row in rows[DENSE]]
     summaries = summarize(rows, baseline, crowd.of(numbers))
     text = [markdown_table(summaries, baseline), "", f"{len(numbers)} captions. {INTERVALS}"]
     if evaluation.captions.drawn and len(numbers) > 1:
         drawn = crowd.drawn.own_distance(len(numbers))
-        text.append(f"As many other drawn pictures have a Fréchet distance of {drawn:.4g} to the {REFERENCES} drawn.")
+        text.append(
+            f"The same number of other drawn pictures has a Fréchet distance of {drawn:.4g} to the {REFERENCES} drawn."
+        )
     print("\n".join(text))
     with atomic_path(options.out / "table.md") as path:
         path.write_text("\n".join(text) + "\n")
@@ -134,12 +148,12 @@ def _report(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes what is missing, then reports; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
+    """Makes missing pictures, then reports; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
     parser = _parser()
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     plain_warnings()
-    with parser.one_line("what was made so far is kept"):
+    with parser.one_line("finished pictures are kept"):
         _evaluate(options)
 
 

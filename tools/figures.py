@@ -1,6 +1,7 @@
-"""Figures 2, 5, 8, 9 and 10 of the AT-EDM paper, drawn from any weights: ``python -m tools.figures FIGURE``.
+"""The command ``python -m tools.figures FIGURE``: draws figures 2, 5, 8, 9 and 10 of the AT-EDM paper for any weights.
 
-One function computes what a figure shows, another draws it; the same arguments give the same file. Needs matplotlib.
+For each figure one function computes the numbers and another draws them. The same arguments give the same file. Needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 Masks = dict[str, list[NDArray[np.bool_]]]  # attention block -> for each step which positions (H, W) it keeps
 PROMPT = "a small red circle above a big blue square on a white background"
 WIDTH = 12  # inches of 100 pixels
-TAUS = (0, 5, 15, 30, 45)  # of every 50 steps: figure 10, which places the last four in regions I to IV of figure 5
+TAUS = (0, 5, 15, 30, 45)  # of every 50 steps, from figure 10; the last four lie in regions I to IV of figure 5
 BOUNDARIES = tuple((low + high) / 2 for low, high in pairwise(TAUS[1:]))  # of every 50 steps
 RANKINGS = {"gwpr": "self-attention", "ca-wpr": "cross-attention"}
 # Rows of figure 2 besides the attention blocks, by the modules in them: resampling, in and out go with the ResBlocks.
@@ -48,7 +49,7 @@ BETWEEN |= {"out": "ResBlocks, up", "time_embed": "embeddings", "label_emb": "em
 
 
 def flops_by_block(config: ModelConfig, works: Iterable[dict[str, Any]]) -> dict[str, Counter[Kind]]:
-    """FLOPs by row of figure 2 and kind, of the ``blocks`` of a summary; without ranking and recovery."""
+    """FLOPs of the ``blocks`` of a summary by row of figure 2 and by kind, without ranking and recovery."""
     attention_blocks = [site.name for site in config.unet.attention_sites()]
     rows: dict[str, Counter[Kind]] = {row: Counter() for row in (*attention_blocks, *BETWEEN.values())}
     for work in works:
@@ -59,7 +60,7 @@ def flops_by_block(config: ModelConfig, works: Iterable[dict[str, Any]]) -> dict
 
 
 def draw_flops(figure: Figure, options: argparse.Namespace) -> None:
-    """Figure 2: a bar for each block, of its kinds of work; dense, and beside it the steady step of a preset."""
+    """Figure 2: FLOPs of each block by kind of work, dense and at the steady step of a preset."""
     config = find_config(options.model)
     (width, height), f = config.picture_size(options.size), config.vae.downscale
     schedules = {"dense": None} | ({f"{options.prune}, steady": parse_preset(options.prune)} if options.prune else {})
@@ -85,7 +86,7 @@ def draw_flops(figure: Figure, options: argparse.Namespace) -> None:
 
 
 def draw_variance(figure: Figure, options: argparse.Namespace) -> None:
-    """Figure 5: variance of the maps, and their entropy, over the steps, with the paper's regions."""
+    """Figure 5: variance and entropy of the self-attention maps over the steps, with the paper's regions."""
     sdxl, settings = _prepare(options)
     names = [site.name for site in sdxl.config.unet.attention_sites()]
     edges = np.array([0, *BOUNDARIES, 50]) * options.steps / 50 + 0.5  # between steps, which are at whole numbers
@@ -110,7 +111,7 @@ def draw_variance(figure: Figure, options: argparse.Namespace) -> None:
 
 
 def kept_tokens(sdxl: SDXL, settings: Settings, schedule: Schedule) -> tuple[Image.Image, Masks]:
-    """The picture, and what each attention block holds at its end; with guidance, in the conditional half."""
+    """The picture, and the tokens that each attention block keeps; with guidance, in the conditional half."""
     seen: Masks = defaultdict(list)
 
     def see(name: str, _: nn.Module, __: Any, output: Any) -> None:
@@ -124,14 +125,14 @@ def kept_tokens(sdxl: SDXL, settings: Settings, schedule: Schedule) -> tuple[Ima
 
 
 def darkened(image: Image.Image, kept: NDArray[np.bool_], cell: int) -> NDArray[np.uint8]:
-    """The picture with its pruned positions, squares of ``cell`` pixels, dark: violet, to be seen on black as well."""
+    """The picture with pruned positions, squares of ``cell`` pixels, in dark violet, which also shows on black."""
     pixels = np.asarray(image)
     shown = kept.repeat(cell, axis=0).repeat(cell, axis=1)[: pixels.shape[0], : pixels.shape[1], None]
     return np.where(shown, pixels, pixels // 4 + np.array([48, 24, 72], dtype=np.uint8))
 
 
 def draw_masks(figure: Figure, options: argparse.Namespace) -> None:
-    """Figure 8: what each ranking keeps at the first, middle and last step, over the picture that it leads to."""
+    """Figure 8: tokens that each ranking keeps at the first, middle and last step, over its final picture."""
     schedules, (sdxl, settings) = _variants(options.prune, "ranking", RANKINGS), _prepare(options)
     kept = {name: kept_tokens(sdxl, settings, schedule) for name, schedule in schedules.items()}
     sites, steps = list(sdxl.config.unet.attention_sites()), sorted({0, options.steps // 2, options.steps - 1})
@@ -147,13 +148,13 @@ def draw_masks(figure: Figure, options: argparse.Namespace) -> None:
 
 
 def compare(sdxl: SDXL, settings: Settings, schedules: dict[str, Schedule]) -> dict[str, tuple[Image.Image, float]]:
-    """Pictures of the dense model and the schedules from the same noise; latents' mean squared distance to dense."""
+    """Pictures of the dense model and of each schedule from the same noise, with the latent's mean squared error."""
     made = {label: make(sdxl, settings, schedule) for label, schedule in {"dense": None, **schedules}.items()}
     return {label: (image, (x - made["dense"][1]).square().mean().item()) for label, (image, x) in made.items()}
 
 
 def draw_row(figure: Figure, made: dict[str, tuple[Image.Image, float]], title: str) -> None:
-    """Pictures side by side. A label is broken at its first hyphen, or else it is wider than its picture."""
+    """Draws pictures side by side. A label is broken at its first hyphen, because it can be wider than its picture."""
     width, height = made["dense"][0].size
     figure.set_size_inches(WIDTH, 1.2 + WIDTH / len(made) * height / width)
     for panel, (label, (image, distance)) in zip(figure.subplots(1, len(made)), made.items(), strict=True):
@@ -162,19 +163,19 @@ def draw_row(figure: Figure, made: dict[str, tuple[Image.Image, float]], title: 
 
 
 def draw_recoveries(figure: Figure, options: argparse.Namespace) -> None:
-    """Figure 9: dense, and every recovery."""
+    """Figure 9: pictures of the dense model and of every recovery."""
     schedules, (sdxl, settings) = _variants(options.prune, "recovery", RECOVERIES), _prepare(options)
     draw_row(figure, compare(sdxl, settings, schedules), f"recovery of pruned tokens\n{_title(sdxl, options)}")
 
 
 def tau_schedules(config: ModelConfig, base: Schedule, settings: Settings, budget: str) -> list[Schedule]:
-    """``base`` with each of ``TAUS`` and the ratio that brings the average of all steps within the budget."""
+    """``base`` with each of ``TAUS``, and with the ratio that meets the budget on average over all steps."""
     (width, height), f, steps = config.picture_size(settings["size"]), config.vae.downscale, settings["steps"]
     return [with_budget(config, height // f, width // f, replace(base, tau=tau), steps, budget) for tau in TAUS]
 
 
 def draw_tau(figure: Figure, options: argparse.Namespace) -> None:
-    """Figure 10: dense, and each number of prune-less steps."""
+    """Figure 10: pictures of the dense model and of each number of prune-less steps."""
     base, (sdxl, settings) = parse_preset(options.prune), _prepare(options)
     found = tau_schedules(sdxl.config, base, settings, options.budget)
     made = compare(sdxl, settings, {f"tau {one.tau}, ratio {one.method.ratio:.3f}": one for one in found})
@@ -213,19 +214,25 @@ def _parser() -> Parser:
         add = command.add_argument
         add("--out", type=Path, default=f"out/figure-{name}.png", metavar="FILE.png", help="(default: %(default)s)")
         add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-        add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
+        add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
         if name == "flops":
             add("--model", default=SDXL_BASE.name, help="a config's name or a .safetensors file (default: %(default)s)")
-            add("--prune", nargs="?", const="at-edm", metavar="PRESET", help="show this too (default: %(const)s)")
+            add(
+                "--prune",
+                nargs="?",
+                const="at-edm",
+                metavar="PRESET",
+                help="show this preset, too (default: %(const)s)",
+            )
             continue
         add("--weights", default="shapes", help="the bundled 'shapes' (default) or an SDXL .safetensors file")
-        add("--tokenizer", metavar="DIR", help="vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
+        add("--tokenizer", metavar="DIR", help="vocabulary folder (default: 'tokenizer' by the weights, else CLIP's)")
         add("--prompt", default=PROMPT, help="what to draw (default: %(default)s)")
         add("--cfg", type=float, default=7.0, help="classifier-free guidance scale (default: %(default)s)")
         add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
         add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
         if name != "variance":
-            add("--prune", default="at-edm", metavar="PRESET", help="what is varied (default: %(default)s)")
+            add("--prune", default="at-edm", metavar="PRESET", help="the preset that is varied (default: %(default)s)")
         if name == "tau":
             add("--budget", default="85%", help="FLOPs as 4.1T (the paper's, of SDXL) or 61%% (default: %(default)s)")
     return parser

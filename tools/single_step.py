@@ -1,9 +1,9 @@
-"""What pruning does to one U-Net call, and to which tokens: ``python -m tools.single_step``. A minute, not hours.
+"""The command ``python -m tools.single_step``: the effect of pruning on one U-Net call, in about a minute.
 
 Drawn pictures are noised to some timesteps, and the U-Net predicts the noise, dense and under each preset. ``change``
-is the squared difference of the two predictions over the squared error of the dense one: 1 means that pruning costs as
-much as all that the model does not know. ``objects`` and ``rest`` are the shares of tokens that stay, where objects are
-drawn and elsewhere: the least of all attention blocks, and the mean. No guidance; presets as at the last step.
+is the squared difference of the two predictions divided by the squared error of the dense one: at 1, pruning adds as
+much error as the dense model has. ``objects`` and ``rest`` are the shares of tokens kept where objects are drawn and
+elsewhere: the minimum over attention blocks, and the mean. There is no guidance. Presets act as at the last step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PRESETS = (
 
 
 def table(results: Sequence[Outcome]) -> str:
-    """Markdown: a line for each preset, a column for each timestep; which tokens stay at the middle one."""
+    """Markdown: a row for each preset, with the change at each timestep and the tokens kept at the middle one."""
     timesteps = list(dict.fromkeys(each.timestep for each in results))
     middle = timesteps[len(timesteps) // 2]
     head = ["preset", "FLOPs", *(f"change at t = {t}" for t in timesteps)]
@@ -69,13 +69,13 @@ def _single_step(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
+    """Runs the command; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
     parser = Parser(
         prog="python -m tools.single_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--weights", default="shapes", help="'shapes' (default), or a model that draws such scenes")
-    add("--tokenizer", metavar="DIR", help="with the vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
+    add("--weights", default="shapes", help="'shapes' (default), or another model of the drawn world")
+    add("--tokenizer", metavar="DIR", help="vocabulary folder (default: 'tokenizer' by the weights, else CLIP's)")
     add("--presets", nargs="+", default=list(PRESETS), metavar="PRESET", help="(default: rankings by recoveries)")
     add("--timesteps", nargs="+", type=int, default=[800, 500, 200], metavar="T", help="(default: 800 500 200)")
     add("--pictures", type=int, default=16, metavar="N", help="in one batch (default: %(default)s)")

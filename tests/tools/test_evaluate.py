@@ -96,7 +96,7 @@ def test_stopped_and_sharded_runs_make_the_same_rows(tmp_path: Path, capsys: pyt
     evaluate(tmp_path / "stopped", "--captions", "1")
     evaluate(tmp_path / "stopped", "--captions", "2")
     evaluate(tmp_path / "shards", "--captions", "2", "--shard", "2/2")
-    assert "2 pictures are for other shards to make" in capsys.readouterr().out
+    assert "2 pictures are left to other shards" in capsys.readouterr().out
     evaluate(tmp_path / "shards", "--captions", "2", "--shard", "1/2")
     straight = timeless(read_rows(tmp_path / "straight" / "rows.csv"))
     stopped = timeless(read_rows(tmp_path / "stopped" / "rows.csv"))

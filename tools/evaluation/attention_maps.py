@@ -25,7 +25,7 @@ Hook = Callable[[str, nn.Module, Any, Any], None]  # (attention block, module in
 def make(
     sdxl: SDXL, settings: Settings, schedule: Schedule | None, see: Hook = lambda *_: None, part: str = ""
 ) -> tuple[Image.Image, Tensor]:
-    """The picture and its latent (4, h, w); ``see`` watches each transformer layer, or that ``part`` of each."""
+    """The picture and its latent (4, h, w). ``see`` is a hook on each transformer layer, or on the ``part`` of each."""
     print(f"{settings['steps']} steps, {'dense' if schedule is None else schedule.method}", flush=True)
     latents: list[Tensor] = []
     with ExitStack() as stack:
@@ -37,10 +37,11 @@ def make(
 
 
 def attention_spread(sdxl: SDXL, settings: Settings) -> NDArray[np.float64]:
-    """How far the dense model's self-attention maps are from uniform: (2, attention blocks, steps).
+    """Variance and entropy of the dense model's self-attention maps: (2, attention blocks, steps).
 
-    First the variance of N A[i, j] over a map's N x N entries (0 to N - 1), then the entropy of its rows as a share of
-    ln N; averages over layers, heads and both halves of guidance. Raises ``ValueError`` if a block has one token.
+    The variance is that of N A[i, j] over the N x N entries of a map (0 to N - 1), the entropy that of its rows as a
+    share of ln N. Both are averaged over layers, heads and both halves of guidance. Raises ``ValueError`` if a block
+    has one token.
     """
     seen: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
@@ -54,6 +55,6 @@ def attention_spread(sdxl: SDXL, settings: Settings) -> NDArray[np.float64]:
         seen[name].append((variance.item(), entropy.item()))
 
     make(sdxl, settings, None, see, "attn1")
-    # Each layer runs once a step, so a block's list goes through its layers again and again.
+    # Each layer runs once a step, so a block's list has its layers of step 1, then those of step 2, and so on.
     means = [np.reshape(values, (settings["steps"], -1, 2)).mean(axis=1) for values in seen.values()]
     return np.moveaxis(np.array(means), -1, 0)
