@@ -36,7 +36,7 @@ from tools.evaluation.pictures import (
 from tools.evaluation.plots import CAPTION_ACCURACY, LATENT_ERROR, save_figure
 from tools.evaluation.rows import DENSE, Folder
 from tools.evaluation.run_options import model_options, settings_of
-from tools.evaluation.set_metrics import REFERENCES, Crowd, Drawn
+from tools.evaluation.set_metrics import REFERENCES, Drawn, SetMetrics
 from tools.evaluation.summaries import as_json, common_rows, markdown_table, summarize
 
 
@@ -101,8 +101,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         if missing:
             print(f"{missing} pictures are left to other shards; --table reports on those that are there")
             return
-    crowd = Crowd(evaluation, Drawn(sdxl.vae, run.size[0]), fid, clip)
-    _report(evaluation, crowd, presets, baseline, settings, options)
+    metrics = SetMetrics(evaluation, Drawn(sdxl.vae, run.size[0]), fid, clip)
+    _report(evaluation, metrics, presets, baseline, settings, options)
 
 
 def _captions(options: argparse.Namespace) -> tuple[Captions, str]:
@@ -114,7 +114,7 @@ def _captions(options: argparse.Namespace) -> tuple[Captions, str]:
 
 def _report(
     evaluation: Evaluation,
-    crowd: Crowd,
+    metrics: SetMetrics,
     presets: Sequence[str],
     baseline: str | None,
     settings: Mapping[str, Any],
@@ -123,10 +123,10 @@ def _report(
     """Writes the table to stdout and table.md, all numbers to summary.json, and plots to PNG files."""
     rows = common_rows(evaluation.folder.rows, presets, options.captions)
     numbers = [row.number for row in rows[DENSE]]
-    summaries = summarize(rows, baseline, crowd.of(numbers))
+    summaries = summarize(rows, baseline, metrics.of(numbers))
     text = [markdown_table(summaries, baseline), "", f"{len(numbers)} captions. {INTERVALS}"]
     if evaluation.captions.drawn and len(numbers) > 1:
-        drawn = crowd.drawn.own_distance(len(numbers))
+        drawn = metrics.drawn.own_distance(len(numbers))
         text.append(
             f"The same number of other drawn pictures has a Fréchet distance of {drawn:.4g} to the {REFERENCES} drawn."
         )

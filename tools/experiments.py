@@ -26,7 +26,7 @@ from tools.evaluation.pictures import Captions, Evaluation, average_share, drawn
 from tools.evaluation.plots import CAPTION_ACCURACY, LATENT_ERROR, save_figure, save_pictures
 from tools.evaluation.rows import DENSE, Folder, Row, write_rows
 from tools.evaluation.run_options import model_options, settings_of
-from tools.evaluation.set_metrics import REFERENCES, Crowd, Drawn
+from tools.evaluation.set_metrics import REFERENCES, Drawn, SetMetrics
 from tools.evaluation.summaries import (
     ClaimOutcome,
     Summary,
@@ -108,7 +108,7 @@ def find(
     for part, evaluation in zip(parts, evaluations, strict=True):
         mine = common_rows(evaluation.folder.rows, list(part.presets.values()), captions)
         numbers = [row.number for row in mine[DENSE]]
-        for summary in summarize(mine, part.presets.get(BASELINE), Crowd(evaluation, drawn).of(numbers)):
+        for summary in summarize(mine, part.presets.get(BASELINE), SetMetrics(evaluation, drawn).of(numbers)):
             key = summary.preset, part.steps, part.cfg
             if key not in rows:  # dense is in several parts
                 rows[key] = mine[summary.preset]
