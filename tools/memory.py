@@ -1,11 +1,11 @@
-"""How long a whole model takes to load and how much memory it needs, beside diffusers in the same run.
+"""Measures loading time and memory of a whole model, beside diffusers in the same run.
 
     python -m tools.memory load                    # fp32, bf16 and fp16, four times each: time and peak memory
-    python -m tools.memory picture                 # one picture of 1024 x 1024 in as little memory as there is need for
-    python -m tools.memory write full.safetensors  # the file that the others make for themselves, for --weights
+    python -m tools.memory picture                 # one picture of 1024 x 1024 with the least memory
+    python -m tools.memory write full.safetensors  # the random weights that the others make themselves, for --weights
 
-Nothing is downloaded: the file has the official names, shapes and dtypes, and random numbers. Every measurement is a
-process of its own, those of both libraries take turns, and the file is read once before each of them.
+Nothing is downloaded: the file has the official names, shapes and dtypes, and random numbers. Every measurement runs in
+a fresh process. The two libraries take turns, and the file is read once before each measurement.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PROMISE = 12 * 2**30  # bytes for a picture of 1024 x 1024
 
 
 def measure_loading(weights: Path, folder: Path, dtypes: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Both libraries in turn, for each dtype: medians of the seconds, the largest of the peaks, and their ratios.
+    """Measures both libraries in turn for each dtype: median times, largest peak memory, and ratios.
 
-    ``seconds`` are those of the wall from the library's import on, ``loading`` those without it, and ``processor`` is
-    what all cores spent together, which other work disturbs less. An even number of repeats is fair: a system that has
-    to find memory first makes the first of two processes wait longer than the second.
+    ``seconds`` is wall-clock time with the library's import, ``loading`` is without it. ``processor`` is the time of
+    all cores together, which other programs disturb less. Use an even number of repeats: the first of two processes can
+    be slower, because the system has to free memory for it.
     """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {(dtype, kind): [] for dtype in dtypes for kind in LIBRARIES}
     for repeat in range(repeats):
@@ -66,7 +66,7 @@ def measure_loading(weights: Path, folder: Path, dtypes: Sequence[str], repeats:
 
 
 def loading_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of :func:`measure_loading`: seconds with imports, and ratios of all."""
+    """Markdown of :func:`measure_loading`: seconds with imports, peak memory, and all ratios."""
     lines = [
         "| weights | import and load, s: ours | diffusers | ratio | without imports | processor "
         "| peak, GiB: ours | diffusers | ratio |",
@@ -83,7 +83,7 @@ def loading_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def picture_table(result: Mapping[str, Any]) -> str:
-    """A Markdown table of a picture's stages, and whether it was made in ``PROMISE``."""
+    """Markdown of a picture's stages, and whether its peak memory is within ``PROMISE``."""
     lines = ["| after | seconds | in memory, GiB | peak so far, GiB |", "| --- | --- | --- | --- |"]
     for stage, numbers in result["stages"].items():
         lines.append(f"| {stage} | {numbers['seconds']:.1f} | {gib(numbers['resident'])} | {gib(numbers['peak'])} |")
@@ -92,12 +92,12 @@ def picture_table(result: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit code 2 with one line for what cannot be measured."""
+    """Runs the command; exit code 0 on success, 2 with one line if something cannot be measured."""
     parser = _parser()
     options = parser.parse_args(arguments)
     with parser.one_line("no file was left", RuntimeError):
         if not Path("/proc/self/status").exists():
-            raise OSError("there is no /proc/self/status on this system, which says how much memory a process has had")
+            raise OSError("this system has no /proc/self/status, from which peak memory is read")
         if options.command == "write":
             write_random(options.target, CONFIGS[options.scale])
             return
@@ -131,12 +131,12 @@ def _parser() -> Parser:
     write = commands.add_parser("write", help="only write a file of random numbers")
     write.add_argument("target", type=Path, metavar="FILE")
     write.add_argument("--scale", choices=CONFIGS, default="full", help="of the model (default: %(default)s)")
-    loading = commands.add_parser("load", help="measure loading, here and in diffusers")
+    loading = commands.add_parser("load", help="measure loading, in this package and in diffusers")
     loading.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
-    loading.add_argument("--repeats", type=int, default=4, help="of each measurement (default: %(default)s)")
-    picture = commands.add_parser("picture", help="measure one picture, guided")
+    loading.add_argument("--repeats", type=int, default=4, help="rounds (default: %(default)s)")
+    picture = commands.add_parser("picture", help="measure one picture with guidance")
     picture.add_argument("--dtype", choices=DTYPES, default="bf16", help="of U-Net and text (default: %(default)s)")
-    picture.add_argument("--size", type=parse_size, metavar="WxH", help="(default: what the model was made for)")
+    picture.add_argument("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
     picture.add_argument("--steps", type=int, default=1, help="denoising steps (default: %(default)s)")
     picture.add_argument(
         "--strip-rows", type=int, default=8, help="rows of the latent to decode at once (default: %(default)s)"
@@ -144,10 +144,15 @@ def _parser() -> Parser:
     picture.add_argument("--plain", action="store_true", help="keep the text encoders, and decode all at once")
     for command in (loading, picture):
         command.add_argument("--scale", choices=CONFIGS, default="full", help="of the model (default: %(default)s)")
-        command.add_argument("--weights", type=Path, metavar="FILE", help="instead of a file of random numbers")
-        command.add_argument("--tokenizer", type=Path, metavar="DIR", help="with CLIP's vocabulary")
+        command.add_argument("--weights", type=Path, metavar="FILE", help="these weights instead of random ones")
+        command.add_argument(
+            "--tokenizer",
+            type=Path,
+            metavar="DIR",
+            help="vocabulary folder (default: as for sample)",
+        )
         command.add_argument("--folder", type=Path, metavar="DIR", help="for 7 GB of files (default: the system's)")
-        command.add_argument("--json", action="store_true", help="every number, as JSON")
+        command.add_argument("--json", action="store_true", help="print every number as JSON")
     return parser
 
 
