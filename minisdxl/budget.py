@@ -31,9 +31,9 @@ def with_budget(
 ) -> Schedule:
     """The schedule with the smallest ratio whose cost on a latent of ``height`` x ``width`` is within ``budget``.
 
-    ``measure`` says which cost: the ``"average"`` of all ``steps``, prune-less ones included, or the ``"steady"`` last
-    step, which is what the paper's budgets name. Raises ``ValueError``, with the range that can be reached, for a
-    budget outside it, and for a ``measure`` that is neither.
+    ``measure`` is ``"average"``, the mean of all ``steps`` with the prune-less ones, or ``"steady"``, the last step,
+    which the paper's budgets are for. Raises ``ValueError`` for another ``measure``, and for a budget out of reach; the
+    message then gives the range that can be reached.
     """
     if measure not in MEASURES:
         raise ValueError(f"budget measure is {measure!r}, expected one of {', '.join(MEASURES)}")
@@ -54,14 +54,14 @@ def with_budget(
             f"{format_flops(_three_digits(cheapest, math.ceil))} to {format_flops(_three_digits(dearest, math.floor))}"
         )
     high = low if target == dearest else high
-    while high - low > 1e-6:  # the cost falls in steps of a token
+    while high - low > 1e-6:  # the cost changes by whole tokens, so bisection ends at a ratio and not at a cost
         middle = (low + high) / 2
         low, high = (low, middle) if cost(middle) <= target else (middle, high)
     return at(min(math.ceil(high * 1e5) / 1e5, 0.999 if isinstance(schedule.method, Pruning) else 0.75))
 
 
 def _three_digits(n: float, rounded: Callable[[float], int]) -> float:
-    """``n`` rounded up or down to three digits: the ends of a range, as people will type them."""
+    """``n`` rounded up or down to three digits, so that a printed end of a range lies within it."""
     digit = 10.0 ** (math.floor(math.log10(n)) - 2)
     return rounded(n / digit) * digit
 
@@ -69,9 +69,9 @@ def _three_digits(n: float, rounded: Callable[[float], int]) -> float:
 def preset_within(
     config: ModelConfig, size: tuple[int, int] | None, preset: str, steps: int, budget: str, measure: str = "average"
 ) -> str:
-    """A preset's text with the ratio added that :func:`with_budget` finds for pictures of ``size``, as at-edm:rho=0.7.
+    """A preset's text with the ratio that :func:`with_budget` finds for pictures of ``size``, as at-edm:rho=0.7.
 
-    Raises ``ValueError`` as that does, and for a preset whose text has a ratio or a budget of its own.
+    Raises ``ValueError`` as :func:`with_budget`, and for a preset whose text already has a ratio or a budget.
     """
     width, height = config.picture_size(size)
     f = config.vae.downscale

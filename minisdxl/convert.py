@@ -1,6 +1,6 @@
-"""``python -m minisdxl.convert``: a model as one file in the official layout, or as a diffusers folder.
+"""The command ``python -m minisdxl.convert``: writes a model as one official file or as a diffusers folder.
 
-It goes tensor by tensor, so it needs no more memory than the largest of them.
+It reads, converts and writes one tensor at a time, so it needs no more memory than the largest tensor.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("source", metavar="SOURCE", help="the bundled 'shapes', an SDXL .safetensors file, or a diffusers folder")
     add("target", type=Path, metavar="TARGET", help="the file or the new folder to write")
     add("--to", choices=("single", "diffusers"), help="(default: single for a .safetensors TARGET, else diffusers)")
-    add("--dtype", choices=DTYPES, help="of the weights (default: that of each tensor)")
-    add("--vae", metavar="FILE|DIR", help="another VAE to put in, in either layout")
-    add("--unet", metavar="FILE|DIR", help="another U-Net to put in, in either layout")
-    add("--tokenizer", metavar="DIR", help="folder with the vocabulary for a diffusers TARGET (default: as for sample)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: each tensor keeps its own)")
+    add("--vae", metavar="FILE|DIR", help="take the VAE from here, in either layout")
+    add("--unet", metavar="FILE|DIR", help="take the U-Net from here, in either layout")
+    add("--tokenizer", metavar="DIR", help="folder of the vocabulary, for a diffusers TARGET (default: as for sample)")
     options = parser.parse_args(arguments)
     single = options.to == "single" if options.to else options.target.suffix == ".safetensors"
     dtype = DTYPES[options.dtype] if options.dtype else None
@@ -60,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_single(source: Source, path: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes one file in the official layout, whole or not at all; ``dtype`` ``None`` keeps that of each tensor.
+    """Writes one file in the official layout, whole or not at all. ``None`` keeps the dtype of each tensor.
 
     Raises:
-        CheckpointError: if it cannot be written, or numbers are too large for the dtype.
+        CheckpointError: if the file cannot be written, or numbers are too large for the dtype.
     """
     specs = {name: (dtype or source.stored[name].dtype, shape) for name, shape in source.shapes.items()}
     tensors = (_read(source, name, specs[name][0]) for name in specs)
@@ -83,12 +83,12 @@ def write_folder(
         source: the model.
         path: the folder.
         vocabulary: of both tokenizers.
-        dtype: of all weights; ``None`` keeps that of each tensor.
-        scheduler: the ``scheduler_config.json`` to write; ``None`` for Euler's method as it is here.
+        dtype: of all weights; ``None`` keeps the dtype of each tensor.
+        scheduler: the content of ``scheduler_config.json``; ``None`` for the Euler sampler of this package.
 
     Raises:
-        CheckpointError: if diffusers has no such model, the folder is there already or cannot be written, or numbers
-            are too large for the dtype.
+        CheckpointError: if diffusers has no such model, if the folder exists or cannot be written, or if numbers are
+            too large for the dtype.
         ValueError: if the vocabulary is not that of the text encoders.
     """
     files = {name: json.dumps(content, indent=2) for name, content in json_files(path, source.config).items()}

@@ -1,8 +1,8 @@
-"""FLOPs of a token plan, by formula.
+"""FLOPs of a U-Net call under a token plan, by formula.
 
 FLOPs are two per multiply-accumulate of convolutions, linear layers and attention, for one image and one call of the
 U-Net (classifier-free guidance makes two a step), as in the AT-EDM paper (table 1, figure 2) and as
-``torch.utils.flop_counter`` counts them when the model runs. Ranking and recovery are reported apart, in no total.
+``torch.utils.flop_counter`` counts them when the model runs. Ranking and recovery are listed, but in no total.
 Legend: N tokens of a feature map, n <= N tokens still held, T text tokens, C channels.
 """
 
@@ -26,7 +26,7 @@ from minisdxl.config import AttentionSite, ModelConfig, UNetConfig
 
 
 class Kind(StrEnum):
-    """Kinds of work."""
+    """A kind of work in a block of the U-Net."""
 
     CONVOLUTION = "convolution"
     PROJECTIONS = "projections"  # every linear layer outside the feed-forwards
@@ -40,7 +40,7 @@ ATTENTION_KINDS = tuple(kind for kind in Kind if kind != Kind.CONVOLUTION)
 
 
 class Work(NamedTuple):
-    """One kind of work in one block; attention blocks have their display names, others those of their modules."""
+    """FLOPs of one kind of work in one block: an attention block by its display name, others by their module names."""
 
     name: str
     kind: Kind
@@ -49,7 +49,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Flops:
-    """The cost of one U-Net call, piece by piece in running order."""
+    """FLOPs of one U-Net call: the works of all blocks, in running order."""
 
     works: tuple[Work, ...]
 
@@ -64,8 +64,9 @@ def count(
 ) -> Flops:
     """The cost of one U-Net call for one latent of ``height`` x ``width`` and ``context_length`` text tokens.
 
-    How often G-WPR iterates depends on the picture: ranking is given at its most, ``MAX_ITERATIONS``. Recovery is a
-    gather and multiplies nothing. Raises ``ValueError`` for sizes under 1 and for a plan that does not fit the U-Net.
+    The number of G-WPR iterations depends on the picture, so ranking is counted with the largest, ``MAX_ITERATIONS``.
+    Recovery is a gather, without multiplications. Raises ``ValueError`` for sizes under 1 and for a plan that does not
+    fit the U-Net.
     """
     if min(height, width, context_length) < 1:
         raise ValueError(f"latent is {height}x{width} and context_length {context_length}, expected 1 or more of each")
@@ -175,10 +176,10 @@ class _Formula:
         return _product(height * width - destinations, channels, destinations)
 
     def ranking(self, how: Pruning, tokens: int, kept: int, channels: int) -> int:
-        """Ranking and recovery: maps, since fused attention keeps its own to itself; votes; the search for sources.
+        """FLOPs of ranking and recovery: attention maps, G-WPR iterations, the search for sources of pruned tokens.
 
-        Without what is spared where the sums of the map's rows are known, as they are on a CPU; maps of over
-        ``MAPS_BYTES`` a head are streamed instead of held, which is not in here.
+        Maps are counted because fused attention does not return its own. Two effects are left out: known row sums, as
+        on a CPU, save work, and maps of more than ``MAPS_BYTES`` a head are streamed, which costs more.
         """
         ranks = how.ranking not in ("random", "grid", "moving-grid", "dissimilarity")
         cross, searches = how.ranking == "ca-wpr", how.recovery.startswith("similarity")
@@ -197,22 +198,22 @@ class _Formula:
         cosines = logits(tokens, anchors) + logits(tokens - kept, found)
 
         match how.graph:
-            case "streamed":  # all logits for the sums of rows, and again for each vote, way back and entropy
+            case "streamed":  # all logits for the row sums, and again for each A^T s, A s and entropy
                 read = [keys] * ranks + [tokens] * (searches and (cross or not ranks))
                 sums = sum(logits(tokens, columns) for columns in read)
                 again = (iterations * (1 + cross) + cross) * logits(tokens, keys)
                 answers = sums + again + cross * iterations * weighted(tokens)
-            case "subsampled" if cross:  # equation (1) asks an exact graph, which is streamed and anew each time
+            case "subsampled" if cross:  # equation (1) needs an exact graph, streamed anew for each question
                 exact = (iterations + 1) * logits(tokens, keys)
                 answers = 2 * (iterations * logits(voters, keys) + exact) + iterations * weighted(tokens)
-            case _:  # one map of those that vote; votes, and in equation (1) their way back to the queries
+            case _:  # one map of the voting queries; A^T s, and in equation (1) also A s
                 answers = ranks * logits(voters, keys) + iterations * (1 + cross) * weighted(voters)
         match how.graph:
-            case "dense":  # searched as it is, if there for the ranking
+            case "dense":  # no new map if the ranking has made one
                 search = (cross or not ranks) * logits(tokens, tokens)
             case "streamed":
                 search = logits(kept, tokens - kept)
-            case _:  # of the kept tokens first the sums of rows
+            case _:  # first the row sums of the kept tokens
                 search = logits(kept, tokens) + logits(kept, tokens - kept)
         return cosines + answers + searches * search
 
@@ -232,11 +233,11 @@ def _product(rows: int, inner: int, columns: int) -> int:
 
 
 def summary(config: ModelConfig, height: int, width: int, schedule: Schedule | None, steps: int) -> dict[str, Any]:
-    """The cost of one U-Net call on a latent of ``height`` x ``width``, ready for JSON.
+    """FLOPs of one U-Net call on a latent of ``height`` x ``width``, ready for JSON.
 
-    FLOPs of the ``dense`` model, the ``steady`` (last) of ``steps`` steps, the ``pruneless`` (first) one and the
-    ``average`` of all; in ``blocks`` each :class:`Work` of the steady step, ranking and recovery among them. ``None``
-    for ``schedule`` is dense. Raises ``ValueError`` as :func:`count`, for steps out of range, or if nothing is pruned.
+    ``dense`` is the dense model, ``steady`` the last of ``steps`` steps, ``pruneless`` the first one and ``average``
+    the mean of all. ``blocks`` lists each :class:`Work` of the steady step, with ranking and recovery. A ``schedule``
+    of ``None`` is dense. Raises ``ValueError`` as :func:`count`, for steps out of range, or if nothing is pruned.
     """
     if not 1 <= steps <= config.noise.steps:
         raise ValueError(f"steps is {steps}, expected 1 to {config.noise.steps}")

@@ -1,9 +1,10 @@
-"""``python -m minisdxl.download``: published weights from the hub, whole and checked.
+"""The command ``python -m minisdxl.download``: downloads published weights from the Hugging Face hub and checks them.
 
-``weights/downloads.json`` lists what is known, with its bytes and sha256. A file grows as ``NAME.partial`` and gets its
-name when both are right. Whatever ends a download early (a broken connection, a full disk, Ctrl-C), the same command
-goes on where it stopped. That is why ``hf_hub_download`` is not used: it throws away what has arrived. Addresses, login
-and connection are still the hub library's, so ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` hold here.
+``weights/downloads.json`` lists the known files with their sizes in bytes and their sha256. A file is written as
+``NAME.partial`` and renamed when both are right. If a download ends early (a broken connection, a full disk, Ctrl-C),
+the same command continues where it stopped. ``hf_hub_download`` is not used because it deletes partial files.
+Addresses, login and connections come from the hub library, so ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE``
+apply.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from tqdm import tqdm
 from minisdxl.cli.options import Parser
 
 TABLE = Path(str(files("minisdxl.weights"))) / "downloads.json"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, full quota, more than a file may have, as on FAT32
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, full quota, file too large for FAT32
 CHUNK = 1 << 20  # bytes hashed at a time
 ADDRESS = r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?"
 
 
 class DownloadError(Exception):
-    """A file cannot be had; says in one line why, and what is kept of it."""
+    """A download failed. The message is one line: why it failed, and which part of the file is kept."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Download:
-    """What one name of the table stands for."""
+    """The files of one name of the table, with a description and their license."""
 
     about: str
     license: str
@@ -59,10 +60,10 @@ class Download:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit code 0 on success, 2 with one line when something cannot be had, 130 after Ctrl-C."""
+    """Runs the command; exit code 0 on success, 2 with one line if a download fails, 130 after Ctrl-C."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    with parser.one_line("what has arrived is kept, the same command goes on from there", DownloadError):
+    with parser.one_line("the partial file is kept, the same command continues from there", DownloadError):
         table = read_table()
         if options.names == ["list"]:
             for name, entry in table.items():
@@ -88,7 +89,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="what to download, such as sdxl-base; 'list' prints all names")
     add("--to", type=Path, default=Path("."), metavar="DIR", help="folder for the files (default: the current one)")
-    add("--retries", type=int, default=5, help="tries without a new byte before giving up (default: %(default)s)")
+    add("--retries", type=int, default=5, help="failed tries in a row before giving up (default: %(default)s)")
     return parser
 
 
@@ -125,18 +126,18 @@ def check_room(files: Sequence[HubFile], folder: Path) -> None:
 
 
 def fetch(file: HubFile, folder: Path, retries: int = 5) -> Path:
-    """Downloads one file, going on from what is there of it.
+    """Downloads one file, or the rest of it if a partial file is there.
 
     Args:
         file: what to download.
-        folder: where to.
-        retries: how often to try again after a broken connection that brought nothing new.
+        folder: where to put it.
+        retries: how many connections in a row may break without a new byte, after the first one.
 
     Returns:
         The path of the file, which has the published bytes and sha256.
 
     Raises:
-        DownloadError: if it cannot be had. What has arrived is kept, unless it proved wrong.
+        DownloadError: if the download fails. The partial file is kept, unless its content is wrong.
     """
     target, partial = folder / file.save_as, _partial(file, folder)
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +159,7 @@ def fetch(file: HubFile, folder: Path, retries: int = 5) -> Path:
                 raise DownloadError(f"{file.repo}/{file.file}: {reason}; {_kept(file, partial)}")
     problem = _misfit(file, partial)
     if problem:
-        partial.unlink()  # going on from it could only end here again
+        partial.unlink()  # its content is wrong, so continuing from it cannot succeed
         raise DownloadError(f"{file.repo}/{file.file} arrived with {problem}; it was thrown away")
     with partial.open("rb+") as written:
         os.fsync(written.fileno())
@@ -168,10 +169,10 @@ def fetch(file: HubFile, folder: Path, retries: int = 5) -> Path:
 
 
 def _receive(file: HubFile, partial: Path, bar: tqdm[Any]) -> None:
-    """Appends to ``partial`` what one connection brings."""
+    """Downloads over one connection and appends to ``partial``."""
     url = hf_hub_url(file.repo, file.file)
     metadata = get_hf_file_metadata(url)
-    # The hub's tag of a large file is its sha256, of a small one something else.
+    # The hub's tag of a large file is its sha256; that of a small file is not.
     tag = metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None
     if metadata.size not in (None, file.bytes) or tag not in (None, file.sha256):
         raise DownloadError(
@@ -184,12 +185,12 @@ def _receive(file: HubFile, partial: Path, bar: tqdm[Any]) -> None:
         response.raise_for_status()
         partial.touch()
         with partial.open("rb+", buffering=0) as out:
-            # A server that knows no ranges answers 200 and sends everything.
+            # A server without range requests answers 200 and sends the whole file.
             bar.n = out.seek(start if response.status_code == 206 else 0)
             out.truncate()
             for chunk in response.iter_bytes():
                 rest = memoryview(chunk)
-                while rest:  # a disk that is nearly full takes a part
+                while rest:  # a nearly full disk may take only a part
                     rest = rest[out.write(rest) :]
                 bar.update(len(chunk))
                 if out.tell() > file.bytes:
@@ -197,7 +198,7 @@ def _receive(file: HubFile, partial: Path, bar: tqdm[Any]) -> None:
 
 
 def _transient(error: Any, file: HubFile) -> str:
-    """Names what may be better at the next try. Raises :class:`DownloadError` for an answer that will not be."""
+    """Describes an error that a new try may fix. Raises :class:`DownloadError` for an answer that will stay."""
     response = getattr(error, "response", None)
     if response is None:
         return f"the connection broke ({type(error).__name__}: {error})"
@@ -210,11 +211,11 @@ def _transient(error: Any, file: HubFile) -> str:
 
 def _kept(file: HubFile, partial: Path) -> str:
     size = _size(partial)
-    return f"{size:,} of {file.bytes:,} bytes are kept in {partial}: the same command goes on from there"
+    return f"{size:,} of {file.bytes:,} bytes are kept in {partial}: the same command continues from there"
 
 
 def _misfit(file: HubFile, path: Path) -> str:
-    """How ``path`` differs from the published file, or an empty text."""
+    """How ``path`` differs from the published file; an empty string if it does not."""
     if _size(path) != file.bytes:
         return f"{_size(path):,} bytes, expected {file.bytes:,}"
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""``python -m minisdxl.flops``: what a U-Net call costs, dense and under a token plan (``cost`` has the formulas)."""
+"""The command ``python -m minisdxl.flops``: FLOPs of one U-Net call, dense and pruned, by the formulas of ``cost``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BAR = 40  # characters of the longest bar
 
 
 def report(calls: dict[str, Any], dense: dict[str, Any]) -> str:
-    """A :func:`summary` for people, beside that of the dense model: totals, then kinds of work and blocks with bars."""
+    """A :func:`summary` as text: totals, then bars for each kind of work and each block, beside the dense model's."""
     heads = {"dense": "dense", "steady": "steady step", "pruneless": "prune-less step", "average": "average"}
     lines = [f"{head:<19}{format_flops(calls[k]):>7}{calls[k] / calls['dense']:>9.1%}" for k, head in heads.items()]
     lines += ["", "steady step, # spent, . saved by pruning:"]
@@ -45,7 +45,7 @@ def _sums(calls: dict[str, Any], column: str) -> Counter[str]:
 
 
 def find_config(model: str) -> ModelConfig:
-    """The config of that name, or in that file or diffusers folder. Raises ``ValueError``."""
+    """The config with the name ``model``, or the one stored in the file or folder ``model``. Raises ``ValueError``."""
     if model in MODELS:
         return MODELS[model]
     if not model.endswith(".safetensors") and not Path(model).is_dir():
@@ -58,11 +58,11 @@ def find_config(model: str) -> ModelConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = Parser(prog="python -m minisdxl.flops", description="What a U-Net call costs, dense and with pruning.")
+    """Runs the command; exit code 0 on success, 2 with one line on bad input."""
+    parser = Parser(prog="python -m minisdxl.flops", description="FLOPs of one U-Net call, dense and pruned.")
     add = parser.add_argument
     add("--model", default=SDXL_BASE.name, help=f"{', '.join(MODELS)}, or a path (default: %(default)s)")
-    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
+    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add_pruning(parser)
     add("--json", action="store_true", help="print JSON")
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}"
     try:
         print(json.dumps(calls, indent=1) if options.json else text, flush=True)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python would complain of it at exit
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe; Python would report that at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""``python -m minisdxl.sample``: pictures of prompts."""
+"""The command ``python -m minisdxl.sample``: draws pictures from prompts and writes them as PNG files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from minisdxl.pipeline import SDXL
 from minisdxl.samplings import LEVELS, SAMPLINGS, Sampling
 from minisdxl.settings import Settings, check_settings, first_step
 
-STRENGTH = 0.6  # with --image, when none is asked for
+STRENGTH = 0.6  # the default with --image
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    """Raises ``ValueError``, ``OSError`` or ``ArithmeticError``, the first two before the weights where possible."""
+    """Checks the options, loads the model and samples. Raises ``ValueError``, ``OSError`` or ``ArithmeticError``."""
     if options.sampling == "list":
         print(_list_samplings())
         return
@@ -68,7 +68,7 @@ def _sample(options: argparse.Namespace) -> None:
         loras=options.lora,
         tokenizer=options.tokenizer,
     )
-    if options.low_memory:  # nothing else refers to the text encoders, which are gone then
+    if options.low_memory:  # frees the text encoders: nothing else refers to them
         sdxl = sdxl.encode_ahead(list({job.prompt for job in jobs}), list({job.negative for job in jobs}))
     if options.compile:
         sdxl = sdxl.compile()
@@ -96,14 +96,14 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m minisdxl.sample", description="Makes pictures of prompts.")
+    parser = Parser(prog="python -m minisdxl.sample", description="Draws pictures from prompts.")
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw, one picture of each")
     add(
         "--prompts",
         dest="file",
         metavar="FILE",
-        help="more of them: .txt, one a line; .jsonl, .csv or .tsv with prompt, and if wanted negative, seed, width, "
+        help="more prompts: .txt with one a line; .jsonl, .csv or .tsv with prompt and optional negative, seed, width, "
         "height, steps and cfg; lines of .txt may end in --n NEGATIVE --d SEED --w WIDTH --h HEIGHT --s STEPS --l CFG",
     )
     add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default: %(default)s)")
@@ -114,16 +114,16 @@ def _parser() -> Parser:
         default="shapes",
         metavar="NAME|PATH",
         help="the bundled 'shapes' (default), an SDXL .safetensors file, a diffusers folder, a name of "
-        "minisdxl.download, or an id of the hub",
+        "minisdxl.download, or an id on the Hugging Face hub",
     )
-    add("--vae", metavar="FILE|DIR", help="another VAE, such as the fp16-fix one, in either layout")
-    add("--unet", metavar="FILE|DIR", help="another U-Net, such as LCM-SDXL or SDXL-Lightning, in either layout")
+    add("--vae", metavar="FILE|DIR", help="take the VAE from here, such as the fp16-fix one, in either layout")
+    add("--unet", metavar="FILE|DIR", help="take the U-Net from here, such as LCM-SDXL, in either layout")
     add(
         "--lora",
         action="append",
         default=[],
         metavar="FILE|DIR[:SCALE]",
-        help="a LoRA, by kohya's scripts or diffusers, to be merged into the weights; may be given several times",
+        help="merge this LoRA of kohya's scripts or diffusers into the weights; may be given several times",
     )
     add(
         "--tokenizer",
@@ -133,7 +133,7 @@ def _parser() -> Parser:
     add(
         "--sampling",
         metavar="NAME",
-        help=f"{', '.join(SAMPLINGS)}, or 'DPM++ 2M Karras' (default: the model's best); 'list' says what they are",
+        help=f"{', '.join(SAMPLINGS)}, or 'DPM++ 2M Karras' (default: the model's best); 'list' describes them",
     )
     add("--steps", type=int, help="denoising steps (default: the model's or the sampling's own, 50 for euler)")
     add(
@@ -152,20 +152,20 @@ def _parser() -> Parser:
         "--original-size",
         type=parse_size,
         metavar="WxH",
-        help="told to SDXL: before training resized it (default: --size)",
+        help="size conditioning: before training resized the picture (default: --size)",
     )
     add(
         "--crop",
         type=parse_point,
         default=(0, 0),
         metavar="X,Y",
-        help="told to SDXL: where training cropped it (default: 0,0)",
+        help="size conditioning: where training cropped the picture (default: 0,0)",
     )
     add(
         "--target-size",
         type=parse_size,
         metavar="WxH",
-        help="told to SDXL: after training resized it (default: --size)",
+        help="size conditioning: after training resized the picture (default: --size)",
     )
     add("--negative", default="", metavar="TEXT", help="what to steer away from")
     add("--image", metavar="FILE", help="a picture to start from, stretched to the size")
@@ -181,9 +181,9 @@ def _parser() -> Parser:
         metavar="FILE|DIR",
         help="a .png file, or a folder (default: %(default)s)",
     )
-    add("--preview", type=int, metavar="N", help="every N steps write a small sketch of each picture beside it")
-    add("--json", metavar="FILE", help="write a report of the run; '-' writes it to stdout, and the rest to stderr")
-    add("--batch", type=int, default=1, help="pictures made at a time (default: %(default)s)")
+    add("--preview", type=int, metavar="N", help="every N steps write a small preview beside each picture")
+    add("--json", metavar="FILE", help="write a report of the run; '-' is stdout, other output then goes to stderr")
+    add("--batch", type=int, default=1, help="pictures at a time (default: %(default)s)")
     add(
         "--low-memory",
         action="store_true",
@@ -192,7 +192,7 @@ def _parser() -> Parser:
     add(
         "--compile",
         action="store_true",
-        help="compile the U-Net first, which takes minutes: for many pictures of one size",
+        help="compile the U-Net first, which takes minutes: use it for many pictures of one size",
     )
     add("--dtype", choices=DTYPES, default="fp32", help="of all weights but the VAE's (default: %(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
@@ -210,7 +210,7 @@ def _list_samplings() -> str:
 
 
 def _settle(options: argparse.Namespace, config: ModelConfig) -> Sampling:
-    """The sampling; puts numbers where none were asked for. Raises ``ValueError`` for what does not fit the model."""
+    """The sampling. Fills in options that were not given. Raises ``ValueError`` for what does not fit the model."""
     for name in ("batch", "images_per_prompt", "preview"):
         number = getattr(options, name)
         if number is not None and number < 1:
@@ -238,7 +238,7 @@ def _settle(options: argparse.Namespace, config: ModelConfig) -> Sampling:
 
 
 def _check_writable(targets: Sequence[Path]) -> None:
-    """Finds out before the work, not after it, whether files can be written. Raises ``OSError``."""
+    """Checks before sampling that all files can be written. Raises ``OSError``."""
     for folder in {target.parent for target in targets}:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / ".writable") as path:
@@ -250,7 +250,7 @@ def _check_writable(targets: Sequence[Path]) -> None:
 
 
 def _source(options: argparse.Namespace, sizes: Collection[tuple[int, int]]) -> InitImage | None:
-    """The picture to start from. Raises ``ValueError`` and ``OSError``; warns where ``sizes`` change its shape."""
+    """The picture to start from. Warns if one of ``sizes`` stretches it. Raises ``ValueError`` and ``OSError``."""
     if options.image is None:
         return None
     source = read_picture(options.image)
@@ -259,7 +259,7 @@ def _source(options: argparse.Namespace, sizes: Collection[tuple[int, int]]) -> 
     if others:
         stretched = "{}x{}".format(*others[0])
         warnings.warn(
-            f"{options.image} of {width}x{height} is stretched to {stretched}; --size may give it its shape",
+            f"{options.image} of {width}x{height} is stretched to {stretched}; use --size to keep its shape",
             stacklevel=2,
         )
     return source
@@ -277,10 +277,10 @@ def _device(name: str) -> str:
 def _settings(
     options: argparse.Namespace, sdxl: SDXL, source: InitImage | None, files: Sequence[Path]
 ) -> dict[str, Any]:
-    """What all pictures of a run share, and what it takes to make them again, under the names of the options.
+    """The settings that all pictures of a run share, enough to make them again, under the names of the options.
 
-    ``sha256`` is of all weights that were read, one file after the other, and each LoRA has its own;
-    ``image_sha256`` of the file to start from.
+    ``sha256`` is that of all weight files read, one after the other; each LoRA has its own. ``image_sha256`` is that of
+    the file to start from.
     """
     digest = hashlib.sha256()
     for path in files:

@@ -1,8 +1,8 @@
-"""How informative self-attention is, by attention block and denoising step: ``python -m tools.attention``.
+"""The command ``python -m tools.attention``: how informative self-attention is, by attention block and step.
 
-Entropy of the maps' rows as a share of its maximum ln N (1: every key gets equal attention), variance of the maps'
-entries as in figure 5 of the AT-EDM paper, and variance of the G-WPR scores that tokens are pruned by. On the dense
-model; prints a table, and leaves all numbers in a CSV file and a plot beside it.
+On the dense model it measures the entropy of the maps' rows as a share of its maximum ln N (1: every key gets equal
+attention), the variance of the maps' entries as in figure 5 of the AT-EDM paper, and the variance of the G-WPR scores.
+It prints a table, and writes all numbers to a CSV file and a plot beside it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.cli.options import DEVICES, Parser, parse_size, plain_warnings
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
+from tools.evaluation.attention_maps import Settings, attention_spread, make
 from tools.evaluation.pictures import drawn_captions
-from tools.figures import Settings, attention_spread, make
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MEASURES = {  # columns of the CSV file, and what they are
+MEASURES = {  # columns of the CSV file, and the labels of the plot
     "map_variance": "variance of a map's entries, times N²",
     "entropy": "entropy of a map's rows, share of ln N",
     "score_variance": "variance of G-WPR scores over their mean squared",
@@ -37,10 +37,10 @@ MEASURES = {  # columns of the CSV file, and what they are
 
 
 def score_variance(sdxl: SDXL, settings: Settings) -> NDArray[np.float64]:
-    """How far G-WPR scores are from equal: (attention blocks, steps).
+    """Relative variance of the G-WPR scores, (attention blocks, steps); 0 where all tokens score the same.
 
-    The variance over tokens of s / mean(s), of the scores s of the dense model's first layer in each block, where
-    tokens would be pruned; averages over pictures and both halves of guidance.
+    It is the variance over tokens of s / mean(s), for the scores s of the first layer of each block in the dense model,
+    which is where tokens would be pruned. It is averaged over pictures and both halves of guidance.
     """
     depths = {site.name: site.depth for site in sdxl.config.unet.attention_sites()}
     seen: dict[str, list[float]] = defaultdict(list)
@@ -58,7 +58,7 @@ def score_variance(sdxl: SDXL, settings: Settings) -> NDArray[np.float64]:
 
 
 def table(names: Sequence[str], measured: NDArray[np.float64]) -> str:
-    """Markdown, of (measures, attention blocks, steps): first, middle and last step, and how much the late half has."""
+    """Markdown of (measures, blocks, steps): first, middle and last step, and the late half over the early half."""
     steps = measured.shape[2]
     moments = {"first": 0, "middle": steps // 2, "last": steps - 1}
     head = [f"{name.replace('_', ' ')}, {moment}" for name in MEASURES for moment in (*moments, "late / early")]
@@ -74,7 +74,7 @@ def table(names: Sequence[str], measured: NDArray[np.float64]) -> str:
 
 
 def write_numbers(path: Path, names: Sequence[str], measured: NDArray[np.float64]) -> None:
-    """A CSV file of (measures, attention blocks, steps): a row for each block and step, steps from 1."""
+    """Writes (measures, attention blocks, steps) as a CSV file: a row for each block and step, steps from 1."""
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["block", "step", *MEASURES])
@@ -84,7 +84,7 @@ def write_numbers(path: Path, names: Sequence[str], measured: NDArray[np.float64
 
 
 def draw(figure: Figure, names: Sequence[str], measured: NDArray[np.float64], title: str) -> None:
-    """A panel for each measure, a line for each block and their mean."""
+    """Draws a panel for each measure, with a line for each block and one for their mean."""
     figure.set_size_inches(12, 10)
     steps = np.arange(measured.shape[2]) + 1
     panels = figure.subplots(len(MEASURES), 1, sharex=True)
@@ -125,17 +125,27 @@ def _attention(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
+    """Runs the command; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
     parser = Parser(
         prog="python -m tools.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--weights", default="shapes", help="the bundled 'shapes' (default), a checkpoint file or a folder")
-    add("--tokenizer", metavar="DIR", help="with the vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
-    add("--captions", type=int, default=8, metavar="N", help="how many, in one batch (default: %(default)s)")
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="vocabulary folder (default: 'tokenizer' by the weights, else CLIP's)",
+    )
+    add(
+        "--captions",
+        type=int,
+        default=8,
+        metavar="N",
+        help="captions, in one batch (default: %(default)s)",
+    )
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add("--cfg", type=float, default=4.0, help="guidance scale (default: %(default)s)")
-    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
+    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
     add("--device", choices=[name for name in DEVICES if name != "auto"], default="cpu", help="(default: %(default)s)")
     add("--out", type=Path, default="docs/results/attention.png", metavar="FILE.png", help="(default: %(default)s)")
     options = parser.parse_args(arguments)

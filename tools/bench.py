@@ -1,13 +1,13 @@
-"""How long one step of the U-Net takes, dense and with token plans, beside diffusers' on the same random weights.
+"""Times one step of the U-Net, dense and with token plans, beside diffusers with the same random weights.
 
     python tools/bench.py --device cpu                                    # SDXL, 1024 px, fp32: takes 20 minutes
     python tools/bench.py --device cuda --batch 2 --compile               # a guided pair, bf16, CUDA graphs
-    python tools/bench.py --device cpu --scale small --size 256           # an idea of it
+    python tools/bench.py --device cpu --scale small --size 256           # a quick estimate
     python tools/bench.py --device cpu --block down.1.1 --presets dense at-edm at-edm:graph=subsampled
 
-All contenders take turns, each with the last of 50 steps, which prunes most. Ratios are of times in one round. On
-a CPU freed memory is kept, as while a picture is sampled, but for times called unkept. Memory is what a first call
-needs beside everything that is there before it.
+Contenders take turns. Each runs the last of 50 steps, which prunes most. Ratios compare times of one round. On a CPU
+freed memory stays mapped, as it does while a picture is sampled; "unkept" times are without that. Memory is the peak of
+the first call, less what was in use before any call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,51 +29,21 @@ if __name__ == "__main__":  # run as a file, Python looks for imports in tools/ 
 from minisdxl.cli.options import DTYPES, Parser
 from minisdxl.runtime import allocator
 from tools.benchmark.bench_models import CONFIGS, PEERS, Contender, blocks, unets
+from tools.benchmark.gauges import forget_peak, memory, seconds
+from tools.benchmark.machine import gib, machine
 from tools.benchmark.profile_parts import PARTS, spent
-from tools.memory import gib, machine
 
 BASELINES = ("dense", "diffusers")
 
 
-def memory(device: torch.device, field: str) -> int:
-    """Bytes in use: VmRSS is now, VmHWM the most since :func:`forget_peak`."""
-    if device.type == "cuda":
-        now = field == "VmRSS"
-        return torch.cuda.memory_allocated(device) if now else torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def forget_peak(device: torch.device) -> None:
-    """Lets the peak of memory start anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
-
-
-def seconds(contender: Contender, device: torch.device) -> float:
-    """How long one call takes, on the device's own clock where it has one."""
-    if device.type == "cuda":
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        began.record()
-        contender.call()
-        ended.record()
-        torch.cuda.synchronize(device)
-        return float(began.elapsed_time(ended)) / 1000
-    start = time.perf_counter()
-    contender.call()
-    return time.perf_counter() - start
-
-
 @torch.no_grad()
 def measure(contenders: Sequence[Contender], repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """One row for each contender: every time of it, its peak of memory, and its parts.
+    """One row for each contender: all its times, its peak memory, and its time by part of the U-Net.
 
-    Each is called before anything is timed, which also shows how far its output is from the first one's: the largest
-    difference, as a share of the largest value. On a CPU a round has two halves. In the first, freed memory goes back
-    to the system, as it does with any program: ``unkept``. In the second it is kept, as ``SDXL.generate`` has it, for
-    all of them alike: ``seconds``, of which the ratios are, and the parts.
+    Each is called once before anything is timed. That call gives ``off``, the largest difference from the first
+    contender's output, as a share of the largest value. On a CPU a round has two halves. In the first, freed memory
+    goes back to the system, as in any program: ``unkept``. In the second it stays mapped for all contenders, as in
+    ``SDXL.generate``: ``seconds``, from which the ratios come, and ``parts``.
     """
     before = memory(device, "VmRSS")
     rows: list[dict[str, Any]] = []
@@ -91,7 +60,7 @@ def measure(contenders: Sequence[Contender], repeats: int, device: torch.device)
             for contender, row in turns:
                 row["unkept"].append(seconds(contender, device))
         with allocator.freed_memory_kept():
-            contenders[0].call()  # has the memory mapped
+            contenders[0].call()  # maps the memory before anything is timed
             for contender, row in turns:
                 row["seconds"].append(seconds(contender, device))
             if repeat == 0:
@@ -110,7 +79,7 @@ def measure(contenders: Sequence[Contender], repeats: int, device: torch.device)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Two Markdown tables: medians with the spread of all repeats, and milliseconds of each part."""
+    """Two Markdown tables: medians with the range of all repeats, and milliseconds of each part."""
     bases = list(rows[0]["ratios"])
     unkept = ["unkept, s"] if rows[0]["unkept"] else []
     heads = ["", "s a step", *(f"of {base}" for base in bases), *unkept, "memory, GiB", "output differs by"]
@@ -138,7 +107,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def describe(options: argparse.Namespace, device: torch.device) -> str:
-    """The machine, the versions and what runs, in words."""
+    """The machine, the library versions and what is timed, as text."""
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
@@ -149,7 +118,7 @@ def describe(options: argparse.Namespace, device: torch.device) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit code 2 with one line for what cannot be measured."""
+    """Runs the command; exit code 0 on success, 2 with one line if something cannot be measured."""
     parser = _parser()
     options = parser.parse_args(arguments)
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
@@ -159,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device is 'cuda', torch finds none here; expected cpu")
         if options.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
-            raise ValueError("cannot write /proc/self/clear_refs, by which Linux forgets a peak of memory")
+            raise ValueError("cannot write /proc/self/clear_refs, which resets the peak memory on Linux")
         for name in ("batch", "repeats"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} is {getattr(options, name)}, expected 1 or more")
@@ -188,15 +157,15 @@ def _parser() -> Parser:
     add("--device", choices=("cpu", "cuda"), required=True)
     add("--scale", choices=CONFIGS, default="full", help="of the model (default: %(default)s)")
     add("--size", type=int, default=1024, help="side of the picture in pixels (default: %(default)s)")
-    add("--batch", type=int, default=1, help="latents in a call; guidance has two a picture (default: %(default)s)")
+    add("--batch", type=int, default=1, help="latents in a call, with guidance two a picture (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="(default: fp32 on a CPU, bf16 on a GPU)")
     presets = ["dense", "at-edm", "at-edm-subsampled", "moving-grid"]
     add("--presets", nargs="+", default=presets, metavar="PRESET", help=f"(default: {' '.join(presets)})")
     add("--peers", nargs="*", choices=PEERS, help="(default: all, and none with --block)")
     add("--block", metavar="NAME", help="time this attention block alone, such as down.1.1")
-    add("--compile", action="store_true", help="compile ours and theirs; with CUDA graphs on a GPU")
-    add("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
-    add("--json", action="store_true", help="every number, as JSON")
+    add("--compile", action="store_true", help="compile all U-Nets with torch.compile; with CUDA graphs on a GPU")
+    add("--repeats", type=int, default=3, help="rounds (default: %(default)s)")
+    add("--json", action="store_true", help="print every number as JSON")
     return parser
 
 

@@ -1,11 +1,11 @@
-"""How long a whole picture takes, and a program until its first step, beside diffusers in the same run.
+"""Times a whole picture, and the program's start up to the first step, beside diffusers.
 
     python -m tools.bench_image --weights weights/shapes/shapes.safetensors --size 256x256 # the bundled model
     python -m tools.bench_image --size 512x512 --steps 10                                  # SDXL, random weights
 
-Every measurement is a process of its own, and all take turns: it starts, loads, makes two steps of a picture, and then
-a whole one, which is timed. ``first step`` is what a user waits from the start of the program to the end of step one.
-Fewer steps than 50 have the same share of prune-less ones. Nothing is downloaded.
+Every measurement runs in a fresh process, and contenders take turns. The process loads the model, samples a picture in
+two steps, and then times a second picture with all steps. ``first step`` is the time from the start of the program to
+the end of the first step. With fewer than 50 steps the share of prune-less steps is the same. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from pathlib import Path
 
 from atedm import parse_preset
 from minisdxl.cli.options import DTYPES, Parser, parse_size
-from tools.memory import CONFIGS, machine, measure, prepared
+from tools.benchmark.machine import machine
+from tools.benchmark.model_files import CONFIGS, prepared
+from tools.benchmark.processes import measure
 
 PEER = "diffusers"
 MEASURES = {"picture": "s a picture", "first_step": "s to the first step"}
 
 
 def measure_pictures(weights: Path, folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """All measurements of diffusers, ours dense, and ours with each preset, by these names."""
+    """All measurements by contender: diffusers, this package dense, and this package with each preset."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PEER, "dense", *options.presets)}
     what = {"weights": str(weights), "folder": str(folder), "dtype": str(DTYPES[options.dtype])[6:]}
     what |= {"size": options.size, "steps": options.steps, "cfg": options.cfg}
     for repeat in range(options.repeats):
         for name in runs if repeat % 2 == 0 else reversed(runs):
             library, prune = PEER if name == PEER else "ours", None if name in (PEER, "dense") else name
-            run = measure("whole", {**what, "library": library, "prune": prune, "started": time.time()})
+            run = measure("two_pictures", {**what, "library": library, "prune": prune, "started": time.time()})
             runs[name].append(run)
             print(
                 f"{repeat + 1} of {options.repeats}, {name}: {run['picture']:.2f} s a picture, "
@@ -45,7 +47,7 @@ def measure_pictures(weights: Path, folder: Path, options: argparse.Namespace) -
 
 
 def table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Markdown: medians of both times, and of their ratios to those of diffusers in the same round, with spread."""
+    """Markdown: medians of both times, and of their ratios to diffusers in the same round, with the range."""
     head = ["", *(text for label in MEASURES.values() for text in (label, f"of {PEER}"))]
     lines = [head, ["---"] * len(head)]
     for name, mine in runs.items():
@@ -59,7 +61,7 @@ def table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit code 2 with one line for what cannot be measured."""
+    """Runs the command; exit code 0 on success, 2 with one line if something cannot be measured."""
     parser = _parser()
     options = parser.parse_args(arguments)
     with parser.one_line("no file was left", RuntimeError):
@@ -82,16 +84,21 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--scale", choices=CONFIGS, default="full", help="of the random weights (default: %(default)s)")
-    add("--weights", type=Path, metavar="FILE", help="instead of a file of random numbers")
-    add("--tokenizer", type=Path, metavar="DIR", help="(default: 'tokenizer' beside the weights, else CLIP's)")
-    add("--folder", type=Path, metavar="DIR", help="for 7 GB of files (default: the system's)")
+    add("--weights", type=Path, metavar="FILE", help="these weights instead of random ones")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="vocabulary folder (default: 'tokenizer' by the weights, else CLIP's)",
+    )
+    add("--folder", type=Path, metavar="DIR", help="for 7 GB of temporary files (default: the system's)")
     add("--size", type=parse_size, default=(512, 512), metavar="WxH", help="in pixels (default: 512x512)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add("--cfg", type=float, default=7.0, help="guidance scale (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp32", help="of U-Net and text (default: %(default)s)")
     add("--presets", nargs="*", default=["at-edm"], metavar="PRESET", help="beside dense (default: at-edm)")
-    add("--repeats", type=int, default=2, help="of each measurement (default: %(default)s)")
-    add("--json", action="store_true", help="every number, as JSON")
+    add("--repeats", type=int, default=2, help="rounds (default: %(default)s)")
+    add("--json", action="store_true", help="print every number as JSON")
     return parser
 
 

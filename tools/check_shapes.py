@@ -1,7 +1,7 @@
-"""Reads a picture of the drawn world back into words, and says whether it is what its caption says.
+"""Checks whether a picture of the drawn world shows what its caption says.
 
-python tools/check_shapes.py PICTURE.png ["CAPTION"]
-python tools/check_shapes.py --self-test 1000
+python -m tools.check_shapes PICTURE.png ["CAPTION"]
+python -m tools.check_shapes --self-test 1000
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from tools.drawn.detector import check, self_test
 from tools.drawn.painting import Picture
 from tools.drawn.world import random_open_scene, random_scene
 
-ACCURACY = 0.995  # least share of drawn pictures that the self-test must read right
-BLUR, NOISE = 1.0, 8.0  # of harmed pictures: standard deviations, in pixels and in levels of 255
+ACCURACY = 0.995  # the self-test must read at least this share of drawn pictures right
+BLUR, NOISE = 1.0, 8.0  # standard deviations for harmed pictures, in pixels and in levels of 255
 
 
 def harmed(picture: Picture) -> Picture:
-    """A picture blurred and made noisy, about as a small VAE does it; the same noise for the same picture."""
+    """A blurred picture with noise, about as a small VAE makes it. The noise is the same for the same picture."""
     blurred = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(BLUR)), dtype=np.float64)
     noise = np.random.default_rng(int(picture.sum())).normal(0, NOISE, picture.shape)
     return np.clip(np.rint(blurred + noise), 0, 255).astype(np.uint8)
 
 
 def _self_test(count: int) -> bool:
-    """Prints shares for each kind of scene and picture; whether all reach ``ACCURACY``. Raises ``ValueError``."""
+    """Prints the shares read right, and returns whether all reach ``ACCURACY``. Raises ``ValueError``."""
     if count < 1:
         raise ValueError(f"--self-test is {count}, expected 1 or more")
     good = True
@@ -47,7 +47,7 @@ def _self_test(count: int) -> bool:
 
 
 def _open(path: Path) -> tuple[Picture, str | None]:
-    """A picture file as RGB, and the ``prompt`` that its PNG metadata names. Raises ``ValueError`` if unreadable."""
+    """A picture file as RGB, and the ``prompt`` in its PNG metadata. Raises ``ValueError`` if it cannot be read."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB")), image.info.get("prompt")
@@ -63,20 +63,23 @@ def _run(arguments: argparse.Namespace) -> bool:
     picture, prompt = _open(arguments.picture)
     caption = arguments.caption or prompt
     if not caption:
-        raise ValueError(f"{arguments.picture} names no prompt in its metadata, expected a caption after the file")
+        raise ValueError(f"{arguments.picture} has no prompt in its metadata, expected a caption after the file")
     result = check(picture, caption)
-    words = "as its caption says" if result.obeyed else f"not as its caption says: {'; '.join(result.reasons)}"
+    words = "as its caption says" if result.right else f"not as its caption says: {'; '.join(result.reasons)}"
     print(f"{arguments.picture}: {words} (found {result.found})")
-    return result.obeyed
+    return result.right
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. Exit status: 0 right (or self-test good), 1 not, 2 bad input with one line on stderr."""
-    parser = argparse.ArgumentParser(description="Say whether a picture of the drawn world is as its caption says.")
+    """Runs the command. Exit code 0: right (or self-test passed), 1: not, 2: bad input, with one line on stderr."""
+    parser = argparse.ArgumentParser(description="Checks whether a picture shows what its caption says.")
     parser.add_argument("picture", nargs="?", type=Path, help="a square picture file of at least 64 pixels a side")
-    parser.add_argument("caption", nargs="?", help="default: the prompt in the PNG's metadata")
+    parser.add_argument("caption", nargs="?", help="(default: the prompt in the PNG's metadata)")
     parser.add_argument(
-        "--self-test", type=int, metavar="N", help="check N drawn scenes of each kind at 128 and at 256 pixels"
+        "--self-test",
+        type=int,
+        metavar="N",
+        help="check the detector on N drawn scenes of each kind",
     )
     try:
         return 0 if _run(parser.parse_args(arguments)) else 1

@@ -16,11 +16,11 @@ from atedm.presets import current_spelling
 from minisdxl.cli.options import Parser
 from tools.evaluation.experiment_specs import BASELINE, EXPERIMENTS
 
-Page = Mapping[str, Any]  # as tools.experiments writes it
+Page = Mapping[str, Any]  # JSON that tools.experiments writes
 
 
 def table(page: Page) -> str:
-    """Markdown: a row for each preset of a page, with the measures that decide."""
+    """Markdown: a row for each preset of a page, with FLOPs, caption accuracy and distance to the dense model."""
     head = ("preset", "FLOPs", "caption accuracy", "latent error", f"error over `{BASELINE}`", "PSNR, dB")
     rows = [head, ("---",) * len(head)]
     for each in page["presets"]:
@@ -38,7 +38,7 @@ def table(page: Page) -> str:
 
 
 def claims(pages: Mapping[str, Page]) -> str:
-    """Markdown: a row for each claim of each page; what several budgets, CFG scales or numbers of steps say, below."""
+    """Markdown: a row for each claim of each page. Cells have a line for each budget, CFG scale or number of steps."""
     rows = [("claim", "by latent error", "by caption accuracy", "page"), ("---",) * 4]
     for name, page in pages.items():
         said = dict[str, list[Mapping[str, Any]]]()
@@ -52,12 +52,12 @@ def claims(pages: Mapping[str, Page]) -> str:
 
 
 def current_words(claim: str) -> str:
-    """A claim as experiments have worded it since version 0.2; pages from before say "by lot" for "at random"."""
+    """A claim in the words of version 0.2; older pages say "by lot" for "at random"."""
     return claim.replace("by lot", "at random")
 
 
 def _number(estimate: Mapping[str, float | None] | None, form: str, factor: int = 1, unit: str = "") -> str:
-    """With its interval; JSON has null for what is infinite."""
+    """An estimate with its interval as text; null in JSON stands for infinity."""
     if estimate is None:
         return ""
     value, low, high = (None if estimate[x] is None else factor * estimate[x] for x in ("value", "low", "high"))  # type: ignore[operator]
@@ -69,7 +69,7 @@ def _lines(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints; exit code 0 on success, 2 with one line on bad input."""
+    """Runs the command; exit code 0 on success, 2 with one line on bad input."""
     parser = Parser(
         prog="python -m tools.doc_tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

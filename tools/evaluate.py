@@ -1,12 +1,12 @@
-"""How presets do on the same captions and seeds: exact scoring of drawn captions, distance to dense, FLOPs, time.
+"""Compares presets on the same captions and seeds: caption accuracy, distance to dense, FLOPs and time.
 
     python -m tools.evaluate --presets at-edm tome random --share 0.76 --captions 200 --baseline at-edm
     python -m tools.evaluate --weights sd_xl_base_1.0.safetensors --prompts captions.txt --captions 5000 \\
         --references coco/val2017 --inception pt_inception-2015-12-05-6726825d.pth --clip clip-vit-large-patch14
 
-Every picture is a row of a CSV file in the folder --out as soon as its batch is made; a run that was stopped goes on
-where it was. With --shard 1/2 and --shard 2/2 two machines share the work; copied into one folder, their files make one
-evaluation, which --table shows.
+Every picture is a row of a CSV file in the folder --out, written when its batch is done. A run that was stopped
+continues where it was. With --shard 1/2 and --shard 2/2 two machines share the work: copy their files into one folder,
+and --table reports on all of them.
 """
 
 from __future__ import annotations
@@ -18,52 +18,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minisdxl.checkpoint.atomic import atomic_path
-from minisdxl.cli.options import DTYPES, Parser, parse_size, plain_warnings
+from minisdxl.cli.options import DTYPES, Parser, plain_warnings
 from minisdxl.cli.reports import versions, write_report
-from minisdxl.loading import load, weights_path
-from minisdxl.pipeline import SDXL
-from minisdxl.samplings import SAMPLINGS
+from minisdxl.loading import load
 from minisdxl.settings import Settings, check_settings
 from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
+from tools.evaluation.paired_statistics import INTERVALS
 from tools.evaluation.pictures import (
     SPLITS,
     Captions,
     Evaluation,
     drawn_captions,
     file_captions,
-    parse_shard,
     solve,
-    weights_sha256,
 )
-from tools.evaluation.plots import LATENT_ERROR, OBEYED, save_figure
+from tools.evaluation.plots import CAPTION_ACCURACY, LATENT_ERROR, save_figure
 from tools.evaluation.rows import DENSE, Folder
-from tools.evaluation.set_metrics import REFERENCES, Crowd, Drawn
+from tools.evaluation.run_options import model_options, settings_of
+from tools.evaluation.set_metrics import REFERENCES, Drawn, SetMetrics
 from tools.evaluation.summaries import as_json, common_rows, markdown_table, summarize
-
-INTERVALS = (
-    "Intervals of 95 %: Wilson 1927 for shares, Tango 1998 for paired differences of shares, "
-    "paired bootstrap (percentiles, Efron and Tibshirani 1993) for the others."
-)
-
-
-def model_options(parser: Parser, *, weights: str, out: Path) -> None:
-    """The options that say what makes the pictures, and where they go."""
-    add = parser.add_argument
-    devices = [name for name in ("cpu", "mps", "cuda") if torch.get_device_module(name).is_available()]
-    add("--weights", default=weights, help="the bundled 'shapes', a checkpoint file or a folder (default: %(default)s)")
-    add("--tokenizer", metavar="DIR", help="with the vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
-    add("--captions", type=int, default=200, metavar="N", help="how many, of seeds 0 to N - 1 (default: %(default)s)")
-    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
-    add("--sampling", choices=SAMPLINGS, help="(default: the model's best)")
-    add("--batch", type=int, default=8, help="pictures at a time (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
-    add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
-    add("--shard", type=parse_shard, default=(1, 1), metavar="i/n", help="make the i-th of n parts of the pictures")
-    add("--table", action="store_true", help="make no pictures: report on those that are there")
-    add("--out", type=Path, default=out, metavar="DIR", help="(default: %(default)s)")
 
 
 def _parser() -> Parser:
@@ -72,36 +46,30 @@ def _parser() -> Parser:
     )
     model_options(parser, weights="shapes", out=Path("runs/evaluate"))
     add = parser.add_argument
-    add("--presets", nargs="+", default=["at-edm"], help="what is compared with dense (default: at-edm)")
-    add("--baseline", metavar="PRESET", help="one of the presets, that the others are compared with as well")
-    add("--share", type=float, help="of the dense FLOPs: solves the ratio of each preset for it, as 0.76")
-    add("--share-for", choices=("average", "steady"), default="average", help="of all steps, or of the last one")
+    add("--presets", nargs="+", default=["at-edm"], help="presets to compare with the dense model (default: at-edm)")
+    add("--baseline", metavar="PRESET", help="one of the presets; the others are compared with it, too")
+    add("--share", type=float, help="share of the dense FLOPs, as 0.76: finds the ratio of each preset for it")
+    add(
+        "--share-for",
+        choices=("average", "steady"),
+        default="average",
+        help="--share of all steps or of the last one (default: %(default)s)",
+    )
     add("--steps", type=int, help="denoising steps (default: the model's or the sampling's own)")
     add("--cfg", type=float, help="guidance scale (default: the model's or the sampling's own)")
-    add("--split", choices=SPLITS, default="test", help="drawn captions: those that training never saw, or of all")
-    add("--prompts", type=Path, metavar="FILE", help="captions from a .txt, .jsonl or .csv file, not of drawn scenes")
-    add("--references", type=Path, metavar="DIR", help="pictures that FID is taken to; with --inception")
+    add(
+        "--split",
+        choices=SPLITS,
+        default="test",
+        help="drawn captions: unseen in training, or all (default: test)",
+    )
+    add(
+        "--prompts", type=Path, metavar="FILE", help="captions from this .txt, .jsonl or .csv file, not of drawn scenes"
+    )
+    add("--references", type=Path, metavar="DIR", help="folder of real pictures for FID; with --inception")
     add("--inception", type=Path, metavar="FILE", help="Inception's weights for FID, as torch-fidelity has them")
     add("--clip", type=Path, metavar="DIR", help="a CLIP model for CLIP score, in the layout of transformers")
     return parser
-
-
-def settings_of(
-    options: argparse.Namespace, sdxl: SDXL, size: tuple[int, int], steps: int, cfg: float, captions: str
-) -> dict[str, Any]:
-    """What all rows of a folder share; ``captions`` says which ones."""
-    return {
-        "model": sdxl.config.name,
-        "weights": weights_path(options.weights).name,
-        "sha256": weights_sha256(options.weights, DTYPES[options.dtype]),
-        "captions": captions,
-        "sampling": options.sampling,
-        "steps": steps,
-        "cfg": cfg,
-        "size": "{}x{}".format(*size),
-        "dtype": options.dtype,
-        "batch": options.batch,
-    }
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -131,14 +99,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         evaluation.run(presets, options.shard)
         missing = evaluation.missing(presets)
         if missing:
-            print(f"{missing} pictures are for other shards to make; --table shows what is there")
+            print(f"{missing} pictures are left to other shards; --table reports on those that are there")
             return
-    crowd = Crowd(evaluation, Drawn(sdxl.vae, run.size[0]), fid, clip)
-    _report(evaluation, crowd, presets, baseline, settings, options)
+    metrics = SetMetrics(evaluation, Drawn(sdxl.vae, run.size[0]), fid, clip)
+    _report(evaluation, metrics, presets, baseline, settings, options)
 
 
 def _captions(options: argparse.Namespace) -> tuple[Captions, str]:
-    """And what they are, for the settings."""
+    """The captions, and their description for the settings."""
     if options.prompts is None:
         return drawn_captions(options.captions, options.split), f"drawn, {options.split}"
     return file_captions(options.prompts, options.captions), options.prompts.name
@@ -146,20 +114,22 @@ def _captions(options: argparse.Namespace) -> tuple[Captions, str]:
 
 def _report(
     evaluation: Evaluation,
-    crowd: Crowd,
+    metrics: SetMetrics,
     presets: Sequence[str],
     baseline: str | None,
     settings: Mapping[str, Any],
     options: argparse.Namespace,
 ) -> None:
-    """The table on stdout and in table.md, all numbers in summary.json, plots in PNG files."""
+    """Writes the table to stdout and table.md, all numbers to summary.json, and plots to PNG files."""
     rows = common_rows(evaluation.folder.rows, presets, options.captions)
     numbers = [row.number for row in rows[DENSE]]
-    summaries = summarize(rows, baseline, crowd.of(numbers))
+    summaries = summarize(rows, baseline, metrics.of(numbers))
     text = [markdown_table(summaries, baseline), "", f"{len(numbers)} captions. {INTERVALS}"]
     if evaluation.captions.drawn and len(numbers) > 1:
-        drawn = crowd.drawn.own_distance(len(numbers))
-        text.append(f"As many other drawn pictures have a Fréchet distance of {drawn:.4g} to the {REFERENCES} drawn.")
+        drawn = metrics.drawn.own_distance(len(numbers))
+        text.append(
+            f"The same number of other drawn pictures has a Fréchet distance of {drawn:.4g} to the {REFERENCES} drawn."
+        )
     print("\n".join(text))
     with atomic_path(options.out / "table.md") as path:
         path.write_text("\n".join(text) + "\n")
@@ -173,17 +143,17 @@ def _report(
     }
     write_report(str(options.out / "summary.json"), report)
     if evaluation.captions.drawn:
-        save_figure(options.out / "caption-accuracy.png", summaries, [OBEYED], "flops_share")
+        save_figure(options.out / "caption-accuracy.png", summaries, [CAPTION_ACCURACY], "flops_share")
     save_figure(options.out / "latent-error.png", summaries, [LATENT_ERROR], None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes what is missing, then reports; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
+    """Makes missing pictures, then reports; exit code 0 on success, 2 with one line on bad input, 130 after Ctrl-C."""
     parser = _parser()
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     plain_warnings()
-    with parser.one_line("what was made so far is kept"):
+    with parser.one_line("finished pictures are kept"):
         _evaluate(options)
 
 

@@ -1,8 +1,9 @@
-"""The paper's comparisons on the bundled model, or on any other: ``python -m tools.experiments NAME``.
+"""The command ``python -m tools.experiments NAME``: the paper's comparisons, on the bundled model or another one.
 
-Each leaves its rows in runs/experiments/NAME.csv, and in docs/results its table and verdicts (NAME.md), all numbers
-(NAME.json), its plot (NAME.png), and some pictures (NAME-pictures.png) where presets stand side by side. Pictures are
-shared: what two experiments have in common is made once. A run that was stopped goes on where it was.
+An experiment writes its rows to runs/experiments/NAME.csv. To docs/results it writes its table and the outcome of its
+claims (NAME.md), all numbers (NAME.json), a plot (NAME.png) and, for presets side by side, pictures
+(NAME-pictures.png). Pictures that two experiments have in common are made once. A run that was stopped continues where
+it was.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from minisdxl.cli.options import DTYPES, Parser, plain_warnings
 from minisdxl.cli.reports import versions, write_report
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
-from tools.evaluate import INTERVALS, model_options, settings_of
 from tools.evaluation.experiment_specs import BASELINE, EXPERIMENTS, Experiment
+from tools.evaluation.paired_statistics import INTERVALS
 from tools.evaluation.pictures import Captions, Evaluation, average_share, drawn_captions, solve
-from tools.evaluation.plots import LATENT_ERROR, OBEYED, save_figure, save_pictures
+from tools.evaluation.plots import CAPTION_ACCURACY, LATENT_ERROR, save_figure, save_pictures
 from tools.evaluation.rows import DENSE, Folder, Row, write_rows
-from tools.evaluation.set_metrics import REFERENCES, Crowd, Drawn
+from tools.evaluation.run_options import model_options, settings_of
+from tools.evaluation.set_metrics import REFERENCES, Drawn, SetMetrics
 from tools.evaluation.summaries import (
+    ClaimOutcome,
     Summary,
-    Verdict,
     as_json,
+    claim_table,
     common_rows,
     judge,
     markdown_table,
     summarize,
-    verdict_table,
 )
 
 SHOWN = 8  # captions whose pictures are shown
@@ -43,7 +45,7 @@ SHOWN = 8  # captions whose pictures are shown
 class Part:
     """An experiment under one budget, CFG scale and number of steps.
 
-    ``presets`` maps those of the experiment to their texts with ratios; ``share`` is what they cost.
+    ``presets`` maps each preset of the experiment to its text with a ratio. ``share`` is their share of dense FLOPs.
     """
 
     steps: int
@@ -53,7 +55,7 @@ class Part:
 
     @property
     def label(self) -> str:
-        """What sets it apart."""
+        """Budget, steps and CFG scale as text."""
         return f"{self.share:.1%} of the FLOPs, {self.steps} steps, CFG {self.cfg:g}"
 
 
@@ -77,7 +79,7 @@ def plan(experiment: Experiment, sdxl: SDXL, size: tuple[int, int]) -> tuple[lis
 def make(
     parts: Sequence[Part], sdxl: SDXL, size: tuple[int, int], captions: Captions, options: argparse.Namespace
 ) -> Iterator[Evaluation]:
-    """Makes the pictures of each part that are not there yet, unless the options say not to."""
+    """Makes the missing pictures of each part, unless ``--table`` was given, and yields its evaluation."""
     for part in parts:
         settings = settings_of(options, sdxl, size, part.steps, part.cfg, "drawn, test")
         folder = Folder(options.out / f"{options.sampling}-{part.steps}-steps-cfg-{part.cfg:g}", settings)
@@ -90,23 +92,23 @@ def make(
 
 @dataclass(frozen=True)
 class Findings:
-    """What came out."""
+    """The results of an experiment."""
 
     rows: list[Row]
     summaries: list[Summary]
-    verdicts: list[Verdict]
+    outcomes: list[ClaimOutcome]
     drawn_distance: float | None
 
 
 def find(
     experiment: Experiment, parts: Sequence[Part], evaluations: Sequence[Evaluation], drawn: Drawn, captions: int
 ) -> Findings:
-    """Raises ``ValueError`` if a part has no caption with all of its rows."""
-    summaries, verdicts, rows = list[Summary](), list[Verdict](), dict[tuple[str, int, float], Sequence[Row]]()
+    """Summarizes all parts and judges the claims. Raises ``ValueError`` if a part has no caption with all rows."""
+    summaries, outcomes, rows = list[Summary](), list[ClaimOutcome](), dict[tuple[str, int, float], Sequence[Row]]()
     for part, evaluation in zip(parts, evaluations, strict=True):
         mine = common_rows(evaluation.folder.rows, list(part.presets.values()), captions)
         numbers = [row.number for row in mine[DENSE]]
-        for summary in summarize(mine, part.presets.get(BASELINE), Crowd(evaluation, drawn).of(numbers)):
+        for summary in summarize(mine, part.presets.get(BASELINE), SetMetrics(evaluation, drawn).of(numbers)):
             key = summary.preset, part.steps, part.cfg
             if key not in rows:  # dense is in several parts
                 rows[key] = mine[summary.preset]
@@ -115,10 +117,10 @@ def find(
             if claim.better in part.presets and claim.worse in part.presets:
                 text = claim.text if len(parts) == 1 else f"{claim.text}: {part.label}"
                 better, worse = (mine[part.presets[name]] for name in (claim.better, claim.worse))
-                verdicts.append(judge(text, better, worse))
+                outcomes.append(judge(text, better, worse))
     count = min(summary.captions for summary in summaries)
     own_distance = drawn.own_distance(count) if count > 1 else None
-    return Findings([row for each in rows.values() for row in each], summaries, verdicts, own_distance)
+    return Findings([row for each in rows.values() for row in each], summaries, outcomes, own_distance)
 
 
 def page(name: str, findings: Findings, notes: Sequence[str], command: str, settings: Mapping[str, object]) -> str:
@@ -136,11 +138,11 @@ def page(name: str, findings: Findings, notes: Sequence[str], command: str, sett
     ]
     if findings.drawn_distance is not None:
         parts[-1] += (
-            f" As many other drawn pictures have a Fréchet distance of {findings.drawn_distance:.4g} "
+            f" The same number of other drawn pictures has a Fréchet distance of {findings.drawn_distance:.4g} "
             f"to the {REFERENCES} drawn."
         )
     parts += ["\n".join(f"- {note}" for note in notes)] if notes else []
-    parts += [verdict_table(findings.verdicts)] if findings.verdicts else []
+    parts += [claim_table(findings.outcomes)] if findings.outcomes else []
     parts += [f"![{name}]({name}.png)"]
     parts += [f"![pictures of {name}]({name}-pictures.png)"] if EXPERIMENTS[name].axis is None else []
     return "\n\n".join(parts) + "\n"
@@ -159,7 +161,7 @@ def _experiment(options: argparse.Namespace) -> None:
     if not options.table:
         missing = sum(e.missing(list(part.presets.values())) for part, e in zip(parts, evaluations, strict=True))
         if missing:
-            print(f"{missing} pictures are for other shards to make; --table shows what is there")
+            print(f"{missing} pictures are left to other shards; --table reports on those that are there")
             return
     findings = find(experiment, parts, evaluations, Drawn(sdxl.vae, size[0]), options.captions)
     command = shlex.join(["python", "-m", "tools.experiments", *options.arguments])
@@ -177,10 +179,10 @@ def _experiment(options: argparse.Namespace) -> None:
         "machines": sorted({row.machine for row in findings.rows}),
         "notes": notes,
         "presets": [as_json(each) for each in findings.summaries],
-        "verdicts": [as_json(each) for each in findings.verdicts],
+        "verdicts": [as_json(each) for each in findings.outcomes],
     }
     write_report(str(options.results / f"{name}.json"), report)
-    save_figure(options.results / f"{name}.png", findings.summaries, [OBEYED, LATENT_ERROR], experiment.axis)
+    save_figure(options.results / f"{name}.png", findings.summaries, [CAPTION_ACCURACY, LATENT_ERROR], experiment.axis)
     if experiment.axis is None:
         folder, numbers = evaluations[0].folder, sorted({row.number for row in findings.rows})[:SHOWN]
         presets = dict.fromkeys([DENSE, *parts[0].presets.values()])
@@ -200,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     plain_warnings()
-    with parser.one_line("what was made so far is kept"):
+    with parser.one_line("finished pictures are kept"):
         _experiment(options)
 
 

@@ -1,6 +1,7 @@
-"""Figures 2, 5, 8, 9 and 10 of the AT-EDM paper, drawn from any weights: ``python -m tools.figures FIGURE``.
+"""The command ``python -m tools.figures FIGURE``: draws figures 2, 5, 8, 9 and 10 of the AT-EDM paper for any weights.
 
-One function computes what a figure shows, another draws it; the same arguments give the same file. Needs matplotlib.
+For each figure one function computes the numbers and another draws them. The same arguments give the same file. Needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -8,10 +9,8 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from atedm.graph.dense import DenseGraph
 from atedm.presets import parse_preset
 from atedm.recovery import RECOVERIES
 from atedm.schedule import Schedule
@@ -34,17 +32,15 @@ from minisdxl.cost import Kind, format_flops, summary
 from minisdxl.flops import find_config
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
-from minisdxl.transformer import AttentionBlock
+from tools.evaluation.attention_maps import Settings, attention_spread, make
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Settings = dict[str, Any]  # arguments of SDXL.generate that the pictures of a figure share; there is one prompt
-Hook = Callable[[str, nn.Module, Any, Any], None]  # (attention block, module in it that has run, inputs, output)
 Masks = dict[str, list[NDArray[np.bool_]]]  # attention block -> for each step which positions (H, W) it keeps
 PROMPT = "a small red circle above a big blue square on a white background"
 WIDTH = 12  # inches of 100 pixels
-TAUS = (0, 5, 15, 30, 45)  # of every 50 steps: figure 10, which places the last four in regions I to IV of figure 5
+TAUS = (0, 5, 15, 30, 45)  # of every 50 steps, from figure 10; the last four lie in regions I to IV of figure 5
 BOUNDARIES = tuple((low + high) / 2 for low, high in pairwise(TAUS[1:]))  # of every 50 steps
 RANKINGS = {"gwpr": "self-attention", "ca-wpr": "cross-attention"}
 # Rows of figure 2 besides the attention blocks, by the modules in them: resampling, in and out go with the ResBlocks.
@@ -53,7 +49,7 @@ BETWEEN |= {"out": "ResBlocks, up", "time_embed": "embeddings", "label_emb": "em
 
 
 def flops_by_block(config: ModelConfig, works: Iterable[dict[str, Any]]) -> dict[str, Counter[Kind]]:
-    """FLOPs by row of figure 2 and kind, of the ``blocks`` of a summary; without ranking and recovery."""
+    """FLOPs of the ``blocks`` of a summary by row of figure 2 and by kind, without ranking and recovery."""
     attention_blocks = [site.name for site in config.unet.attention_sites()]
     rows: dict[str, Counter[Kind]] = {row: Counter() for row in (*attention_blocks, *BETWEEN.values())}
     for work in works:
@@ -64,7 +60,7 @@ def flops_by_block(config: ModelConfig, works: Iterable[dict[str, Any]]) -> dict
 
 
 def draw_flops(figure: Figure, options: argparse.Namespace) -> None:
-    """Figure 2: a bar for each block, of its kinds of work; dense, and beside it the steady step of a preset."""
+    """Figure 2: FLOPs of each block by kind of work, dense and at the steady step of a preset."""
     config = find_config(options.model)
     (width, height), f = config.picture_size(options.size), config.vae.downscale
     schedules = {"dense": None} | ({f"{options.prune}, steady": parse_preset(options.prune)} if options.prune else {})
@@ -89,45 +85,8 @@ def draw_flops(figure: Figure, options: argparse.Namespace) -> None:
     figure.suptitle(f"U-Net of {config.name}, {width}x{height} pixels")
 
 
-def make(
-    sdxl: SDXL, settings: Settings, schedule: Schedule | None, see: Hook = lambda *_: None, part: str = ""
-) -> tuple[Image.Image, Tensor]:
-    """The picture and its latent (4, h, w); ``see`` watches each transformer layer, or that ``part`` of each."""
-    print(f"{settings['steps']} steps, {'dense' if schedule is None else schedule.method}", flush=True)
-    latents: list[Tensor] = []
-    with ExitStack() as stack:
-        for block in (module for module in sdxl.unet.modules() if isinstance(module, AttentionBlock)):
-            for layer in block.transformer_blocks:
-                stack.enter_context(layer.get_submodule(part).register_forward_hook(partial(see, block.name)))
-        images = sdxl.generate(**settings, prune=schedule, on_step=lambda _, x: latents.append(x[0]))
-    return images[0], latents[-1]
-
-
-def attention_spread(sdxl: SDXL, settings: Settings) -> NDArray[np.float64]:
-    """How far the dense model's self-attention maps are from uniform: (2, attention blocks, steps).
-
-    First the variance of N A[i, j] over a map's N x N entries (0 to N - 1), then the entropy of its rows as a share of
-    ln N; averages over layers, heads and both halves of guidance. Raises ``ValueError`` if a block has one token.
-    """
-    seen: dict[str, list[tuple[float, float]]] = defaultdict(list)
-
-    def see(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        graph = DenseGraph.from_qk(*output[1][:3])
-        tokens = graph.shape[-1]
-        if tokens < 2:
-            raise ValueError(f"attention block {name} has 1 token, expected 2 or more; ask for a larger --size")
-        # Rows sum to one, so N A[i, j] averages 1 over every map: the variance over all maps is the mean of theirs.
-        variance, entropy = (graph.map * tokens).var(correction=0), graph.entropy().mean() / np.log(tokens)
-        seen[name].append((variance.item(), entropy.item()))
-
-    make(sdxl, settings, None, see, "attn1")
-    # Each layer runs once a step, so a block's list goes through its layers again and again.
-    means = [np.reshape(values, (settings["steps"], -1, 2)).mean(axis=1) for values in seen.values()]
-    return np.moveaxis(np.array(means), -1, 0)
-
-
 def draw_variance(figure: Figure, options: argparse.Namespace) -> None:
-    """Figure 5: variance of the maps, and their entropy, over the steps, with the paper's regions."""
+    """Figure 5: variance and entropy of the self-attention maps over the steps, with the paper's regions."""
     sdxl, settings = _prepare(options)
     names = [site.name for site in sdxl.config.unet.attention_sites()]
     edges = np.array([0, *BOUNDARIES, 50]) * options.steps / 50 + 0.5  # between steps, which are at whole numbers
@@ -152,7 +111,7 @@ def draw_variance(figure: Figure, options: argparse.Namespace) -> None:
 
 
 def kept_tokens(sdxl: SDXL, settings: Settings, schedule: Schedule) -> tuple[Image.Image, Masks]:
-    """The picture, and what each attention block holds at its end; with guidance, in the conditional half."""
+    """The picture, and the tokens that each attention block keeps; with guidance, in the conditional half."""
     seen: Masks = defaultdict(list)
 
     def see(name: str, _: nn.Module, __: Any, output: Any) -> None:
@@ -166,14 +125,14 @@ def kept_tokens(sdxl: SDXL, settings: Settings, schedule: Schedule) -> tuple[Ima
 
 
 def darkened(image: Image.Image, kept: NDArray[np.bool_], cell: int) -> NDArray[np.uint8]:
-    """The picture with its pruned positions, squares of ``cell`` pixels, dark: violet, to be seen on black as well."""
+    """The picture with pruned positions, squares of ``cell`` pixels, in dark violet, which also shows on black."""
     pixels = np.asarray(image)
     shown = kept.repeat(cell, axis=0).repeat(cell, axis=1)[: pixels.shape[0], : pixels.shape[1], None]
     return np.where(shown, pixels, pixels // 4 + np.array([48, 24, 72], dtype=np.uint8))
 
 
 def draw_masks(figure: Figure, options: argparse.Namespace) -> None:
-    """Figure 8: what each ranking keeps at the first, middle and last step, over the picture that it leads to."""
+    """Figure 8: tokens that each ranking keeps at the first, middle and last step, over its final picture."""
     schedules, (sdxl, settings) = _variants(options.prune, "ranking", RANKINGS), _prepare(options)
     kept = {name: kept_tokens(sdxl, settings, schedule) for name, schedule in schedules.items()}
     sites, steps = list(sdxl.config.unet.attention_sites()), sorted({0, options.steps // 2, options.steps - 1})
@@ -189,13 +148,13 @@ def draw_masks(figure: Figure, options: argparse.Namespace) -> None:
 
 
 def compare(sdxl: SDXL, settings: Settings, schedules: dict[str, Schedule]) -> dict[str, tuple[Image.Image, float]]:
-    """Pictures of the dense model and the schedules from the same noise; latents' mean squared distance to dense."""
+    """Pictures of the dense model and of each schedule from the same noise, with the latent's mean squared error."""
     made = {label: make(sdxl, settings, schedule) for label, schedule in {"dense": None, **schedules}.items()}
     return {label: (image, (x - made["dense"][1]).square().mean().item()) for label, (image, x) in made.items()}
 
 
 def draw_row(figure: Figure, made: dict[str, tuple[Image.Image, float]], title: str) -> None:
-    """Pictures side by side. A label is broken at its first hyphen, or else it is wider than its picture."""
+    """Draws pictures side by side. A label is broken at its first hyphen, because it can be wider than its picture."""
     width, height = made["dense"][0].size
     figure.set_size_inches(WIDTH, 1.2 + WIDTH / len(made) * height / width)
     for panel, (label, (image, distance)) in zip(figure.subplots(1, len(made)), made.items(), strict=True):
@@ -204,19 +163,19 @@ def draw_row(figure: Figure, made: dict[str, tuple[Image.Image, float]], title: 
 
 
 def draw_recoveries(figure: Figure, options: argparse.Namespace) -> None:
-    """Figure 9: dense, and every recovery."""
+    """Figure 9: pictures of the dense model and of every recovery."""
     schedules, (sdxl, settings) = _variants(options.prune, "recovery", RECOVERIES), _prepare(options)
     draw_row(figure, compare(sdxl, settings, schedules), f"recovery of pruned tokens\n{_title(sdxl, options)}")
 
 
 def tau_schedules(config: ModelConfig, base: Schedule, settings: Settings, budget: str) -> list[Schedule]:
-    """``base`` with each of ``TAUS`` and the ratio that brings the average of all steps within the budget."""
+    """``base`` with each of ``TAUS``, and with the ratio that meets the budget on average over all steps."""
     (width, height), f, steps = config.picture_size(settings["size"]), config.vae.downscale, settings["steps"]
     return [with_budget(config, height // f, width // f, replace(base, tau=tau), steps, budget) for tau in TAUS]
 
 
 def draw_tau(figure: Figure, options: argparse.Namespace) -> None:
-    """Figure 10: dense, and each number of prune-less steps."""
+    """Figure 10: pictures of the dense model and of each number of prune-less steps."""
     base, (sdxl, settings) = parse_preset(options.prune), _prepare(options)
     found = tau_schedules(sdxl.config, base, settings, options.budget)
     made = compare(sdxl, settings, {f"tau {one.tau}, ratio {one.method.ratio:.3f}": one for one in found})
@@ -255,19 +214,25 @@ def _parser() -> Parser:
         add = command.add_argument
         add("--out", type=Path, default=f"out/figure-{name}.png", metavar="FILE.png", help="(default: %(default)s)")
         add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-        add("--size", type=parse_size, metavar="WxH", help="in pixels (default: what the model was made for)")
+        add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
         if name == "flops":
             add("--model", default=SDXL_BASE.name, help="a config's name or a .safetensors file (default: %(default)s)")
-            add("--prune", nargs="?", const="at-edm", metavar="PRESET", help="show this too (default: %(const)s)")
+            add(
+                "--prune",
+                nargs="?",
+                const="at-edm",
+                metavar="PRESET",
+                help="show this preset, too (default: %(const)s)",
+            )
             continue
         add("--weights", default="shapes", help="the bundled 'shapes' (default) or an SDXL .safetensors file")
-        add("--tokenizer", metavar="DIR", help="vocabulary (default: 'tokenizer' beside the weights, else CLIP's)")
+        add("--tokenizer", metavar="DIR", help="vocabulary folder (default: 'tokenizer' by the weights, else CLIP's)")
         add("--prompt", default=PROMPT, help="what to draw (default: %(default)s)")
         add("--cfg", type=float, default=7.0, help="classifier-free guidance scale (default: %(default)s)")
         add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
         add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
         if name != "variance":
-            add("--prune", default="at-edm", metavar="PRESET", help="what is varied (default: %(default)s)")
+            add("--prune", default="at-edm", metavar="PRESET", help="the preset that is varied (default: %(default)s)")
         if name == "tau":
             add("--budget", default="85%", help="FLOPs as 4.1T (the paper's, of SDXL) or 61%% (default: %(default)s)")
     return parser

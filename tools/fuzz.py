@@ -1,12 +1,12 @@
-"""Damages model files at random, thousands of times, and looks at what loading makes of each.
+"""Damages model files at random, thousands of times, and checks that each is refused or loaded right.
 
-    python -m tools.fuzz --cases 20000 --seed 0   # the count, the seed, and what came of each kind of damage
-    python -m tools.fuzz --case 1234 --seed 0     # one case again: what it is and what came of it
+    python -m tools.fuzz --cases 20000 --seed 0   # a table of results by kind of damage
+    python -m tools.fuzz --case 1234 --seed 0     # one case again, with its result
 
-A case is a sound model (``fuzz_forms``) with one file of it damaged (``fuzz_damage``). It is right to refuse it in one
-line that names it, or to load what is in it (``fuzz_truth``). Anything else is a violation: another exception, other
-numbers, a field passed over, more than ``SECONDS`` or ``MEMORY``, a process that dies. That is why cases run in a child
-process. Some of them go through ``python -m minisdxl.sample`` too.
+A case is a sound model (``fuzzing.forms``) with one damaged file (``fuzzing.damage``). Two results are right: the model
+is refused in one line that names the file, or what the files say is loaded exactly (``fuzzing.truth``). Anything else
+is a violation: another exception, other numbers, an ignored field, more than ``SECONDS`` or ``MEMORY``, a process that
+dies. So cases run in a child process. Some cases also run through ``python -m minisdxl.sample``.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from tools.fuzzing.damage import Case, make_case
 from tools.fuzzing.forms import CONFIG, Files, forms
 from tools.fuzzing.truth import Violation, flat, right_config, right_tokens, right_weights
 
-SECONDS = 5  # of the processor, for one case
-PATIENCE = 120  # seconds, after which a case that needs no processor hangs
-MEMORY = 2**30  # bytes that a case may ask for, beyond what the process has
+SECONDS = 5  # most processor time for one case
+PATIENCE = 120  # seconds to wait for a case that uses no processor time
+MEMORY = 2**30  # most bytes that a case may allocate
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case: the line with which it was refused, or nothing, and what is wrong with that, if anything."""
+    """The result of a case: the line with which it was refused, if it was, and the violation, if there is one."""
 
     message: str | None
     violation: str | None = None
@@ -64,7 +64,7 @@ def examine(case: Case, folder: Path) -> Result:
     form = forms()[case.form]
     options: dict[str, Any] = {name: folder / path for name, path in form.options.items() if name != "lora"}
     options["loras"] = [folder / path for name, path in form.options.items() if name == "lora"]
-    base = CONFIG if form.official else SDXL_BASE  # what a file that does not say what it is is taken for
+    base = CONFIG if form.official else SDXL_BASE  # the config of a file that names no model
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(modules, "SDXL_BASE", base))
         patches.enter_context(mock.patch.object(modules, "without_memory", skeleton))
@@ -84,33 +84,33 @@ def examine(case: Case, folder: Path) -> Result:
                 check_command(case, folder, refused=message is not None)
         except Violation as violation:
             return Result(message, str(violation))
-        except Exception as error:  # whatever it is, it should not have come out
+        except Exception as error:  # any other exception is a violation
             return Result(message, f"{type(error).__name__}: {error}")
         return Result(message)
 
 
 @lru_cache(16)
 def skeleton(config: ModelConfig) -> Modules:
-    """What takes most of the time of a case. That the same is filled again shows, because its weights are spoilt."""
+    """A model without weights, cached to save time. ``check_model`` fills it with NaN, so that stale weights show."""
     return without_memory(config)
 
 
 def check_refusal(case: Case, folder: Path, error: Exception) -> bool:
-    """Whether an error is one line that says what is wrong with which file, which raises ``Violation`` if not."""
+    """Checks that an error is one line that names the file. Returns ``True``; raises ``Violation`` if it is not."""
     message, subject = str(error), forms()[case.form].subject
     if len(message.splitlines()) != 1:
         raise Violation(f"refused in {len(message.splitlines())} lines: {message!r:.500}")
-    if "tokenizer" in case.path:  # no one file is at fault where merges do not go with tokens
+    if "tokenizer" in case.path:  # if merges and tokens do not match, either file can be wrong
         return True
     if not isinstance(error, CheckpointError):
         raise Violation(f"{type(error).__name__}: {message}")
     if str(folder / subject) not in message:
-        raise Violation(f"refused without a word of {subject}: {message}")
+        raise Violation(f"refused without the name {subject}: {message}")
     return True
 
 
 def check_model(case: Case, folder: Path, sdxl: SDXL) -> bool:
-    """Compares a loaded model with its files; whether its config is that of the sound one. Raises ``Violation``."""
+    """Compares a loaded model with its files, and returns whether its config is the sound one. Raises ``Violation``."""
     found, right = json.loads(json.dumps(sdxl.config.to_dict())), right_config(case, folder)
     if json.dumps(found, sort_keys=True) != json.dumps(right, sort_keys=True):
         raise Violation(f"loaded with the config {found}, expected {right}")
@@ -132,7 +132,7 @@ def check_model(case: Case, folder: Path, sdxl: SDXL) -> bool:
 
 
 def check_command(case: Case, folder: Path, refused: bool) -> None:
-    """Makes a picture by the command, or sees it fail in one line. Raises ``Violation``."""
+    """Runs the sample command: it must write a picture, or fail with one line. Raises ``Violation``."""
     form, picture = forms()[case.form], folder / "out" / "picture.png"
     dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
     options = [f"--{name}={folder / path}" for name, path in form.options.items()]
@@ -153,7 +153,7 @@ def check_command(case: Case, folder: Path, refused: bool) -> None:
 
 
 def place(files: Files, folder: Path, there: Files) -> None:
-    """Makes the files of ``folder``, which has those that are ``there``, those that are given."""
+    """Replaces the files ``there`` in ``folder`` by ``files``; equal ones are left alone."""
     for path in sorted(there.keys() | files.keys()):
         content, target = files.get(path), folder / path
         if content == there.get(path):
@@ -173,7 +173,7 @@ def place(files: Files, folder: Path, there: Files) -> None:
 
 
 def work(results: Connection, numbers: Sequence[int], seed: int, folder: Path) -> None:
-    """Tries cases in this process and sends a :class:`Result` for each."""
+    """Runs cases in this process and sends a :class:`Result` for each."""
     torch.set_num_threads(1)
     logging.disable()
     limit_memory(MEMORY)
@@ -188,7 +188,7 @@ def work(results: Connection, numbers: Sequence[int], seed: int, folder: Path) -
 
 
 def limit_memory(more: int) -> None:
-    """Lets this process have so many bytes more than it has, on systems that say how many that is."""
+    """Limits this process to ``more`` bytes beyond its present size, on systems with /proc."""
     sizes = Path("/proc/self/statm")
     if sizes.exists():
         size = int(sizes.read_text().split()[0]) * resource.getpagesize()
@@ -196,7 +196,7 @@ def limit_memory(more: int) -> None:
 
 
 def results(numbers: Sequence[int], seed: int, folder: Path) -> Generator[Result, None, None]:
-    """Tries cases in a process of their own; ends with the first that it does not survive."""
+    """Runs cases in a child process, and yields their results up to the first case that kills it."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=work, args=(sender, numbers, seed, folder))
@@ -205,7 +205,7 @@ def results(numbers: Sequence[int], seed: int, folder: Path) -> Generator[Result
     try:
         for _ in numbers:
             if not receiver.poll(PATIENCE):
-                yield Result(None, f"nothing came of it in {PATIENCE} s")
+                yield Result(None, f"no result in {PATIENCE} s")
                 return
             try:
                 yield receiver.recv()
@@ -219,19 +219,19 @@ def results(numbers: Sequence[int], seed: int, folder: Path) -> Generator[Result
 
 
 def how_it_ended(code: int) -> str:
-    """What the exit code of a process says."""
+    """The reason why a process ended, from its exit code."""
     if code == -signal.SIGPROF:
         return f"took more than {SECONDS} s of the processor"
     return f"the process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Tries cases; exit code 1 at the first violation."""
-    parser = Parser(prog="python -m tools.fuzz", description="Damages model files and loads them.")
-    parser.add_argument("--cases", type=int, default=1000, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--case", type=int, metavar="N", help="only this one; says what came of it")
-    parser.add_argument("--folder", type=Path, help="where to put the files, and leave the last (default: nowhere)")
+    """Runs cases; exit code 0 without violations, 1 at the first one, 2 with one line on bad input."""
+    parser = Parser(prog="python -m tools.fuzz", description="Damages model files and checks how they load.")
+    parser.add_argument("--cases", type=int, default=1000, help="number of cases (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the damage (default: %(default)s)")
+    parser.add_argument("--case", type=int, metavar="N", help="run only this case and print its result")
+    parser.add_argument("--folder", type=Path, help="keep the files of the last case here (default: delete them)")
     options = parser.parse_args(arguments)
     if options.cases < 1:
         parser.error(f"--cases is {options.cases}, expected 1 or more")

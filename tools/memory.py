@@ -1,110 +1,38 @@
-"""How long a whole model takes to load and how much memory it needs, beside diffusers in the same run.
+"""Measures loading time and memory of a whole model, beside diffusers in the same run.
 
     python -m tools.memory load                    # fp32, bf16 and fp16, four times each: time and peak memory
-    python -m tools.memory picture                 # one picture of 1024 x 1024 in as little memory as there is need for
-    python -m tools.memory write full.safetensors  # the file that the others make for themselves, for --weights
+    python -m tools.memory picture                 # one picture of 1024 x 1024 with the least memory
+    python -m tools.memory write full.safetensors  # the random weights that the others make themselves, for --weights
 
-Nothing is downloaded: the file has the official names, shapes and dtypes, and random numbers. Every measurement is a
-process of its own, those of both libraries take turns, and the file is read once before each of them.
+Nothing is downloaded: the file has the official names, shapes and dtypes, and random numbers. Every measurement runs in
+a fresh process. The two libraries take turns, and the file is read once before each measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from minisdxl.checkpoint.folder_writer import json_files, tokenizer_files
-from minisdxl.checkpoint.modules import file_metadata, official_shapes, read_config, without_memory
-from minisdxl.checkpoint.tensorfile import write_tensors
 from minisdxl.cli.options import DTYPES, Parser, parse_size
-from minisdxl.cli.reports import processor
-from minisdxl.config import SDXL_BASE, SHAPES, ModelConfig
-from minisdxl.loading import BUNDLED
-from minisdxl.tokenizer import load_vocabulary
+from tools.benchmark.machine import gib, machine
+from tools.benchmark.model_files import CONFIGS, prepared, write_random
+from tools.benchmark.processes import measure
 
-CONFIGS = {"full": SDXL_BASE, "small": SHAPES}
 LIBRARIES = ("ours", "diffusers")
 PROMISE = 12 * 2**30  # bytes for a picture of 1024 x 1024
 
 
-def write_random(path: Path, config: ModelConfig) -> None:
-    """Writes a file of random fp16 numbers in the official layout, of a scale at which no part overflows.
-
-    Raises:
-        OSError: if the disk has no room for it.
-        CheckpointError: if it cannot be written.
-    """
-    shapes = official_shapes(without_memory(config))
-    needed, free = 2 * sum(map(math.prod, shapes.values())), shutil.disk_usage(path.parent).free
-    if free < 1.01 * needed:
-        raise OSError(f"{path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} are free; name another --folder")
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers() -> Iterator[Tensor]:
-        for name, shape in shapes.items():
-            if len(shape) > 1:
-                yield torch.randn(shape, generator=generator).div(math.sqrt(math.prod(shape[1:])))
-            else:
-                yield torch.full(shape, float(name.endswith("weight")))  # normalizations do nothing, and biases neither
-
-    write_tensors(
-        path, {name: (torch.float16, shape) for name, shape in shapes.items()}, numbers(), file_metadata(config)
-    )
-
-
-def write_description(folder: Path, config: ModelConfig, weights: Path, tokenizer: Path | None) -> None:
-    """Writes what diffusers wants to know beside the weights: a folder of configs and tokenizers.
-
-    Raises:
-        CheckpointError: if diffusers has no such model.
-        FileNotFoundError: if there is no vocabulary.
-        ValueError: if the vocabulary is not that of the model.
-    """
-    files = {name: json.dumps(content) for name, content in json_files(folder, config).items()}
-    files |= tokenizer_files(config, load_vocabulary(weights, tokenizer))
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def measure(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """One measurement of ``tools.benchmark.worker`` in a process of its own. Raises ``RuntimeError`` if that fails."""
-    with Path(arguments["weights"]).open("rb") as file:
-        while file.read(2**24):  # into the system's cache, so that the disk is not what is measured
-            pass
-    command = [sys.executable, "-m", "tools.benchmark.worker", kind, json.dumps(arguments)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        why = "killed, as systems do when memory runs out" if done.returncode == -9 else f"exit code {done.returncode}"
-        last = done.stderr.strip().splitlines()[-1:]
-        raise RuntimeError(f"measuring {kind} {arguments['dtype']} failed: {' '.join([why, *last])}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def measure_loading(weights: Path, folder: Path, dtypes: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Both libraries in turn, for each dtype: medians of the seconds, the largest of the peaks, and their ratios.
+    """Measures both libraries in turn for each dtype: median times, largest peak memory, and ratios.
 
-    ``seconds`` are those of the wall from the library's import on, ``loading`` those without it, and ``processor`` is
-    what all cores spent together, which other work disturbs less. An even number of repeats is fair: a system that has
-    to find memory first makes the first of two processes wait longer than the second.
+    ``seconds`` is wall-clock time with the library's import, ``loading`` is without it. ``processor`` is the time of
+    all cores together, which other programs disturb less. Use an even number of repeats: the first of two processes can
+    be slower, because the system has to free memory for it.
     """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {(dtype, kind): [] for dtype in dtypes for kind in LIBRARIES}
     for repeat in range(repeats):
@@ -137,23 +65,8 @@ def measure_loading(weights: Path, folder: Path, dtypes: Sequence[str], repeats:
     return rows
 
 
-def machine() -> str:
-    """The machine and the versions, in words."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "diffusers"))
-    return (
-        f"{processor()}, {len(os.sched_getaffinity(0))} cores, {gib(memory)} GiB; "
-        f"Python {platform.python_version()}, {versions}"
-    )
-
-
-def gib(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / 2**30:.2f}"
-
-
 def loading_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of :func:`measure_loading`: seconds with imports, and ratios of all."""
+    """Markdown of :func:`measure_loading`: seconds with imports, peak memory, and all ratios."""
     lines = [
         "| weights | import and load, s: ours | diffusers | ratio | without imports | processor "
         "| peak, GiB: ours | diffusers | ratio |",
@@ -170,7 +83,7 @@ def loading_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def picture_table(result: Mapping[str, Any]) -> str:
-    """A Markdown table of a picture's stages, and whether it was made in ``PROMISE``."""
+    """Markdown of a picture's stages, and whether its peak memory is within ``PROMISE``."""
     lines = ["| after | seconds | in memory, GiB | peak so far, GiB |", "| --- | --- | --- | --- |"]
     for stage, numbers in result["stages"].items():
         lines.append(f"| {stage} | {numbers['seconds']:.1f} | {gib(numbers['resident'])} | {gib(numbers['peak'])} |")
@@ -178,29 +91,13 @@ def picture_table(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"peak {gib(result['peak'])} GiB, {verdict} {gib(PROMISE)} GiB"])
 
 
-@contextmanager
-def prepared(options: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
-    """The weights and the folder that describes them; both are gone afterwards but for weights that were given."""
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        weights, tokenizer = options.weights, options.tokenizer
-        if weights is None:
-            weights = folder / f"{options.scale}.safetensors"
-            if options.scale == "small" and tokenizer is None:
-                tokenizer = BUNDLED["shapes"].parent / "tokenizer"
-            print(f"writing {weights}", file=sys.stderr)
-            write_random(weights, CONFIGS[options.scale])
-        write_description(folder, read_config(weights), weights, tokenizer)
-        yield weights.absolute(), folder
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit code 2 with one line for what cannot be measured."""
+    """Runs the command; exit code 0 on success, 2 with one line if something cannot be measured."""
     parser = _parser()
     options = parser.parse_args(arguments)
     with parser.one_line("no file was left", RuntimeError):
         if not Path("/proc/self/status").exists():
-            raise OSError("there is no /proc/self/status on this system, which says how much memory a process has had")
+            raise OSError("this system has no /proc/self/status, from which peak memory is read")
         if options.command == "write":
             write_random(options.target, CONFIGS[options.scale])
             return
@@ -234,12 +131,12 @@ def _parser() -> Parser:
     write = commands.add_parser("write", help="only write a file of random numbers")
     write.add_argument("target", type=Path, metavar="FILE")
     write.add_argument("--scale", choices=CONFIGS, default="full", help="of the model (default: %(default)s)")
-    loading = commands.add_parser("load", help="measure loading, here and in diffusers")
+    loading = commands.add_parser("load", help="measure loading, in this package and in diffusers")
     loading.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
-    loading.add_argument("--repeats", type=int, default=4, help="of each measurement (default: %(default)s)")
-    picture = commands.add_parser("picture", help="measure one picture, guided")
+    loading.add_argument("--repeats", type=int, default=4, help="rounds (default: %(default)s)")
+    picture = commands.add_parser("picture", help="measure one picture with guidance")
     picture.add_argument("--dtype", choices=DTYPES, default="bf16", help="of U-Net and text (default: %(default)s)")
-    picture.add_argument("--size", type=parse_size, metavar="WxH", help="(default: what the model was made for)")
+    picture.add_argument("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
     picture.add_argument("--steps", type=int, default=1, help="denoising steps (default: %(default)s)")
     picture.add_argument(
         "--strip-rows", type=int, default=8, help="rows of the latent to decode at once (default: %(default)s)"
@@ -247,10 +144,15 @@ def _parser() -> Parser:
     picture.add_argument("--plain", action="store_true", help="keep the text encoders, and decode all at once")
     for command in (loading, picture):
         command.add_argument("--scale", choices=CONFIGS, default="full", help="of the model (default: %(default)s)")
-        command.add_argument("--weights", type=Path, metavar="FILE", help="instead of a file of random numbers")
-        command.add_argument("--tokenizer", type=Path, metavar="DIR", help="with CLIP's vocabulary")
+        command.add_argument("--weights", type=Path, metavar="FILE", help="these weights instead of random ones")
+        command.add_argument(
+            "--tokenizer",
+            type=Path,
+            metavar="DIR",
+            help="vocabulary folder (default: as for sample)",
+        )
         command.add_argument("--folder", type=Path, metavar="DIR", help="for 7 GB of files (default: the system's)")
-        command.add_argument("--json", action="store_true", help="every number, as JSON")
+        command.add_argument("--json", action="store_true", help="print every number as JSON")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""How the time of a step grows with the picture and the batch, beside the count of FLOPs: ``python -m tools.scaling``.
+"""The command ``python -m tools.scaling``: time of a step by picture size and batch, beside its FLOPs.
 
-One model of the time is fitted to all measurements of the dense U-Net: each kind of work at a speed of its own, and a
-fixed cost a call. A measurement that is far from it is where the cost leaves the formula: caches that overflow, or
-calls too small to fill the machine. Presets are held against the same fit. Random weights.
+One formula is fitted to the times of the dense U-Net: each kind of work has its own speed, and each call a fixed cost.
+Where a measured time is far from the fit, FLOPs do not explain it: caches overflow, or calls are too small to fill the
+machine. Presets are compared with the same fit. Weights are random.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from minisdxl.cli.options import DTYPES, Parser
 from minisdxl.config import ModelConfig
 from minisdxl.cost import Kind, count
 from minisdxl.runtime import allocator
-from tools.bench import forget_peak, memory, seconds
 from tools.benchmark.bench_models import CONFIGS, plan_of, unets
-from tools.memory import gib, machine
+from tools.benchmark.gauges import forget_peak, memory, seconds
+from tools.benchmark.machine import gib, machine
 
-# What grows alike is fitted with one speed: convolutions and linear maps with the pixels, attention with their square.
+# Kinds of work that share one speed. Convolutions and linear maps grow with the pixels, attention with their square.
 SPEEDS = {
     "convolution and linear": (Kind.CONVOLUTION, Kind.PROJECTIONS, Kind.FEED_FORWARD),
     "attention": (Kind.SELF_ATTENTION, Kind.CROSS_ATTENTION),
@@ -37,7 +37,7 @@ SPEEDS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: pixels on a side, latents in a call, times of all repeats, bytes beside the weights."""
+    """One measurement: pixels on a side, latents in a call, seconds of all repeats, peak bytes without the weights."""
 
     preset: str
     size: int
@@ -47,12 +47,12 @@ class Point:
 
     @property
     def seconds(self) -> float:
-        """The median."""
+        """The median time."""
         return statistics.median(self.times)
 
 
 def work(config: ModelConfig, point: Point) -> NDArray[np.float64]:
-    """FLOPs of a call by :data:`SPEEDS`, and 1 for the call itself."""
+    """FLOPs of a call for each of :data:`SPEEDS`, and 1 for its fixed cost."""
     side = point.size // config.vae.downscale
     counted = count(config, side, side, plan_of(point.preset, config), config.text[0].context_length)
     by_kind: Counter[Kind] = Counter()
@@ -62,7 +62,7 @@ def work(config: ModelConfig, point: Point) -> NDArray[np.float64]:
 
 
 def fit(config: ModelConfig, points: Sequence[Point]) -> NDArray[np.float64]:
-    """Seconds a FLOP of each of :data:`SPEEDS`, and a call: none negative, least squares of relative errors."""
+    """Seconds per FLOP for each of :data:`SPEEDS`, and per call: non-negative least squares of relative errors."""
     from scipy.optimize import nnls  # not a dependency of the package but of its extra "test"
 
     rows = np.array([work(config, point) / point.seconds for point in points])
@@ -81,11 +81,12 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Point]:
-    """Every preset in turn, with a U-Net that is gone afterwards.
+    """Measures every preset in turn, with a U-Net that is freed afterwards.
 
-    Each time is of a second call, for which the first one's memory is kept, as from a picture's second step on.
+    Each time is that of a second call. The freed memory of the first one stays mapped, as it does between the steps of
+    a picture.
     """
-    with allocator.freed_memory_kept():  # and afterwards what is free goes back: no call is to find any
+    with allocator.freed_memory_kept():  # free memory goes back to the system at the end, so no call starts with any
         contenders = list(unets(config, size, batch, presets, [], device, dtype))
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     peaks = dict.fromkeys(times, 0)
@@ -104,7 +105,7 @@ def measure(
 
 
 def table(config: ModelConfig, points: Sequence[Point], speeds: NDArray[np.float64]) -> str:
-    """Markdown: measured and fitted time, their ratio, FLOPs and memory; then what the fit found."""
+    """Markdown: measured and fitted time, their ratio, FLOPs and memory; then the fitted speeds."""
     head = ["", "px", "batch", "s a step", "fitted", "measured / fitted", "TFLOPs", "memory, GiB"]
     lines = [head, ["---"] * len(head)]
     for point in points:
@@ -122,7 +123,7 @@ def table(config: ModelConfig, points: Sequence[Point], speeds: NDArray[np.float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit code 2 with one line for what cannot be measured."""
+    """Runs the command; exit code 0 on success, 2 with one line if something cannot be measured."""
     parser = _parser()
     options = parser.parse_args(arguments)
     config, device = CONFIGS[options.scale], torch.device(options.device)
@@ -162,8 +163,8 @@ def _parser() -> Parser:
     add("--batches", nargs="+", type=int, default=batches, metavar="B", help="at the first size (default: 1 2 4)")
     add("--dtype", choices=DTYPES, help="(default: fp32 on a CPU, bf16 on a GPU)")
     add("--presets", nargs="*", default=["at-edm"], metavar="PRESET", help="beside dense (default: at-edm)")
-    add("--repeats", type=int, default=2, help="of each measurement (default: %(default)s)")
-    add("--json", action="store_true", help="every number, as JSON")
+    add("--repeats", type=int, default=2, help="rounds (default: %(default)s)")
+    add("--json", action="store_true", help="print every number as JSON")
     return parser
 
 

@@ -1,11 +1,11 @@
-"""Makes the bundled model ``shapes`` from nothing: draws data, trains the VAE, then text encoders and U-Net.
+"""Trains the bundled model ``shapes`` from scratch on drawn pictures: the VAE, the text encoders, then the U-Net.
 
-    python -m tools.train_shapes                 # everything, resuming whatever a killed run left in runs/shapes
+    python -m tools.train_shapes                 # everything; continues a run that was stopped, from runs/shapes
 
-Pictures are drawn as they are needed, a third of them plain (``tools.drawn.world``), so there is no data set and no
-epoch. The text encoders learn by themselves first (``tools.training.text``), then together with the U-Net
-(``tools.training.unet``). That sees small latents first, 64x64 ones (256 px) last, told apart by SDXL's own size
-conditioning: words are learned where steps cost little.
+Pictures are drawn while they are needed, a third of them plain (``tools.drawn.world``), so there is no data set and no
+epoch. The text encoders are trained alone first (``tools.training.text``), then together with the U-Net
+(``tools.training.unet``). The U-Net gets small latents first and 64x64 ones (256 px) last. Most words are learned at
+small sizes, where steps are cheap. SDXL's size conditioning tells the sizes apart.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse_stages(text: str) -> list[tuple[int, int]]:
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with defaults that depend on other options filled in. Exits with status 2 on bad input."""
+    """Parses the command line and fills in defaults that depend on other options. Exits with code 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--run", type=Path, default=Path("runs/shapes"), help="folder of training state, logs and grids"
@@ -51,19 +51,22 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--init",
         type=Path,
-        help="checkpoint to go on from, where the run has no state: keeps its VAE's encoder, but for --teach",
+        help="checkpoint to start from if the run has no state; keeps the encoder of its VAE, except with --teach",
     )
     parser.add_argument(
         "--teach",
         choices=(*COLORS, "open"),
         metavar="WHAT",
-        help="with --init: train the VAE's encoder, too, on this new color, or on open scenes ('open')",
+        help="with --init: also train the VAE's encoder, on this new color or on open scenes ('open')",
     )
     parser.add_argument(
-        "--teacher", type=Path, metavar="FILE", help="U-Net: learn what this model predicts, in place of the noise"
+        "--teacher", type=Path, metavar="FILE", help="U-Net: learn the predictions of this model instead of the noise"
     )
     parser.add_argument(
-        "--world", choices=WORLDS, default="mixed", help="U-Net: plain and open scenes, or plain ones (default: mixed)"
+        "--world",
+        choices=WORLDS,
+        default="mixed",
+        help="U-Net: plain and open scenes, or plain ones (default: mixed)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -72,7 +75,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast (U-Net)")
     parser.add_argument("--vae-steps", type=int, default=1600, help="(default: %(default)s)")
-    parser.add_argument("--text-steps", type=int, default=800, help="of the text encoders alone")
+    parser.add_argument("--text-steps", type=int, default=800, help="of the text encoders alone (default: %(default)s)")
     parser.add_argument(
         "--stages",
         type=parse_stages,
@@ -80,17 +83,20 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SIDE:STEPS,...",
         help="U-Net steps at each picture side in pixels (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step; half of it at full size")
+    parser.add_argument("--batch", type=int, default=32, help="pictures in a step; half as many at full size")
     parser.add_argument(
-        "--rate", type=float, default=1.0, help="share of the full learning rates to begin with, less after --init"
+        "--rate",
+        type=float,
+        default=1.0,
+        help="factor of all learning rates; less than 1 after --init",
     )
     parser.add_argument("--cfg", type=float, default=4.0, help="guidance scale of the sample grids")
     parser.add_argument(
         "--sharpness",
         type=float,
         metavar="S2",
-        help="start all self-attention from a similarity kernel of this s^2 (tools/training/likeness.py), 0: do not; "
-        f"default: {SHARPNESS:g}, with --init 0",
+        help="start all self-attention from a similarity kernel with this s^2 (tools/training/likeness.py), 0: do not "
+        f"(default: {SHARPNESS:g}, with --init 0)",
     )
     parser.add_argument(
         "--kernel-noise", type=float, default=NOISE, metavar="A", help="the kernel's a (default: %(default)s)"
@@ -100,17 +106,19 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="share of the learning rate that query and key maps of self-attention have (default: %(default)s)",
+        help="factor of the learning rate for query and key maps of self-attention (default: %(default)s)",
     )
     parser.add_argument(
-        "--watch-every", type=int, default=200, help="U-Net steps between two looks at self-attention, 0: none"
+        "--watch-every", type=int, default=200, help="U-Net steps between two measurements of self-attention, 0: none"
     )
-    parser.add_argument("--watch-pictures", type=int, default=8, help="plain and as many open pictures of such a look")
+    parser.add_argument(
+        "--watch-pictures", type=int, default=8, help="plain and as many open pictures of a measurement"
+    )
     parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids, 0: none")
-    parser.add_argument("--grid-pictures", type=int, default=16, help="of a grid, in rows of four")
+    parser.add_argument("--grid-pictures", type=int, default=16, help="pictures of a grid, in rows of four")
     options = parser.parse_args(arguments)
     if options.teach is not None and options.init is None:
-        parser.error(f"--teach is {options.teach} without --init, expected both: from nothing, all colors are learned")
+        parser.error(f"--teach is {options.teach} without --init, expected both: without --init all colors are learned")
     if options.sharpness is None:
         options.sharpness = SHARPNESS if options.init is None else 0.0
     if options.workers is None:

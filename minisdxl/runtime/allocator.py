@@ -13,11 +13,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Inside this context freed memory stays with the process. At its end free memory goes back to the system.
+    """A context in which freed memory stays with the process. At its end free memory goes back to the system.
 
     Each step allocates the same large tensors again. glibc maps such memory at every allocation, and the system fills
-    each page with zeros when it is first touched: up to a seventh of the time of a pruned step of SDXL. Nothing changes
-    where libc is another one, or where a ``MALLOC_`` variable or ``GLIBC_TUNABLES`` is set.
+    each page with zeros when it is first touched: up to a seventh of the time of a pruned step of SDXL. Does nothing
+    with another libc, or if a ``MALLOC_`` variable or ``GLIBC_TUNABLES`` is set.
     """
     tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] != "glibc" or tuned:

@@ -13,12 +13,12 @@ from minisdxl.unet import PromptKV, UNet
 
 
 class CompiledUNet:
-    """Runs instead of a :class:`UNet`, for inference. Results differ by rounding.
+    """A :class:`UNet` compiled for inference. Results differ by rounding.
 
-    The first call with a token plan or a shape compiles, which takes minutes at SDXL's size; later calls are faster. To
-    the compiler a plan is a constant, so that no step waits for the device to learn how many tokens stay. Random
-    rankings, and G-WPR that runs until it converges, cannot be traced and run as they are between two graphs. With
-    ``iterations`` G-WPR is traced as well.
+    The first call with a token plan or a shape compiles, which takes minutes at SDXL's size; later calls are faster. A
+    plan is a constant to the compiler, so no step waits for the device to tell how many tokens are kept. Random
+    rankings cannot be traced, nor G-WPR that runs until it converges: they run uncompiled, between two graphs. G-WPR
+    with a fixed number of ``iterations`` is traced.
     """
 
     def __init__(self, unet: UNet, backend: str = "inductor", mode: str | None = None) -> None:

@@ -45,8 +45,8 @@ def encode_each(
 ) -> EncodedPrompts:
     """Encodes every prompt and negative prompt, so that ``text`` is no longer needed.
 
-    Each is encoded by itself, so that pictures differ by rounding from those of a batch. ``EncodedPrompts`` raises
-    ``ValueError`` for other prompts; this raises it for no prompts, or one string.
+    Each is encoded alone, so pictures differ by rounding from those whose prompts are encoded as a batch. Raises
+    ``ValueError`` for no prompts, or for one string. ``EncodedPrompts`` raises it for prompts that are not in it.
     """
     for texts in (prompts, negatives):
         check_prompts(texts)

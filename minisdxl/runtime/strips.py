@@ -2,7 +2,7 @@
 
 A feature map (B, C, H, W) is cut along H, and layers are applied to one strip at a time. The result is exact, without
 seams: a convolution reads one row of each neighboring strip, and a normalization uses the statistics of the whole map.
-A strip is freed once it is read, so that the input and output of a layer take little more than the larger of them.
+A strip is freed once it is read, so the input and the output of a layer together take little more than the larger one.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ import minisdxl
 from atedm.gwpr import EPSILON, MAX_ITERATIONS
 from minisdxl.transformer import AttentionBlock
 from tools.attention import main, score_variance, table
+from tools.evaluation.attention_maps import attention_spread
 from tools.evaluation.pictures import drawn_captions
-from tools.figures import attention_spread
 
 SETTINGS = {
     "prompts": ["a small red circle on a white background", "a big blue square on a black background"],

@@ -18,8 +18,8 @@ from minisdxl.unet import UNet
 from tools import bench
 from tools.benchmark import bench_models
 from tools.benchmark.bench_models import CONFIGS, PEERS, Contender, blocks, unets
+from tools.benchmark.machine import machine
 from tools.benchmark.profile_parts import PARTS, spent
-from tools.memory import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

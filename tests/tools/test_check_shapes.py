@@ -49,7 +49,7 @@ def test_command_on_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: p
         ([str(tmp_path)], "cannot read picture"),
         ([str(tmp_path / "text.png")], "text.png"),
         ([str(tmp_path / "cut.png")], "cut.png"),
-        ([str(tmp_path / "silent.png")], "names no prompt"),
+        ([str(tmp_path / "silent.png")], "has no prompt"),
         ([str(tmp_path / "wide.png"), scene.caption], "expected square"),
         ([str(tmp_path / "whole.png"), "a dog"], "caption is 'a dog'"),
         (["--self-test", "0"], "--self-test is 0"),

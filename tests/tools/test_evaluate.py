@@ -96,7 +96,7 @@ def test_stopped_and_sharded_runs_make_the_same_rows(tmp_path: Path, capsys: pyt
     evaluate(tmp_path / "stopped", "--captions", "1")
     evaluate(tmp_path / "stopped", "--captions", "2")
     evaluate(tmp_path / "shards", "--captions", "2", "--shard", "2/2")
-    assert "2 pictures are for other shards to make" in capsys.readouterr().out
+    assert "2 pictures are left to other shards" in capsys.readouterr().out
     evaluate(tmp_path / "shards", "--captions", "2", "--shard", "1/2")
     straight = timeless(read_rows(tmp_path / "straight" / "rows.csv"))
     stopped = timeless(read_rows(tmp_path / "stopped" / "rows.csv"))
@@ -128,7 +128,7 @@ def rows_are_right(folder: Path, rows: list[Row]) -> None:
             made[prune] = np.asarray(sdxl.generate([row.caption], **settings, on_step=keep)[0])
         picture = made[None if row.preset == "dense" else PRESET]
         verdict = check(picture, row.caption)
-        assert (row.obeyed, row.reasons) == (verdict.obeyed, "; ".join(verdict.reasons))
+        assert (row.obeyed, row.reasons) == (verdict.right, "; ".join(verdict.reasons))
         assert row.held_out is True
         assert (row.psnr, row.ssim) == (psnr(picture, made[None]), ssim(picture, made[None]))
         if row.preset == "dense":

@@ -23,11 +23,10 @@ from minisdxl.config import SDXL_BASE, SHAPES
 from minisdxl.cost import Kind, count, summary
 from minisdxl.fast import cpu
 from minisdxl.pipeline import SDXL
+from tools.evaluation.attention_maps import Settings, attention_spread
 from tools.figures import (
     BOUNDARIES,
     TAUS,
-    Settings,
-    attention_spread,
     compare,
     darkened,
     flops_by_block,

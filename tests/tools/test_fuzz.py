@@ -147,12 +147,12 @@ BUGS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "fields unread": (put_in(json_fields.Fields, "check", lambda *_: None), "passed over "),
     "names unread": (put_in(resolve, "misfits", lambda *_: ""), "KeyError: "),
     "another exception": (put_in(modules, "find_source", failing), "IndexError: unlucky"),
-    "refused without a name": (put_in(tensorfile, "CheckpointError", anonymous), "refused without a word of "),
+    "refused without a name": (put_in(tensorfile, "CheckpointError", anonymous), "refused without the name "),
     "refused in two lines": (put_in(tensorfile, "_parse", many_lines), "refused in 2 lines"),
     "a crash": (put_in(fuzz, "load", crashing), "the process ended with SIGSEGV"),
     "memory": (put_in(fuzz, "load", greedy), "RuntimeError: .*memory"),
     "time": (put_in(fuzz, "load", busy), "took more than 1 s of the processor"),
-    "waiting": (put_in(fuzz, "load", waiting), "nothing came of it in 1 s"),
+    "waiting": (put_in(fuzz, "load", waiting), "no result in 1 s"),
 }
 
 

@@ -17,7 +17,10 @@ from minisdxl.config import SDXL_BASE, SHAPES
 from minisdxl.tokenizer import Tokenizer, read_vocabulary
 from tests import manifest
 from tests.minisdxl.peers import diffusers_unet
-from tools.memory import PROMISE, loading_table, machine, main, measure, picture_table, write_description, write_random
+from tools.benchmark.machine import machine
+from tools.benchmark.model_files import write_description, write_random
+from tools.benchmark.processes import measure
+from tools.memory import PROMISE, loading_table, main, picture_table
 
 VOCABULARY = Path(__file__).parents[2] / "weights" / "shapes" / "tokenizer"
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")

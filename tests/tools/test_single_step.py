@@ -11,7 +11,8 @@ import torch
 import minisdxl
 from atedm import DENSE, parse_preset
 from minisdxl.sampler import discrete_sigmas
-from tools.single_step import drawn_pictures, main, outcomes
+from tools.evaluation.step_changes import drawn_pictures, outcomes
+from tools.single_step import main
 
 
 def test_outcomes_are_those_of_two_calls() -> None:

@@ -1,7 +1,7 @@
-"""What ``tools.bench`` times: this U-Net with token plans, or one attention block of it, and diffusers' U-Net.
+"""The models that ``tools.bench`` times: this U-Net with token plans, one attention block of it, and diffusers' U-Net.
 
-All share one set of random weights, so that they fit into memory beside each other. Only the convolutions are there
-twice where diffusers runs as it comes: its kernels have the channels outside, ours inside.
+All share one set of random weights, so that they fit into memory together. Only convolution weights exist twice, if
+diffusers runs with its default memory format: its kernels are channels first, ours channels last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minisdxl.text import TextEmbeddings
 from minisdxl.transformer import AttentionBlock
 from minisdxl.unet import UNet
 
-# Small is of SDXL's depth, at a fifth of its width.
+# The small model has SDXL's depth and a fifth of its width.
 CONFIGS = {
     "full": SDXL_BASE,
     "small": replace(SDXL_BASE, name="small", unet=replace(SDXL_BASE.unet, model_channels=64)),
@@ -35,21 +35,21 @@ PEERS = ("diffusers", "diffusers-channels-last", "tomesd")
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to be timed: ``call`` makes one step, on the device alone."""
+    """A model to be timed: ``call`` runs one step on the device."""
 
     name: str
     call: Callable[[], Tensor]
 
 
 def plan_of(preset: str, config: ModelConfig) -> TokenPlan:
-    """What ``preset`` does at the last of 50 steps, the steady one. Raises ``ValueError`` for no such preset."""
+    """The plan of ``preset`` at the last of 50 steps, the steady one. Raises ``ValueError`` for an unknown preset."""
     if preset == "dense":
         return DENSE
     return parse_preset(preset).plan(49, 50, config.unet.attention_sites())
 
 
 def randomize(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives a module on the meta device numbers on another one, of a scale at which all its parts matter."""
+    """Moves a module from the meta device to ``device``, with random weights scaled so that all parts matter."""
     torch.manual_seed(0)
     module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for name, weight in module.named_parameters():
@@ -72,9 +72,9 @@ def unets(
 ) -> Iterator[Contender]:
     """One call of the U-Net each, for ``batch`` latents of pictures with ``size`` pixels on a side.
 
-    What depends on the prompt alone is there already, as it is after the first step of a picture: here keys and values
-    of the text too, in diffusers its encoded words. ``compile_all`` has torch compile ours and theirs, for CUDA graphs
-    where there is a GPU. Raises ``ValueError`` for no such preset.
+    What depends only on the prompt is computed before, as after the first step of a picture: encoded words, and in this
+    package their keys and values too. ``compile_all`` compiles all U-Nets, with CUDA graphs on a GPU. Raises
+    ``ValueError`` for an unknown preset.
     """
     plans = {preset: plan_of(preset, config) for preset in presets}
     side = size // config.vae.downscale
@@ -94,7 +94,7 @@ def unets(
     for preset, plan in plans.items():
         yield Contender(preset, lambda plan=plan: network(x, timestep, text, vector, plan))  # type: ignore[misc]
     added = {"text_embeds": words.pooled, "time_ids": sizes}
-    plain: dict[Tensor, Tensor] = {}  # convolutions with the channels outside, for two peers
+    plain: dict[Tensor, Tensor] = {}  # convolution weights in channels-first order, shared by two peers
     for name in peers:
         peer = diffusers_unet(unet, config, None if name == "diffusers-channels-last" else plain)
         if name == "tomesd":
@@ -110,7 +110,7 @@ def unets(
 
 
 def diffusers_unet(unet: UNet, config: ModelConfig, plain: dict[Tensor, Tensor] | None) -> Any:
-    """diffusers' U-Net with our tensors; ``plain`` collects copies of those that it is to have in its own order."""
+    """diffusers' U-Net with our tensors; ``plain`` collects copies in channels-first order, ``None`` copies none."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -135,7 +135,7 @@ def blocks(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[Contender]:
-    """The attention block called ``name`` alone. Raises ``ValueError`` if there is none, or for no such preset."""
+    """The attention block ``name`` alone, under each preset. Raises ``ValueError`` for unknown blocks or presets."""
     plans = {preset: plan_of(preset, config).get(name) for preset in presets}
     sites = {site.name: site for site in config.unet.attention_sites()}
     if name not in sites:

@@ -1,4 +1,4 @@
-"""What a call of the U-Net spends its time on, part by part, by torch's profiler."""
+"""Time of a U-Net call by part (convolution, attention, ranking, ...), measured with torch's profiler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atedm.tokens import TokenSet
 from minisdxl.fast import cpu, winograd
 from tools.benchmark.bench_models import Contender
 
-# Of operators within operators the outermost counts.
+# Parts by torch operator. The outermost of nested operators counts.
 OPERATORS = {
     "aten::conv2d": "convolution",
     "aten::linear": "projections",
@@ -27,8 +27,8 @@ OPERATORS = {
     "aten::group_norm": "normalization",
     "aten::layer_norm": "normalization",
 }
-# What is made of several operators: convolutions in few multiplications, attention to few keys, and what a token plan
-# adds to the layers.
+# Parts by Python function, where several operators make one part: Winograd convolution, attention to few keys, and all
+# that a token plan adds to the layers.
 LABELS: tuple[tuple[Any, str, str], ...] = (
     (winograd, "convolve", "convolution"),
     (cpu, "attention", "attention"),
@@ -47,7 +47,7 @@ PARTS = (*dict.fromkeys(OPERATORS.values()), "ranking", "gather", "recovery", "r
 
 @contextmanager
 def labelled() -> Iterator[None]:
-    """Tells the profiler where each of ``LABELS`` begins and ends."""
+    """A context in which the profiler records the functions in ``LABELS`` as parts."""
 
     def mark(function: Callable[..., Any], part: str) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -64,7 +64,7 @@ def labelled() -> Iterator[None]:
 
 
 def spent(contender: Contender, device: torch.device) -> dict[str, float]:
-    """Milliseconds that operators of one call take, by ``PARTS``; on a GPU those of their kernels."""
+    """Milliseconds of one call for each of ``PARTS``; on a GPU the time of the kernels."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with labelled(), torch.no_grad(), profile(activities=activities) as profiler:

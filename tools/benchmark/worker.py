@@ -1,6 +1,6 @@
-"""One measurement of ``tools.memory`` or ``tools.bench_image`` in a fresh process; prints JSON as its last line.
+"""One measurement of ``tools.memory`` or ``tools.bench_image`` in a fresh process, printed as JSON in the last line.
 
-Each function imports what it measures and nothing else, because imports count in the memory of the process.
+Each function imports only what it measures, because imports count in the memory of the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROMPT = "a photograph of an astronaut riding a horse"
 
 
 def ours(weights: str, folder: str, dtype: str) -> dict[str, Any]:
-    """Loads with ``minisdxl.load``."""
+    """Loads a model with ``minisdxl.load``."""
     import torch
 
     began = _clocks()
@@ -33,9 +33,9 @@ def ours(weights: str, folder: str, dtype: str) -> dict[str, Any]:
 
 
 def diffusers(weights: str, folder: str, dtype: str) -> dict[str, Any]:
-    """Loads with diffusers, whose ``config=`` names a local folder: nothing is asked of the hub.
+    """Loads a model with diffusers. Its ``config=`` is a local folder, so it asks nothing of the hub.
 
-    The VAE is brought to fp32, as is done here while loading, and in diffusers, from fp16, before it decodes.
+    The VAE is converted to fp32. ``minisdxl.load`` does the same; diffusers does it with an fp16 VAE before decoding.
     """
     import torch
 
@@ -55,7 +55,7 @@ def diffusers(weights: str, folder: str, dtype: str) -> dict[str, Any]:
 def picture(
     weights: str, folder: str, dtype: str, size: tuple[int, int] | None, steps: int, strip_rows: int | None
 ) -> dict[str, Any]:
-    """Makes a picture, guided; with a ``strip_rows`` also without text encoders while it samples."""
+    """Samples one picture with guidance. With ``strip_rows`` it drops the text encoders first and decodes in strips."""
     import torch
 
     from minisdxl import load
@@ -83,7 +83,7 @@ def picture(
     return {"stages": stages, "peak": _memory("VmHWM")}
 
 
-def whole(
+def two_pictures(
     library: str,
     weights: str,
     folder: str,
@@ -94,9 +94,9 @@ def whole(
     prune: str | None,
     started: float,
 ) -> dict[str, Any]:
-    """Makes two pictures, guided, and times the second; the first one's first step ends what a start takes.
+    """Samples two pictures with guidance. Times the start, up to the first step of the first, and the whole second.
 
-    ``started`` is when the process was asked for, in seconds of ``time.time()``. No ``prune`` with diffusers.
+    ``started`` is ``time.time()`` when the process was requested. ``prune`` is ignored with diffusers.
     """
     import torch
 
@@ -140,7 +140,7 @@ def whole(
 
 
 class Clocks(NamedTuple):
-    """Seconds by the wall, and of the processor, for which it makes no difference what else the machine does."""
+    """Seconds of the wall clock, and of the processor, which other programs disturb less."""
 
     wall: float
     processor: float
@@ -151,10 +151,10 @@ def _clocks() -> Clocks:
 
 
 def _loaded(began: Clocks, imported: Clocks, called: Clocks, modules: Iterable[nn.Module]) -> dict[str, Any]:
-    """Seconds from the library's import, which torch's comes before, until all weights can be used, and of loading
-    alone, without that import; their bytes; and the most memory of the process.
+    """Times from the library's import to usable weights, with and without the import; bytes of weights; peak memory.
 
-    One byte of each page is read: a library may map a file into memory, and would read it later than it says.
+    torch is imported before the clocks start. One byte of each page of the weights is read, because a library may only
+    map a file into memory and read it later.
     """
     import torch
 
@@ -177,12 +177,12 @@ def _loaded(began: Clocks, imported: Clocks, called: Clocks, modules: Iterable[n
 
 
 def _memory(field: str) -> int:
-    """Bytes of a field of the process's status: VmRSS is what it has in memory, VmHWM the most that it had."""
+    """Bytes of a field of the process's status: ``VmRSS`` is the memory in use, ``VmHWM`` its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":
-    kinds: tuple[Callable[..., dict[str, Any]], ...] = (ours, diffusers, picture, whole)
+    kinds: tuple[Callable[..., dict[str, Any]], ...] = (ours, diffusers, picture, two_pictures)
     measure = {kind.__name__: kind for kind in kinds}[sys.argv[1]]
     print(json.dumps(measure(**json.loads(sys.argv[2]))))

@@ -31,7 +31,7 @@ from tools.drawn.world import (
 class CaptionCheck:
     """Whether a picture shows exactly what its caption says; ``reasons`` is empty when it does."""
 
-    obeyed: bool
+    right: bool
     reasons: tuple[str, ...]
     found: read_plain.Found | read_open.FoundOpen
 
@@ -119,11 +119,11 @@ def self_test(
     for _ in range(count):
         scene = scenes(rng)
         picture = _harmed(scene, side, harm)
-        accepted += check(picture, scene.caption).obeyed
-        refused += not check(picture, rng.choice(list(one_word_changes(scene))).caption).obeyed
+        accepted += check(picture, scene.caption).right
+        refused += not check(picture, rng.choice(list(one_word_changes(scene))).caption).right
         if scene.open:
             other = _harmed(one_disagreement(rng, scene), side, harm)
-            disagreements.append(not check(other, scene.caption).obeyed)
+            disagreements.append(not check(other, scene.caption).right)
     share = sum(disagreements) / len(disagreements) if disagreements else None
     return SelfTest(accepted / count, refused / count, share)
 

@@ -1,16 +1,16 @@
-"""The experiments of ``tools.experiments``, as data: what is compared with what, and which claims that decides."""
+"""The experiments of ``tools.experiments`` as data: presets, budgets, and the claims that are judged."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-BASELINE = "at-edm"  # what all others are compared with
-CFG = 4.0  # what the bundled model is at its best with
+BASELINE = "at-edm"  # the preset that all others are compared with
+CFG = 4.0  # the best CFG scale of the bundled model
 
 
 class Claim(NamedTuple):
-    """That one preset beats another, as the paper has it or as a student might ask."""
+    """The claim that preset ``better`` beats preset ``worse``, from the paper or one's own."""
 
     text: str
     better: str
@@ -21,8 +21,8 @@ class Claim(NamedTuple):
 class Experiment:
     """Presets under every combination of budget, CFG scale and number of steps, with the dense model beside them.
 
-    A budget is a share of the dense FLOPs, average of all steps, or a preset that all are to cost as much as. ``axis``
-    is the plot's horizontal axis (``AXES`` of ``plots``), ``None`` for presets side by side, with pictures.
+    A budget is a share of the dense FLOPs, averaged over all steps, or a preset whose cost all presets get. ``axis`` is
+    the plot's horizontal axis (``AXES`` of ``plots``), or ``None`` for presets side by side, with pictures.
     """
 
     about: str

@@ -1,6 +1,6 @@
-"""How far pictures are from other pictures: PSNR, SSIM and latent error one by one, the Frechet distance as crowds.
+"""Distances between pictures: PSNR, SSIM and latent error of pairs, the Fréchet distance of sets.
 
-Pictures are 8-bit RGB, (H, W, 3); all is computed in float64.
+Pictures are 8-bit RGB, (H, W, 3). Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def latent_error(latent: Tensor, reference: Tensor) -> float:
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Squared Frechet distance of two normal distributions fitted to features (n, D) and (m, D).
+    """Squared Fréchet distance of two normal distributions fitted to features (n, D) and (m, D).
 
-    |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)): Dowson and Landau 1982; of pictures, Heusel et al. 2017. It is too
-    large for few samples, by an amount that depends on n and m: compare distances of equal n and m alone. Raises
-    ``ValueError`` for fewer than 2 samples and for unequal D.
+    |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)): Dowson and Landau 1982, and for pictures Heusel et al. 2017. With
+    few samples it is too large, by an amount that depends on n and m. So compare only distances of equal n and m.
+    Raises ``ValueError`` for fewer than 2 samples and for unequal D.
     """
     if min(len(features), len(reference)) < 2 or features.shape[1:] != reference.shape[1:]:
         raise ValueError(
@@ -80,7 +80,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     for each, mean in zip((features, reference), means, strict=True):
         centered = (each.double() - mean) / math.sqrt(len(each) - 1)
         factors.append(torch.linalg.qr(centered, mode="r").R)
-    # tr (C C')^(1/2) is the sum of the singular values of R R'^T: exact also where covariances have no full rank.
+    # tr (C C')^(1/2) is the sum of the singular values of R R'^T, exact also for covariances without full rank.
     shared = torch.linalg.svdvals(factors[0] @ factors[1].T).sum()
     spread = factors[0].square().sum() + factors[1].square().sum() - 2 * shared
     return float((means[0] - means[1]).square().sum() + spread)
@@ -90,9 +90,9 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 def vae_features(vae: VAE, pictures: Iterable[Picture]) -> Tensor:
     """Features (n, D) float64 of pictures for :func:`frechet_distance`, from the encoder of the model's VAE.
 
-    It is the fixed network: every checkpoint has one, and it needs no further training. Features are, at each level of
-    the encoder, the mean and the standard deviation of every channel over the picture: colors, edges and surfaces at
-    several scales, not where they are, which the detector judges. Under other VAEs distances are other measures.
+    Every checkpoint has a VAE, so no other network is needed. The features are the mean and the standard deviation of
+    every channel over the picture, at each level of the encoder. They show colors, edges and surfaces at several
+    scales, but not where they are, which the detector judges. Distances under different VAEs cannot be compared.
     """
     device = next(vae.parameters()).device
     rows = []

@@ -1,6 +1,6 @@
-"""FID and CLIP score as papers give them, through torchmetrics (the extra "evaluate"), from local weight files.
+"""FID and CLIP score as papers report them, by torchmetrics (the extra "evaluate") from local weight files.
 
-Nothing is downloaded. torchmetrics is imported when one of these is made.
+Nothing is downloaded. torchmetrics is imported when a metric is constructed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minisdxl.cli.picture_files import read_picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-FEATURES = 2048  # of Inception's last pooling, which FID is defined on
+FEATURES = 2048  # channels of Inception's last pooling layer, on which FID is defined
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -29,7 +29,7 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 class Fid:
-    """Frechet Inception distance (Heusel et al. 2017) to the pictures in the files ``references``.
+    """Fréchet Inception distance (Heusel et al. 2017) to the pictures in the files ``references``.
 
     ``network`` is the file of Inception's weights that torch-fidelity reads (pt_inception-2015-12-05-6726825d.pth or
     its re-release), or any network of pictures (1, 3, H, W) uint8 to features (1, D).
@@ -60,7 +60,7 @@ class Fid:
 
 
 class ClipFeatures(nn.Module):
-    """A CLIP model of transformers whose features are tensors, as torchmetrics wants; transformers 5 wraps them."""
+    """A CLIP model of transformers that returns tensors, as torchmetrics needs; transformers 5 wraps them."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class ClipFeatures(nn.Module):
 class ClipScore:
     """CLIP score (Hessel et al. 2021, without its factor 2.5): 100 times the mean cosine of picture and caption.
 
-    What the AT-EDM paper gives as 0.3284 is 32.84 here. ``folder`` holds a CLIP model in the layout of transformers,
+    The value 0.3284 of the AT-EDM paper is 32.84 here. ``folder`` holds a CLIP model in the layout of transformers,
     with its tokenizer and preprocessor. Raises ``OSError`` for another folder, and ``ModuleNotFoundError``.
     """
 
@@ -97,7 +97,7 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, pictures: Iterable[Path], captions: Iterable[str]) -> float:
-        """Of one or more pictures, each with its caption."""
+        """The score of one or more pictures, each with its caption."""
         self.metric.reset()
         for path, caption in zip(pictures, captions, strict=True):
             self.metric.update(_pixels(path).to(self.metric.device), [caption])
@@ -110,7 +110,7 @@ def _pixels(path: Path) -> Tensor:
 
 
 def _check_tensors(path: Path) -> None:
-    """torch-fidelity would run whatever code a pickle names: only a file of tensors alone gets that far."""
+    """Raises ``ValueError`` unless the file has only tensors: torch-fidelity would run any code that a pickle names."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

@@ -1,4 +1,4 @@
-"""Intervals of what was measured on the same captions and seeds, and what they say of a claim. All are of 95 %."""
+"""Confidence intervals of 95 % for measures on the same captions and seeds, and verdicts on claims."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-Z = 1.959964  # of a standard normal variable, 95 % lie within
+Z = 1.959964  # 95 % of a standard normal variable lie within -Z and Z
 RESAMPLES = 10_000
 CHUNK = 500  # resamples held in memory at a time
-LEAST_PAIRS = 6  # of fewer, all on one side is not yet rare: 2 * 0.5^5 > 0.05
+LEAST_PAIRS = 6  # with 5 pairs, all on one side is not rare enough: 2 * 0.5^5 > 0.05
 VERDICTS = ("confirmed", "not", "undecided")
+INTERVALS = (
+    "Intervals of 95 %: Wilson 1927 for shares, Tango 1998 for paired differences of shares, "
+    "paired bootstrap (percentiles, Efron and Tibshirani 1993) for the others."
+)
 
 
 class Estimate(NamedTuple):
@@ -39,9 +43,9 @@ def wilson(successes: int, trials: int) -> Estimate:
 def paired_shares(ours: Sequence[bool], theirs: Sequence[bool]) -> Estimate:
     """Our share less theirs, on the same trials, with the score interval of Tango 1998 (Statistics in Medicine 17:891).
 
-    The differences that McNemar's test, generalized from no difference to any, does not reject. Sound also where
-    nearly all pairs agree, where resampling would give an interval of no width. Raises ``ValueError`` for no trials and
-    for unequal numbers of them.
+    The interval holds the differences that McNemar's test, generalized from no difference to any, does not reject. It
+    is also sound if nearly all pairs agree, where resampling would give an interval of zero width. Raises
+    ``ValueError`` for no trials and for unequal numbers of them.
     """
     n = len(ours)
     if n == 0 or len(theirs) != n:
@@ -62,7 +66,7 @@ def paired_shares(ours: Sequence[bool], theirs: Sequence[bool]) -> Estimate:
 
 
 def _crossing(score: Callable[[float], float], low: float, high: float, level: float) -> float:
-    """Where the falling ``score`` comes down to ``level``; an end where it does not."""
+    """Where the falling ``score`` crosses ``level`` between ``low`` and ``high``; one of the ends if it does not."""
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if score(middle) > level else (low, middle)
@@ -72,7 +76,7 @@ def _crossing(score: Callable[[float], float], low: float, high: float, level: f
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
     """A mean, with the percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13).
 
-    Of paired differences this is the paired bootstrap. The same values give the same interval. An infinite value makes
+    For paired differences this is the paired bootstrap. The same values give the same interval. An infinite value makes
     all three numbers infinite. Raises ``ValueError`` for no values and for NaN.
     """
     data = np.asarray(values, dtype=np.float64)
@@ -88,10 +92,10 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
 
 
 def verdict(advantage: Estimate, pairs: int) -> str:
-    """What the advantage of one over another says of the claim that it is the better one: one of ``VERDICTS``.
+    """Whether an advantage over another preset confirms the claim of being better: one of ``VERDICTS``.
 
-    ``not`` is the opposite, outside the interval; a difference that may well be none leaves the claim ``undecided``, as
-    do fewer pairs than ``LEAST_PAIRS``, of which resampling gives too narrow an interval.
+    ``confirmed`` if the interval lies above 0, ``not`` if it lies below 0, ``undecided`` if it holds 0. Fewer pairs
+    than ``LEAST_PAIRS`` are ``undecided`` too, because resampling gives too narrow an interval.
     """
     if pairs < LEAST_PAIRS:
         return "undecided"

@@ -1,4 +1,4 @@
-"""Pictures of the same captions from the same noise, dense and under presets, each of them a row."""
+"""Pictures of the same captions from the same noise, dense and under presets, with a row of measures for each."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tools.drawn.world import held_out, parse_caption, random_scene
 from tools.evaluation.metrics import latent_error, psnr, ssim
 from tools.evaluation.rows import DENSE, Folder, Row
 
-SPLITS = {"test": "test", "all": None}  # of random_scene: captions that training never saw, or any
+SPLITS = {"test": "test", "all": None}  # values of random_scene's split: captions that training never saw, or all
 
 
 @dataclass(frozen=True)
 class Captions:
-    """What is drawn; caption i has seed i. ``drawn`` says that the detector can read their pictures."""
+    """Captions; caption i has seed i. ``drawn`` ones are of the drawn world, so the detector can check them."""
 
     texts: tuple[str, ...]
     drawn: bool
@@ -46,7 +46,7 @@ class Captions:
 def drawn_captions(count: int, split: str = "test") -> Captions:
     """``count`` different captions of the drawn world, the same ones every time. ``split`` is one of ``SPLITS``.
 
-    Raises ``ValueError`` if there are not as many, or not to be found in a reasonable number of draws.
+    Raises ``ValueError`` if the drawn world has fewer, or if they are not found in ``1000 + 5 * count`` draws.
     """
     rng = random.Random("evaluate")
     captions: dict[str, None] = {}
@@ -58,9 +58,10 @@ def drawn_captions(count: int, split: str = "test") -> Captions:
 
 
 def file_captions(path: Path, count: int) -> Captions:
-    """The first ``count`` prompts of a file. Raises as ``read_prompts``, and ``ValueError`` for too few of them.
+    """The first ``count`` prompts of a file.
 
-    So it does for a prompt with a seed or a negative prompt of its own: here all are treated alike.
+    Raises as ``read_prompts``, and ``ValueError`` for too few prompts, or for one with its own seed or negative prompt,
+    because all captions of an evaluation have the same settings.
     """
     prompts = read_prompts(path)
     if len(prompts) < count:
@@ -72,7 +73,7 @@ def file_captions(path: Path, count: int) -> Captions:
 
 
 def weights_sha256(weights: str, dtype: torch.dtype) -> str:
-    """Of all weights that are read, one file after the other."""
+    """The sha256 of all weight files that are read, one after the other."""
     digest = hashlib.sha256()
     for path in open_source(weights_path(weights), dtype).files:
         with path.open("rb") as file:
@@ -83,7 +84,7 @@ def weights_sha256(weights: str, dtype: torch.dtype) -> str:
 def solve(
     config: ModelConfig, size: tuple[int, int], presets: Sequence[str], steps: int, share: float | None, measure: str
 ) -> dict[str, str]:
-    """Each preset's text with the ratio that brings it to ``share`` of the dense FLOPs, to 0.01 %; without, as it is.
+    """Each preset's text with the ratio for ``share`` of the dense FLOPs, to 0.01 %; unchanged for a share of ``None``.
 
     ``measure`` is ``average`` or ``steady``. Raises ``ValueError`` for presets that do not exist, have a ratio of their
     own, or cannot reach that share, and for a share outside (0, 1].
@@ -103,7 +104,7 @@ def solve(
 
 
 def average_share(config: ModelConfig, size: tuple[int, int], preset: str, steps: int) -> float:
-    """FLOPs of a U-Net call, average of all steps, as a share of the dense model's."""
+    """FLOPs of a U-Net call, averaged over all steps, as a share of the dense model's."""
     f = config.vae.downscale
     calls = summary(config, size[1] // f, size[0] // f, None if preset == DENSE else parse_preset(preset), steps)
     return float(calls["average"] / calls["dense"])
@@ -119,9 +120,9 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What all rows of a folder share.
+    """Makes the pictures and rows of one folder, all with the same model and settings.
 
-    Batches are the same in every run, and a shard is every n-th of them: with the same settings a row is the same to
+    Batches are the same in every run, and a shard is every n-th batch. So with the same settings a row is the same to
     the last bit, whether a run was stopped, sharded, or neither.
     """
 
@@ -141,9 +142,10 @@ class Evaluation:
             raise ValueError("size is {}x{}, expected a square of 64 or more pixels: drawn scenes".format(*self.size))
 
     def run(self, presets: Sequence[str], shard: tuple[int, int] = (1, 1)) -> None:
-        """Makes the pictures of this shard that are not there yet; prints a line for each batch.
+        """Makes the missing pictures of this shard, and prints a line for each batch.
 
-        The dense ones come first in every batch: the others are compared with them. Raises as ``SDXL.generate``.
+        Dense pictures come first in every batch, because the others are compared with them. Raises as
+        ``SDXL.generate``.
         """
         index, count = shard
         file = "rows.csv" if count == 1 else f"rows-{index}-of-{count}.csv"
@@ -159,12 +161,12 @@ class Evaluation:
                     print(f"captions {numbers[0]} to {numbers[-1]}, {preset}: {_progress(rows)}", flush=True)
 
     def missing(self, presets: Sequence[str]) -> int:
-        """How many rows are not there yet."""
+        """The number of missing rows."""
         kinds = {DENSE, *presets}
         return sum(not self.folder.has(kind, number) for kind in kinds for number in range(len(self.captions)))
 
     def _make(self, preset: str, numbers: range, wanted: Sequence[int]) -> Iterator[Row]:
-        """Makes the whole batch, as ever, and gives those that are wanted."""
+        """Makes the whole batch, so that rounding is the same in every run, and yields the rows that are wanted."""
         captions, last = self.captions.texts[numbers.start : numbers.stop], dict[str, Tensor]()
         began = time.perf_counter()
         images = self.sdxl.generate(
@@ -192,7 +194,7 @@ class Evaluation:
                 steps=self.steps,
                 cfg=self.cfg,
                 caption=caption,
-                **_verdict(pixels, caption, self.captions.drawn),
+                **_caption_check(pixels, caption, self.captions.drawn),
                 psnr=psnr(pixels, dense),
                 ssim=ssim(pixels, dense),
                 latent_error=latent_error(latent, self.folder.latent(number)),
@@ -205,15 +207,15 @@ class Evaluation:
 _share = cache(average_share)
 
 
-def _verdict(pixels: Any, caption: str, drawn: bool) -> dict[str, Any]:
+def _caption_check(pixels: Any, caption: str, drawn: bool) -> dict[str, Any]:
     if not drawn:
         return {"obeyed": None, "held_out": None, "reasons": ""}
-    verdict = check(pixels, caption)
-    reasons = "; ".join(verdict.reasons)
-    return {"obeyed": verdict.obeyed, "held_out": held_out(parse_caption(caption)), "reasons": reasons}
+    found = check(pixels, caption)
+    reasons = "; ".join(found.reasons)
+    return {"obeyed": found.right, "held_out": held_out(parse_caption(caption)), "reasons": reasons}
 
 
 def _progress(rows: Sequence[Row]) -> str:
-    obeyed = sum(row.obeyed is True for row in rows)
-    judged = "" if rows[0].obeyed is None else f"{obeyed} of {len(rows)} obeyed, "
+    right = sum(row.obeyed is True for row in rows)
+    judged = "" if rows[0].obeyed is None else f"{right} of {len(rows)} right, "
     return f"{judged}{rows[0].seconds:.1f} s each"

@@ -1,4 +1,4 @@
-"""Plots of summaries: a measure with its intervals against the cost, a setting, or preset by preset; and pictures."""
+"""Plots of summaries, with intervals, against FLOPs or a setting or by preset; and sheets of small pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ THUMBNAIL, LABEL = 128, 18  # pixels
 
 @dataclass(frozen=True)
 class Measure:
-    """A field of a summary that is an estimate, and what to write beside it; ``factor`` makes it that unit."""
+    """A field of a summary that is an estimate, its axis label, and the factor that converts it to the label's unit."""
 
     field: str
     label: str
@@ -36,9 +36,9 @@ class Measure:
         return None if found is None else Estimate(*(self.factor * number for number in found))
 
 
-OBEYED = Measure("obeyed", "caption accuracy, %", 100)
+CAPTION_ACCURACY = Measure("obeyed", "caption accuracy, %", 100)
 LATENT_ERROR = Measure("latent_error", "mean squared latent error to dense")
-AXES = {  # what a panel can be drawn against
+AXES = {  # horizontal axes by field of a summary
     "flops_share": "FLOPs of a U-Net call, average of all steps, share of dense",
     "cfg": "CFG scale",
     "steps": "denoising steps",
@@ -46,7 +46,7 @@ AXES = {  # what a panel can be drawn against
 
 
 def draw_against(panel: Any, summaries: Sequence[Summary], measure: Measure, axis: str) -> None:
-    """A line for each preset, whatever its ratio, over ``axis``, one of ``AXES``, with bars of 95 %."""
+    """Draws a line for each preset, at all its ratios, over ``axis``, one of ``AXES``, with intervals of 95 %."""
     lines: dict[str, list[tuple[float, Estimate]]] = {}
     for each in summaries:
         found = measure.of(each)
@@ -62,7 +62,7 @@ def draw_against(panel: Any, summaries: Sequence[Summary], measure: Measure, axi
 
 
 def draw_presets(panel: Any, summaries: Sequence[Summary], measure: Measure) -> None:
-    """A point with its bar of 95 % for each preset, top down."""
+    """Draws a point with its interval of 95 % for each preset, from top to bottom."""
     shown = [(each.preset, found) for each in summaries if (found := measure.of(each)) is not None]
     estimates = [found for _, found in shown]
     panel.errorbar([e.value for e in estimates], range(len(shown)), xerr=_bars(estimates), fmt="o", capsize=3)
@@ -72,16 +72,16 @@ def draw_presets(panel: Any, summaries: Sequence[Summary], measure: Measure) -> 
 
 
 def family(preset: str) -> str:
-    """A preset's text without its ratio: what is one line, however many ratios meet its budgets."""
+    """A preset's text without its ratio. Presets of one family are one line in a plot."""
     name, _, settings = preset.partition(":")
     others = [part for part in settings.split(",") if part and not part.startswith(("rho=", "r="))]
     return f"{name}:{','.join(others)}" if others else name
 
 
 def save_figure(path: Path, summaries: Sequence[Summary], measures: Sequence[Measure], axis: str | None) -> None:
-    """Panels side by side of those measures that were taken, against ``axis``, or preset by preset for ``None``.
+    """Writes a PNG file with a panel for each measure that was taken, against ``axis``, or by preset for ``None``.
 
-    Writes a PNG file. Raises ``ModuleNotFoundError`` without matplotlib, ``OSError``, and ``ValueError`` if nothing was
+    Raises ``ModuleNotFoundError`` without matplotlib, ``OSError``, and ``ValueError`` if nothing was
     measured.
     """
     import matplotlib  # not a dependency of the package but of its extra "evaluate"
@@ -103,7 +103,7 @@ def save_figure(path: Path, summaries: Sequence[Summary], measures: Sequence[Mea
 
 
 def save_pictures(path: Path, rows: Mapping[str, Sequence[Picture]]) -> None:
-    """Small pictures in a PNG file of 256 colors: a row for each preset, under its name. Raises ``OSError``."""
+    """Writes small pictures to a PNG file of 256 colors, a row for each preset under its name. Raises ``OSError``."""
     columns, height = max(map(len, rows.values())), THUMBNAIL + LABEL
     sheet = Image.new("RGB", (columns * THUMBNAIL, len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)

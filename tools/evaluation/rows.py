@@ -1,7 +1,7 @@
 """The folder of an evaluation: its settings, a row for every picture, the pictures, and the dense model's latents.
 
-    settings.json            what all rows share; other settings need another folder
-    rows.csv                 or rows-2-of-4.csv, of the second of four shards
+    settings.json            settings of all rows; other settings need another folder
+    rows.csv                 or rows-2-of-4.csv for the second of four shards
     pictures/PRESET/NUMBER.png
     latents/NUMBER.npy       of the dense model, float32
 
@@ -28,15 +28,17 @@ from torch import Tensor
 from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.cli.picture_files import read_picture
 
-DENSE = "dense"  # as a preset is named in rows
+DENSE = "dense"  # the dense model, where rows name a preset
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture. What compares it with the dense picture of the same seed is infinite, 1 and 0 where that is itself.
+    """One picture, and its measures. The fields are the columns of the CSV file.
 
-    ``number`` is that of the caption, from 0. ``obeyed`` and ``held_out`` (training never saw this caption) are
-    ``None`` for captions that are not of the drawn world. ``flops_share`` is the average U-Net call's, of dense.
+    ``number`` counts captions from 0. ``obeyed`` says that the picture is right: recorded files have this word for it.
+    ``held_out`` says that training never saw the caption. Both are ``None`` for captions that are not of the drawn
+    world. ``psnr``, ``ssim`` and ``latent_error`` compare with the dense picture of the same seed; for that picture
+    they are infinite, 1 and 0. ``flops_share`` is the FLOPs of the average U-Net call as a share of dense.
     """
 
     preset: str
@@ -67,7 +69,7 @@ Rows = dict[tuple[str, int], Row]  # by preset and number
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """A CSV file with a header; floats with all their digits."""
+    """Writes a CSV file with a header, and floats with all their digits."""
     text = StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -78,7 +80,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file. Raises ``ValueError``, naming file and line, for one that is no row; ``OSError``."""
+    """The rows of a CSV file. Raises ``ValueError``, naming file and line, for a line that is no row; ``OSError``."""
     with path.open(newline="") as lines:
         reader = csv.reader(lines)
         if tuple(next(reader, ())) != COLUMNS:
@@ -94,7 +96,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class Folder:
-    """The folder at ``path``, made if it is not there.
+    """An evaluation in the folder at ``path``, which is made if it does not exist.
 
     Raises ``ValueError`` if its rows were made with other settings, or contradict each other; and ``OSError``.
     """
@@ -111,12 +113,12 @@ class Folder:
                     raise ValueError(f"{file} has another {row.preset} of caption {row.number} than the file before it")
 
     def has(self, preset: str, number: int) -> bool:
-        """Whether this row and its files are there."""
+        """Whether this row and its files exist."""
         files = [self.picture_path(preset, number), *([self._latent_path(number)] if preset == DENSE else [])]
         return (preset, number) in self.rows and all(file.is_file() for file in files)
 
     def add(self, file: str, rows: Iterable[Row]) -> None:
-        """Adds rows to the file of that name, which is written anew."""
+        """Adds rows to the CSV file of that name, which is written again."""
         target = self.path / file
         mine = {(row.preset, row.number): row for row in (read_rows(target) if target.exists() else [])}
         mine |= {(row.preset, row.number): row for row in rows}
@@ -124,29 +126,29 @@ class Folder:
         self.rows |= mine
 
     def picture_path(self, preset: str, number: int) -> Path:
-        """Where a picture is."""
+        """The path of a picture."""
         return self.path / "pictures" / re.sub(r"[^\w.=+@-]+", "-", preset) / f"{number:05}.png"
 
     def save_picture(self, preset: str, number: int, image: Image.Image) -> None:
-        """As a PNG file."""
+        """Writes a picture as a PNG file."""
         target = self.picture_path(preset, number)
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as path:
             image.save(path)
 
     def picture(self, preset: str, number: int) -> NDArray[np.uint8]:
-        """(H, W, 3). Raises ``OSError`` or ``ValueError`` if it is gone or damaged."""
+        """A picture (H, W, 3). Raises ``OSError`` or ``ValueError`` if it is missing or damaged."""
         return np.asarray(read_picture(self.picture_path(preset, number)).image.convert("RGB"))
 
     def save_latent(self, number: int, latent: Tensor) -> None:
-        """The dense model's."""
+        """Writes the dense model's latent."""
         target = self._latent_path(number)
         target.parent.mkdir(exist_ok=True)
         with atomic_path(target) as path:
             np.save(path, latent.float().cpu().numpy(), allow_pickle=False)
 
     def latent(self, number: int) -> Tensor:
-        """The dense model's, (4, h, w) float32. Raises ``OSError`` or ``ValueError`` if it is gone or damaged."""
+        """The dense model's latent (4, h, w), float32. Raises ``OSError`` or ``ValueError`` if it is damaged."""
         return torch.from_numpy(np.load(self._latent_path(number), allow_pickle=False))
 
     def _latent_path(self, number: int) -> Path:
@@ -172,5 +174,5 @@ def _of(row: Row) -> tuple[Any, ...]:
 
 
 def _facts(row: Row) -> dict[str, Any]:
-    """All but what differs from run to run."""
+    """A row without the fields that differ from run to run."""
     return {name: value for name, value in asdict(row).items() if name not in ("seconds", "machine")}

@@ -1,4 +1,4 @@
-"""Measures of all pictures of a preset together: distances between crowds of pictures, and CLIP score."""
+"""Metrics of all pictures of a preset together: Fréchet distances and CLIP score."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tools.evaluation.metrics import Picture, frechet_distance, vae_features
 from tools.evaluation.official_metrics import ClipScore, Fid
 from tools.evaluation.pictures import Evaluation
 
-REFERENCES = 1000  # drawn pictures that Frechet distances are taken to
+REFERENCES = 1000  # number of drawn pictures in the reference set of the Fréchet distance
 
 
 class Drawn:
-    """Drawn pictures of one size, as the encoder of a VAE sees them: what Frechet distances are taken to."""
+    """The reference set of the Fréchet distance: VAE features of drawn pictures of one size."""
 
     def __init__(self, vae: VAE, side: int) -> None:
         self.vae, self.side = vae, side
 
     def distance(self, pictures: Iterable[Picture]) -> float:
-        """Of two or more pictures to ``REFERENCES`` drawn ones of captions that training never saw."""
+        """Distance of two or more pictures to ``REFERENCES`` drawn ones of captions that training never saw."""
         return frechet_distance(vae_features(self.vae, pictures), self._references)
 
     def own_distance(self, count: int) -> float:
-        """Of ``count`` other drawn pictures: what a perfect model would have."""
+        """Distance of ``count`` other drawn pictures, as a perfect model would have."""
         return self.distance(self._draw("other", count))
 
     @cached_property
@@ -43,11 +43,11 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Crowd:
-    """Measures of all pictures of a preset together, see :func:`tools.evaluation.summaries.summarize`.
+class SetMetrics:
+    """Metrics of all pictures of a preset together, for :func:`tools.evaluation.summaries.summarize`.
 
-    For drawn captions the Frechet distance to drawn pictures; for others FID and CLIP score, as far as there are
-    weights for them.
+    Drawn captions have the Fréchet distance to drawn pictures. Others have FID and CLIP score, if their weights were
+    given.
     """
 
     evaluation: Evaluation
@@ -56,7 +56,7 @@ class Crowd:
     clip: ClipScore | None = None
 
     def of(self, numbers: Sequence[int]) -> Callable[[str], Mapping[str, float]]:
-        """Of the captions with these numbers; none for less than 2 pictures, which have no spread."""
+        """The metrics of a preset for these captions; none for fewer than 2 pictures, which have no spread."""
         return lambda preset: self._measure(preset, numbers) if len(numbers) > 1 else {}
 
     def _measure(self, preset: str, numbers: Sequence[int]) -> dict[str, float]:

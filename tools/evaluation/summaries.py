@@ -1,4 +1,4 @@
-"""What the rows of an evaluation say: a summary of each preset, tables, and verdicts on claims."""
+"""Summaries of the rows of an evaluation: one for each preset, outcomes of claims, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tools.drawn.world import has_new_pair
 from tools.evaluation.paired_statistics import Estimate, bootstrap_mean, paired_shares, verdict, wilson
 from tools.evaluation.rows import DENSE, Row, Rows
 
-Crowd = Callable[[str], Mapping[str, float]]  # measures of all pictures of a preset together, by name
+MeasureSet = Callable[[str], Mapping[str, float]]  # preset -> metrics of all its pictures together, by name
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One preset on the captions that all presets have. Estimates have intervals of 95 %; ``None`` is not measured.
+    """The results of one preset on the captions that all presets have.
 
-    ``obeyed`` is the share of captions, ``seen`` and ``held_out`` the same for captions that training saw and never
-    saw, where both kinds are there, ``new_pairs`` for those with a color on a shape that training never showed
-    together. ``over_dense`` and ``over_baseline`` are differences of ``obeyed``, paired;
-    ``error_over_baseline`` is that of ``latent_error``. Dense itself is compared with none. ``crowd`` holds what is of
-    all pictures together.
+    Estimates have intervals of 95 %; ``None`` is not measured. ``obeyed`` is the caption accuracy. ``seen`` and
+    ``held_out`` are the accuracy on captions that training saw and never saw, if both kinds are there. ``new_pairs`` is
+    that on captions with a color and a shape that training never showed together. ``over_dense`` and ``over_baseline``
+    are paired differences of caption accuracy, ``error_over_baseline`` of latent error. Dense has no differences.
+    ``crowd`` holds the metrics of all pictures together. The fields are the keys of recorded JSON.
     """
 
     preset: str
@@ -46,7 +46,7 @@ class Summary:
 
 
 def common_rows(rows: Rows, presets: Sequence[str], captions: int) -> dict[str, list[Row]]:
-    """For each preset, and first of all dense, its rows of the captions below ``captions`` that all of them have.
+    """The rows of dense and of each preset, for the captions below ``captions`` that have a row of all of them.
 
     Raises ``ValueError`` if there is no such caption.
     """
@@ -57,14 +57,16 @@ def common_rows(rows: Rows, presets: Sequence[str], captions: int) -> dict[str, 
     return {kind: [rows[kind, number] for number in numbers] for kind in kinds}
 
 
-def summarize(rows: Mapping[str, Sequence[Row]], baseline: str | None, crowd: Crowd = lambda _: {}) -> list[Summary]:
+def summarize(
+    rows: Mapping[str, Sequence[Row]], baseline: str | None, measure: MeasureSet = lambda _: {}
+) -> list[Summary]:
     """A summary of each preset of :func:`common_rows`. Raises ``ValueError`` for a ``baseline`` that is not there."""
     if baseline is not None and baseline not in rows:
         raise ValueError(f"baseline is {baseline!r}, expected one of {', '.join(rows)}")
-    return [_summary(mine, rows[DENSE], rows[baseline] if baseline else None, crowd) for mine in rows.values()]
+    return [_summary(mine, rows[DENSE], rows[baseline] if baseline else None, measure) for mine in rows.values()]
 
 
-def _summary(mine: Sequence[Row], dense: Sequence[Row], baseline: Sequence[Row] | None, crowd: Crowd) -> Summary:
+def _summary(mine: Sequence[Row], dense: Sequence[Row], baseline: Sequence[Row] | None, measure: MeasureSet) -> Summary:
     first = mine[0]
     other = None if baseline is None or first.preset in (DENSE, baseline[0].preset) else baseline
     both = len({row.held_out for row in mine}) == 2
@@ -80,13 +82,13 @@ def _summary(mine: Sequence[Row], dense: Sequence[Row], baseline: Sequence[Row] 
         seen=_share([row for row in mine if row.held_out is False]) if both else None,
         held_out=_share([row for row in mine if row.held_out is True]) if both else None,
         new_pairs=_share([row for row in mine if has_new_pair(row.caption)]),
-        over_dense=None if first.preset == DENSE else obeyed_over(mine, dense),
-        over_baseline=obeyed_over(mine, other) if other else None,
+        over_dense=None if first.preset == DENSE else accuracy_over(mine, dense),
+        over_baseline=accuracy_over(mine, other) if other else None,
         psnr=bootstrap_mean([row.psnr for row in mine]),
         ssim=bootstrap_mean([row.ssim for row in mine]),
         latent_error=bootstrap_mean([row.latent_error for row in mine]),
         error_over_baseline=error_over(mine, other) if other else None,
-        crowd=crowd(first.preset),
+        crowd=measure(first.preset),
     )
 
 
@@ -95,8 +97,8 @@ def _share(rows: Sequence[Row]) -> Estimate | None:
     return wilson(sum(judged), len(judged)) if judged else None
 
 
-def obeyed_over(ours: Sequence[Row], theirs: Sequence[Row]) -> Estimate | None:
-    """Our share of obeyed captions less theirs, paired (:func:`paired_shares`); ``None`` where none are judged."""
+def accuracy_over(ours: Sequence[Row], theirs: Sequence[Row]) -> Estimate | None:
+    """Our caption accuracy less theirs, paired (:func:`paired_shares`); ``None`` if captions cannot be checked."""
     if ours[0].obeyed is None:
         return None
     return paired_shares([row.obeyed is True for row in ours], [row.obeyed is True for row in theirs])
@@ -108,22 +110,25 @@ def error_over(ours: Sequence[Row], theirs: Sequence[Row]) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What two measures say of the claim that ``better`` beats ``worse``; each word is one of ``VERDICTS``."""
+class ClaimOutcome:
+    """Whether two measures confirm the claim that ``better`` beats ``worse``; each verdict is one of ``VERDICTS``.
+
+    The fields are the keys of recorded JSON.
+    """
 
     claim: str
     better: str
     worse: str
-    obeyed: Estimate | None  # share of obeyed captions, better less worse
+    obeyed: Estimate | None  # caption accuracy, better less worse
     obeyed_verdict: str | None
-    error: Estimate  # latent error to dense, better less worse: below 0 is for the claim
+    error: Estimate  # latent error to dense, better less worse: below 0 supports the claim
     error_verdict: str
 
 
-def judge(claim: str, better: Sequence[Row], worse: Sequence[Row]) -> Verdict:
-    """Of the rows of two presets on the same captions."""
-    obeyed, error = obeyed_over(better, worse), error_over(better, worse)
-    return Verdict(
+def judge(claim: str, better: Sequence[Row], worse: Sequence[Row]) -> ClaimOutcome:
+    """Judges a claim by the rows of two presets on the same captions."""
+    obeyed, error = accuracy_over(better, worse), error_over(better, worse)
+    return ClaimOutcome(
         claim=claim,
         better=better[0].preset,
         worse=worse[0].preset,
@@ -135,7 +140,7 @@ def judge(claim: str, better: Sequence[Row], worse: Sequence[Row]) -> Verdict:
 
 
 def markdown_table(summaries: Sequence[Summary], baseline: str | None) -> str:
-    """A row for each summary; columns in which nothing was measured are left out."""
+    """Markdown: a row for each summary, without columns in which nothing was measured."""
     several = {(each.steps, each.cfg) for each in summaries}
     columns: dict[str, Callable[[Summary], str]] = {"preset": lambda s: f"`{s.preset}`"}
     if len(several) > 1:
@@ -164,17 +169,17 @@ def markdown_table(summaries: Sequence[Summary], baseline: str | None) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """A row for each claim."""
+def claim_table(outcomes: Sequence[ClaimOutcome]) -> str:
+    """Markdown: a row for each claim."""
     lines = ["| claim | by caption accuracy | by latent error |", "| --- | --- | --- |"]
-    for each in verdicts:
+    for each in outcomes:
         obeyed = "" if each.obeyed is None else f"{each.obeyed_verdict}: {_percent(each.obeyed, '+')}"
         lines.append(f"| {each.claim} | {obeyed} | {each.error_verdict}: {_number(each.error, '+.4f')} |")
     return "\n".join(lines)
 
 
-def as_json(record: Summary | Verdict) -> dict[str, Any]:
-    """For JSON, which knows no infinity: ``None`` stands for it, as in the PSNR of equal pictures."""
+def as_json(record: Summary | ClaimOutcome) -> dict[str, Any]:
+    """A record ready for JSON, which has no infinity: ``None`` replaces it, as in the PSNR of equal pictures."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, float):

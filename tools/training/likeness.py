@@ -21,7 +21,7 @@ from minisdxl.sampler import discrete_sigmas
 from minisdxl.transformer import AttentionBlock, TransformerLayer
 from minisdxl.unet import UNet
 from tools.drawn.world import random_open_scene, random_scene
-from tools.single_step import Pictures, drawn_pictures, outcomes
+from tools.evaluation.step_changes import Pictures, drawn_pictures, outcomes
 
 SHARPNESS = 10.0  # s^2: scales all logits
 NOISE = 0.15  # a: how far query and key maps differ

@@ -204,8 +204,8 @@ def sample_grid(options: argparse.Namespace, step: int, sdxl: SDXL, side: int) -
     pictures = np.stack([np.asarray(image) for image in images])
     checks = [check(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
     for caption, found in zip(captions, checks, strict=True):
-        print(f"  {'right' if found.obeyed else 'wrong'}: {caption}; {'; '.join(found.reasons[:2])}", flush=True)
+        print(f"  {'right' if found.right else 'wrong'}: {caption}; {'; '.join(found.reasons[:2])}", flush=True)
     grid = rearrange(pictures, "(row column) h w c -> (row h) (column w) c", column=4)
     with atomic_path(options.run / f"grid-{step:05d}.png") as path:
         Image.fromarray(grid).save(path)
-    return sum(found.obeyed for found in checks) / len(checks)
+    return sum(found.right for found in checks) / len(checks)

@@ -1,0 +1,56 @@
+"""Command-line options that say which model makes the pictures, and the settings that are recorded with them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisdxl.cli.options import DTYPES, Parser, parse_size
+from minisdxl.loading import weights_path
+from minisdxl.pipeline import SDXL
+from minisdxl.samplings import SAMPLINGS
+from tools.evaluation.pictures import parse_shard, weights_sha256
+
+
+def model_options(parser: Parser, *, weights: str, out: Path) -> None:
+    """Adds the options of the model, the captions, sampling and output."""
+    add = parser.add_argument
+    devices = [name for name in ("cpu", "mps", "cuda") if torch.get_device_module(name).is_available()]
+    add("--weights", default=weights, help="the bundled 'shapes', a checkpoint file or a folder (default: %(default)s)")
+    add("--tokenizer", metavar="DIR", help="vocabulary folder (default: 'tokenizer' by the weights, else CLIP's)")
+    add(
+        "--captions",
+        type=int,
+        default=200,
+        metavar="N",
+        help="number of captions, seeds 0 to N - 1 (default: %(default)s)",
+    )
+    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
+    add("--sampling", choices=SAMPLINGS, help="(default: the model's best)")
+    add("--batch", type=int, default=8, help="pictures at a time (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
+    add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
+    add("--shard", type=parse_shard, default=(1, 1), metavar="i/n", help="make the i-th of n parts of the pictures")
+    add("--table", action="store_true", help="make no pictures, only report on those that are there")
+    add("--out", type=Path, default=out, metavar="DIR", help="(default: %(default)s)")
+
+
+def settings_of(
+    options: argparse.Namespace, sdxl: SDXL, size: tuple[int, int], steps: int, cfg: float, captions: str
+) -> dict[str, Any]:
+    """The settings that all rows of a folder share; ``captions`` describes the captions."""
+    return {
+        "model": sdxl.config.name,
+        "weights": weights_path(options.weights).name,
+        "sha256": weights_sha256(options.weights, DTYPES[options.dtype]),
+        "captions": captions,
+        "sampling": options.sampling,
+        "steps": steps,
+        "cfg": cfg,
+        "size": "{}x{}".format(*size),
+        "dtype": options.dtype,
+        "batch": options.batch,
+    }
