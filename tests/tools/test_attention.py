@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 import minisdxl
-from atedm.gwpr import EPSILON, MAX_ITERATIONS
 from minisdxl.transformer import AttentionBlock
+from tests.atedm.reference import algorithm_1, root_mean_square
 from tools.attention import main, score_variance, table
 from tools.evaluation.pictures import drawn_captions
 from tools.figures import attention_spread
@@ -28,28 +27,14 @@ SETTINGS = {
 }
 
 
-def scores_by_loop(attention: NDArray[np.float64]) -> NDArray[np.float64]:
-    """G-WPR in float64, head by head, root mean square over heads: (heads, N, N) -> (N,)."""
-    found: list[NDArray[np.float64]] = []
-    for head in attention:
-        scores = np.full(len(head), 1 / len(head))
-        change, votes = np.inf, 0
-        while change > EPSILON and votes < MAX_ITERATIONS:
-            update = head.T @ scores
-            change, scores, votes = np.abs(update - scores).sum(), update, votes + 1
-        found.append(scores)
-    squares: NDArray[np.float64] = np.mean(np.square(found), axis=0)
-    return np.sqrt(squares)
-
-
 def test_variance_of_scores_equals_brute_force() -> None:
     sdxl = minisdxl.load("shapes")
     expected: dict[str, list[float]] = defaultdict(list)
 
     def watch(name: str, output: Any) -> None:
         query, key, scale, _ = output[1]
-        maps = (query.double() @ key.double().mT * scale).softmax(dim=-1).numpy()
-        scores = [scores_by_loop(each) for each in maps]
+        maps = (query.double() @ key.double().mT * scale).softmax(dim=-1).tolist()
+        scores = [np.array(root_mean_square([algorithm_1(head)[0] for head in each])) for each in maps]
         expected[name].append(float(np.mean([(each / each.mean()).var() for each in scores])))
 
     handles = [
