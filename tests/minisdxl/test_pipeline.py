@@ -39,9 +39,8 @@ PROMPT = "a small red circle above a big blue square on a white background"
 
 
 @pytest.fixture(scope="module")
-def sdxl() -> SDXL:
+def sdxl(shapes: SDXL) -> SDXL:
     """The bundled model with SDXL's own default settings, which diffusers' pipeline has too."""
-    shapes = minisdxl.load("shapes")
     return replace(shapes, config=replace(shapes.config, defaults=SDXL_BASE.defaults))
 
 
@@ -418,11 +417,11 @@ def test_overflow_names_the_part(part: str, weight: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_runs_with_the_vae_in_fp32(dtype: torch.dtype) -> None:
+def test_half_precision_runs_with_the_vae_in_fp32(shapes: SDXL, dtype: torch.dtype) -> None:
     half = minisdxl.load("shapes", dtype=dtype)
     assert (half.unet.dtype, half.vae.dtype) == (dtype, torch.float32)
     settings: dict[str, Any] = {"steps": 2, "size": (64, 64), "cfg": 1.0}  # guidance would multiply what rounding does
-    full = minisdxl.load("shapes").generate([PROMPT], **settings)[0]
+    full = shapes.generate([PROMPT], **settings)[0]
     error = np.abs(pixels(half.generate([PROMPT], **settings)[0]) - pixels(full))
     print(f"{dtype} and fp32: max error {error.max():.2e}, mean {error.mean():.2e}")
     assert error.mean() <= 1e-2  # the VAE's scale factor of 0.25 makes an error of the latent four times as large

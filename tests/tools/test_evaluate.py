@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import minisdxl
 from atedm.presets import parse_preset
 from minisdxl.config import SHAPES
 from minisdxl.cost import summary
+from minisdxl.pipeline import SDXL
 from tools.drawn.detector import check
 from tools.drawn.world import held_out, parse_caption
 from tools.evaluate import main
@@ -39,6 +39,11 @@ TOKENIZER = Path(__file__).parents[2] / "weights" / "shapes" / "tokenizer"
 @pytest.fixture(autouse=True)
 def few_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.evaluation.set_metrics.REFERENCES", 10)
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch, load_once: Callable[..., SDXL]) -> None:
+    monkeypatch.setattr("tools.evaluate.load", load_once)
 
 
 def evaluate(out: Path, *arguments: str, batch: int = 1) -> None:
@@ -90,7 +95,9 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
         read_rows(tmp_path / "torn.csv")
 
 
-def test_stopped_and_sharded_runs_make_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_and_sharded_runs_make_the_same_rows(
+    shapes: SDXL, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     evaluate(tmp_path / "straight", "--captions", "2")
     table = capsys.readouterr().out
     evaluate(tmp_path / "stopped", "--captions", "1")
@@ -109,7 +116,7 @@ def test_stopped_and_sharded_runs_make_the_same_rows(tmp_path: Path, capsys: pyt
         for file in (tmp_path / "straight").rglob("*/*"):
             if file.is_file():
                 assert file.read_bytes() == (tmp_path / name / file.relative_to(tmp_path / "straight")).read_bytes()
-    rows_are_right(tmp_path / "straight", straight)
+    rows_are_right(shapes, straight)
     report_is_whole(tmp_path / "straight", table)
 
 
@@ -117,15 +124,14 @@ def remember(latents: dict[str | None, Tensor], name: str | None, _: int, x: Ten
     latents[name] = x
 
 
-def rows_are_right(folder: Path, rows: list[Row]) -> None:
+def rows_are_right(shapes: SDXL, rows: list[Row]) -> None:
     """Made again by other means, picture by picture."""
-    sdxl = minisdxl.load("shapes")
     for row in rows:
         latents, made = dict[str | None, Tensor](), dict[str | None, Any]()
         for prune in (None, PRESET):
             settings: dict[str, Any] = {"steps": 2, "cfg": 4.0, "seed": row.seed, "size": (64, 64), "prune": prune}
             keep = partial(remember, latents, prune)
-            made[prune] = np.asarray(sdxl.generate([row.caption], **settings, on_step=keep)[0])
+            made[prune] = np.asarray(shapes.generate([row.caption], **settings, on_step=keep)[0])
         picture = made[None if row.preset == "dense" else PRESET]
         verdict = check(picture, row.caption)
         assert (row.obeyed, row.reasons) == (verdict.obeyed, "; ".join(verdict.reasons))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from PIL import Image
 from atedm.presets import parse_preset
 from minisdxl.config import SHAPES
 from minisdxl.cost import summary
-from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
 from tools.evaluation.experiment_specs import BASELINE, EXPERIMENTS, Claim, Experiment
 from tools.evaluation.plots import AXES, LABEL, THUMBNAIL, family
@@ -37,20 +37,20 @@ def few_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.evaluation.set_metrics.REFERENCES", 10)
 
 
-@pytest.fixture(scope="module")
-def sdxl() -> SDXL:
-    return load("shapes")
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch, load_once: Callable[..., SDXL]) -> None:
+    monkeypatch.setattr("tools.experiments.load", load_once)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_claims_are_on_presets_that_cost_the_same(sdxl: SDXL, name: str) -> None:
+def test_claims_are_on_presets_that_cost_the_same(shapes: SDXL, name: str) -> None:
     experiment = EXPERIMENTS[name]
     assert BASELINE in experiment.presets
     assert experiment.axis is None or experiment.axis in AXES
     for claim in experiment.claims:
         assert {claim.better, claim.worse} <= set(experiment.presets)
         assert claim.better != claim.worse
-    parts, notes = plan(experiment, sdxl, (256, 256))
+    parts, notes = plan(experiment, shapes, (256, 256))
     assert len(parts) == len(experiment.budgets) * len(experiment.cfgs) * len(experiment.steps)
     for part in parts:
         for preset in part.presets.values():
