@@ -30,6 +30,7 @@ from minisdxl.config import SDXL_BASE, SHAPES, Level, UNetConfig
 from minisdxl.cost import Work, count, format_flops, summary, tokens_seen
 from minisdxl.transformer import Attention, AttentionBlock, TransformerLayer
 from minisdxl.unet import UNet
+from tests.minisdxl.tiny import SMALL_UNET
 
 SDXL_SITES = list(SDXL_BASE.unet.attention_sites())
 
@@ -153,9 +154,7 @@ def test_presets_on_sdxl_to_the_flop(sdxl: UNet, preset: str, step: int, height:
     assert counted.total == measured.total() - beside
 
 
-# The levels of SDXL, less deep and less wide.
-SMALL = UNetConfig(32, (Level(1, 0), Level(2, 2), Level(4, 4)), 4, 1, 16, 24, 40, norm_groups=8)
-SMALL_SITES = list(SMALL.attention_sites())
+SMALL_SITES = list(SMALL_UNET.attention_sites())
 SETTINGS = [
     ("at-edm:layers=0+1+2", 49),
     ("at-edm:layers=1+2,rho=0.4", 49),
@@ -180,7 +179,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def small() -> UNet:
-    return on_meta(SMALL)
+    return on_meta(SMALL_UNET)
 
 
 @pytest.mark.parametrize(("preset", "step"), SETTINGS)
@@ -188,7 +187,7 @@ def test_settings_to_the_flop(small: UNet, preset: str, step: int) -> None:
     plan = parse_preset(fixed(preset, iterations=4)).plan(step, 50, SMALL_SITES)
     # Of the second, 35 text tokens are as many as there are image tokens at the deepest level.
     for height, width, text in ((36, 20, 77), (25, 18, 35)):
-        assert table(count(SMALL, height, width, plan, text).works) == measure(small, height, width, plan, text)
+        assert table(count(SMALL_UNET, height, width, plan, text).works) == measure(small, height, width, plan, text)
 
 
 def test_other_mergings_to_the_flop(small: UNet) -> None:
@@ -200,7 +199,7 @@ def test_other_mergings_to_the_flop(small: UNet) -> None:
             "up.1.1": BlockPlan.merging(Merging(0.01), depth=2),
         }
     )
-    assert table(count(SMALL, 31, 42, plan).works) == measure(small, 31, 42, plan)
+    assert table(count(SMALL_UNET, 31, 42, plan).works) == measure(small, 31, 42, plan)
 
 
 def test_fixed_iterations_are_the_ones_asked_for(small: UNet) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from minisdxl.fast import cpu
 from minisdxl.operators import Linear
 from minisdxl.transformer import GEGLU
-from tests.minisdxl.test_unet import SMALL, random_inputs, random_unet
+from tests.minisdxl.tiny import SMALL_UNET, random_unet, unet_inputs
 
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN")
@@ -57,7 +57,10 @@ def test_tokens_with_channels_outside_are_no_other_tokens() -> None:
 @needs_onednn
 @pytest.mark.parametrize("scale", [1.0, 1e-2], ids=["ordinary", "small"])
 def test_the_unet_is_the_same_without_it(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    unet, inputs = random_unet(SMALL, torch.float32, scale), random_inputs(SMALL, (16, 24), torch.float32, scale)
+    unet, inputs = (
+        random_unet(SMALL_UNET, torch.float32, scale),
+        unet_inputs(SMALL_UNET, (16, 24), torch.float32, scale),
+    )
     with torch.no_grad():
         assert cpu.usable(inputs[0])
         fast = unet(*inputs)
