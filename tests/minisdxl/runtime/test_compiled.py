@@ -24,7 +24,7 @@ def unet() -> UNet:
 
 def inputs(seed: int = 0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    x, context = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 7, 24, generator=generator)
+    x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 24, generator=generator)
     return x, torch.tensor([500, 20]), context, torch.randn(2, 40, generator=generator)
 
 
