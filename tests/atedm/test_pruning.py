@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
 import torch
 
 from atedm import GRAPHS, RANKINGS, RECOVERIES, AttentionInputs, Pruning, TokenSet, prune
+from atedm.gwpr import EPSILON, MAX_ITERATIONS
+from tests.atedm.reference import algorithm_1, root_mean_square
 
 Layer = tuple[TokenSet, AttentionInputs, AttentionInputs]
-CHOICES = list(itertools.product(RANKINGS, GRAPHS, RECOVERIES))
+# Each ranking and each recovery with each graph; which recovery goes with a ranking changes from pair to pair.
+CHOICES = [
+    (ranking, graph, list(RECOVERIES)[number % len(RECOVERIES)])
+    for number, (ranking, graph) in enumerate(itertools.product(RANKINGS, GRAPHS))
+] + [("gwpr", graph, recovery) for graph, recovery in itertools.product(GRAPHS, RECOVERIES)]
 
 
 def random_layer(batch: int, height: int, width: int, seed: int = 0) -> Layer:
@@ -37,27 +42,16 @@ def stack(one: Layer, other: Layer) -> Layer:
     return TokenSet(torch.cat([one[0].values, other[0].values]), one[0].grid), self_attention, cross_attention
 
 
-def scores_by_loops(heads: list[list[list[float]]], iterations: int) -> list[float]:
-    """Power iteration on each head's map, then the root mean square over heads."""
-    count = len(heads[0])
-    squares = [0.0] * count
-    for a in heads:
-        s = [1 / count] * count
-        for _ in range(iterations):
-            s = [sum(a[i][j] * s[i] for i in range(count)) for j in range(count)]
-        squares = [total + score**2 for total, score in zip(squares, s, strict=True)]
-    return [math.sqrt(total / len(heads)) for total in squares]
-
-
 @pytest.mark.parametrize("ratio", [0.25, 0.63, 0.9])
 @pytest.mark.parametrize("iterations", [None, 3])
 def test_by_loops(ratio: float, iterations: int | None) -> None:
     tokens, self_attention, cross_attention = random_layer(2, 4, 5)
     kept, restore = prune(tokens, self_attention, cross_attention, Pruning(ratio, iterations=iterations))
     restored = restore(kept).to_feature_map()
+    eps, limit = (EPSILON, MAX_ITERATIONS) if iterations is None else (-1.0, iterations)
     for row in range(2):
         a = (0.5 * self_attention.query[row] @ self_attention.key[row].mT).softmax(-1)
-        scores = scores_by_loops(a.tolist(), iterations=iterations or 100)
+        scores = root_mean_square([algorithm_1(head, eps=eps, limit=limit)[0] for head in a.tolist()])
         best = sorted(range(20), key=lambda position: (-scores[position], position))
         expected = sorted(best[: round(20 * (1 - ratio))])
         assert kept.positions is not None

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import ExitStack
 
 import pytest
 import torch
 from torch import Tensor
 
-import minisdxl
 from atedm import AttentionInputs, ByHeadGraph, gwpr, kept_count, rank, top_k
 from atedm.graph.by_head import SUBSAMPLING_STRIDE
+from minisdxl.pipeline import SDXL
 
 RHO = 0.63
 TIE = 1e-4  # relative difference of scores that are a tie for float32
 
 
 @pytest.fixture(scope="module")
-def attention() -> dict[str, AttentionInputs]:
+def attention(shapes: SDXL) -> dict[str, AttentionInputs]:
     """Self-attention of the first layer of each attention block, at the first and the last of three steps."""
-    sdxl = minisdxl.load("shapes")
     seen: dict[str, list[AttentionInputs]] = {}
-    for name, module in sdxl.unet.named_modules():
-        if name.endswith("transformer_blocks.0.attn1"):
 
-            def keep(_module: Any, _inputs: Any, output: tuple[Tensor, AttentionInputs], name: str = name) -> None:
-                seen.setdefault(name, []).append(output[1])
+    def keep(name: str, output: tuple[Tensor, AttentionInputs]) -> None:
+        seen.setdefault(name, []).append(output[1])
 
-            module.register_forward_hook(keep)
-    sdxl.generate(["a small red circle above a big blue square on a white background"], steps=3, cfg=7.0, seed=0)
+    with ExitStack() as hooks:
+        for name, module in shapes.unet.named_modules():
+            if name.endswith("transformer_blocks.0.attn1"):
+                hooks.enter_context(module.register_forward_hook(lambda *call, name=name: keep(name, call[-1])))
+        shapes.generate(
+            ["a small red circle above a big blue square on a white background"], steps=3, cfg=7.0, size=(192, 192)
+        )
     return {f"{name}, step {step}": calls[step] for name, calls in seen.items() for step in (0, 2)}
 
 

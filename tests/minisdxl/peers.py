@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from torch import nn
 
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
-
-
-def scale_weights(module: nn.Module, scale: float) -> None:
-    """Multiplies every linear map and convolution, but no normalization: variances shrink towards eps, so eps shows."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d):
-            for parameter in part.parameters():
-                parameter.data.mul_(scale)
 
 
 def diffusers_unet(unet: UNet, size_channels: int = 1) -> UNet2DConditionModel:

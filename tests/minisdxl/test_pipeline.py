@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import minisdxl
@@ -40,9 +39,8 @@ PROMPT = "a small red circle above a big blue square on a white background"
 
 
 @pytest.fixture(scope="module")
-def sdxl() -> SDXL:
+def sdxl(shapes: SDXL) -> SDXL:
     """The bundled model with SDXL's own default settings, which diffusers' pipeline has too."""
-    shapes = minisdxl.load("shapes")
     return replace(shapes, config=replace(shapes.config, defaults=SDXL_BASE.defaults))
 
 
@@ -204,8 +202,8 @@ def test_picture_from_a_picture_equals_diffusers(
 
 def test_less_strength_stays_nearer_to_the_picture(sdxl: SDXL) -> None:
     drawn = replace(parse_caption(PROMPT), places=(Place(0.5, 0.2, 0.12), Place(0.5, 0.7, 0.2)))
-    image = Image.fromarray(draw(drawn, 128))
-    settings: dict[str, Any] = {"steps": 20, "cfg": 1.0, "size": (128, 128), "image": image}
+    image = Image.fromarray(draw(drawn, 64))
+    settings: dict[str, Any] = {"steps": 20, "cfg": 1.0, "size": (64, 64), "image": image}
     away = [
         np.abs(pixels(sdxl.generate([PROMPT], **settings, strength=strength)[0]) - pixels(image)).mean()
         for strength in (0.05, 0.5, 1.0)
@@ -228,14 +226,14 @@ def test_several_pictures_of_a_prompt(sdxl: SDXL) -> None:
 
 def test_pruning_nothing_gives_the_dense_picture(sdxl: SDXL) -> None:
     dense, nothing = (
-        sdxl.generate([PROMPT], steps=3, size=(128, 128), prune=prune)[0] for prune in (None, "at-edm:rho=0")
+        sdxl.generate([PROMPT], steps=2, size=(64, 64), prune=prune)[0] for prune in (None, "at-edm:rho=0")
     )
     assert pixels(dense).tobytes() == pixels(nothing).tobytes()
 
 
 def test_pruning_changes_the_picture_and_nothing_else(sdxl: SDXL) -> None:
     dense, pruned, again = (
-        sdxl.generate([PROMPT], steps=4, size=(128, 128), prune=prune)[0] for prune in (None, "at-edm", None)
+        sdxl.generate([PROMPT], steps=2, size=(64, 64), prune=prune)[0] for prune in (None, "at-edm", None)
     )
     assert pixels(dense).tobytes() == pixels(again).tobytes()
     assert np.abs(pixels(dense) - pixels(pruned)).max() > 1 / 255
@@ -246,9 +244,10 @@ def test_image_of_a_batch_is_the_same_alone(prune: str | None) -> None:
     """In float64: rounding differs by batch size, and in float32 it may tip a tie in top-k."""
     sdxl = minisdxl.load("shapes", dtype=torch.float64)
     prompts = [PROMPT, "a big green triangle on a black background", "a small blue circle on a gray background"]
-    together = sdxl.generate(prompts, steps=4, seed=7, size=(128, 128), prune=prune)
+    settings: dict[str, Any] = {"steps": 2, "size": (64, 64), "prune": prune}
+    together = sdxl.generate(prompts, seed=7, **settings)
     for index, prompt in enumerate(prompts):
-        alone = sdxl.generate([prompt], steps=4, seed=7 + index, size=(128, 128), prune=prune)[0]
+        alone = sdxl.generate([prompt], seed=7 + index, **settings)[0]
         error = np.abs(pixels(alone) - pixels(together[index])).mean()
         print(f"image {index} alone and in a batch, pruning {prune}: mean error {error:.2e}")
         assert error <= 1e-6
@@ -282,11 +281,11 @@ def test_a_step_can_stop_the_run(sdxl: SDXL) -> None:
     assert np.array_equal(pixels(stopped), pixels(to_image(sdxl.vae.decode(latents[1]).detach()[0])))
 
 
-@pytest.mark.parametrize(("name", "steps"), [("turbo", 1), ("turbo", 4), ("lightning", 2), ("lcm", 8), ("heun", 10)])
+@pytest.mark.parametrize(("name", "steps"), [("turbo", 1), ("lightning", 2), ("lcm", 4), ("heun", 5)])
 def test_pruning_goes_with_every_sampling(sdxl: SDXL, name: str, steps: int) -> None:
     # DSAP's share of the steps, 15 of 50, is prune-less: 3 of the 7 attention blocks; both calls of a step are alike.
-    prune_less = {1: 0, 2: 1, 4: 1, 8: 2, 10: 3}[steps]
-    settings: dict[str, Any] = {"sampling": name, "steps": steps, "size": (128, 128), "seed": 2}
+    prune_less = {1: 0, 2: 1, 4: 1, 5: 2}[steps]
+    settings: dict[str, Any] = {"sampling": name, "steps": steps, "size": (64, 64), "seed": 2}
     calls: list[int] = []
     with sdxl.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[4]))):
         pruned = sdxl.generate([PROMPT], prune="at-edm", **settings)[0]
@@ -314,54 +313,6 @@ def test_a_picture_decoded_in_strips_is_the_same(sdxl: SDXL) -> None:
     error = max(np.abs(pixels(a) - pixels(b)).max() for a, b in zip(whole, strips, strict=True))
     print(f"in strips of 4 of 26 rows: max error {error:.1e}")
     assert error <= 1.01 / 255  # rounding to 8 bits may fall either way
-
-
-def test_prompts_encoded_ahead_give_the_same_pictures(sdxl: SDXL) -> None:
-    prompts = [PROMPT, "a big green triangle on a black background"]
-    settings: dict[str, Any] = {"negative": "blue", "steps": 4, "size": (64, 64)}
-    ahead = sdxl.encode_ahead([*prompts, "a cat"], ["blue", ""])
-    with_encoders, without = sdxl.generate(prompts, **settings), ahead.generate(prompts, **settings)
-    error = max(np.abs(pixels(a) - pixels(b)).max() for a, b in zip(with_encoders, without, strict=True))
-    print(f"max error {error:.1e}")
-    assert error <= 1.01 / 255
-    alone = sdxl.generate(prompts[1:], steps=2, size=(64, 64))[0]
-    assert np.array_equal(pixels(alone), pixels(ahead.generate(prompts[1:], steps=2, size=(64, 64))[0]))
-    fewer = ahead.encode_ahead(prompts[:1])
-    with pytest.raises(ValueError, match=r"prompt 'a big green triangle .*' was not encoded ahead"):
-        fewer.generate(prompts, steps=1, size=(64, 64))
-    with pytest.raises(ValueError, match="negative prompt 'blue' was not encoded ahead"):
-        fewer.generate(prompts[:1], negative="blue", steps=1, size=(64, 64))
-
-
-@pytest.mark.parametrize("prompts", [[], "one string"])
-def test_there_must_be_prompts_to_encode_ahead(sdxl: SDXL, prompts: Any) -> None:
-    with pytest.raises(ValueError, match=r"there are no prompts in it; expected a list"):
-        sdxl.encode_ahead(prompts)
-    with pytest.raises(ValueError, match=r"there are no prompts in it; expected a list"):
-        sdxl.encode_ahead([PROMPT], prompts)
-
-
-def living_bytes() -> int:
-    """Bytes of all tensors in memory, counting what is shared once; nothing is collected first."""
-    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter) and found.is_cpu]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def test_text_encoders_leave_memory() -> None:
-    model = minisdxl.load("shapes")
-    assert isinstance(model.text, TextEncoders)
-    model.generate([PROMPT], steps=1, size=(64, 64))
-    gc.collect()
-    gc.disable()  # what leaves must need no collecting: the next thing to come may be large
-    try:
-        before, encoders = living_bytes(), sum(weight.nbytes for weight in model.text.parameters())
-        model = model.encode_ahead([PROMPT])
-        after = living_bytes()
-    finally:
-        gc.enable()
-    encoded = 2 * (77 * 192 + 128) * 4  # context and pooled text of two prompts, one of them empty, fp32
-    print(f"tensors: {before:,} bytes before, of which text encoders {encoders:,}; {after:,} after")
-    assert before - after >= encoders - encoded
 
 
 def test_defaults_are_those_of_the_sampling(sdxl: SDXL) -> None:
@@ -420,22 +371,22 @@ def test_overflow_names_the_part(part: str, weight: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_runs_with_the_vae_in_fp32(dtype: torch.dtype) -> None:
+def test_half_precision_runs_with_the_vae_in_fp32(shapes: SDXL, dtype: torch.dtype) -> None:
     half = minisdxl.load("shapes", dtype=dtype)
     assert (half.unet.dtype, half.vae.dtype) == (dtype, torch.float32)
     settings: dict[str, Any] = {"steps": 2, "size": (64, 64), "cfg": 1.0}  # guidance would multiply what rounding does
-    full = minisdxl.load("shapes").generate([PROMPT], **settings)[0]
+    full = shapes.generate([PROMPT], **settings)[0]
     error = np.abs(pixels(half.generate([PROMPT], **settings)[0]) - pixels(full))
     print(f"{dtype} and fp32: max error {error.max():.2e}, mean {error.mean():.2e}")
     assert error.mean() <= 1e-2  # the VAE's scale factor of 0.25 makes an error of the latent four times as large
 
 
-def test_a_compiled_model_makes_the_same_picture(sdxl: SDXL) -> None:
+def test_a_compiled_unet_runs_instead_of_the_plain_one(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``minisdxl.runtime.compiled`` is tested with the compiler; here it leaves the call as it is."""
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     compiled = sdxl.compile(backend="eager")
     settings: dict[str, Any] = {"steps": 1, "cfg": 3.0, "size": (64, 64)}
     plain, ours = (pixels(each.generate([PROMPT], **settings)[0]) for each in (sdxl, compiled))
-    error = float(np.abs(plain - ours).max())
-    print(f"largest difference of a compiled model's picture: {error:.4f} in [0, 1]")
-    assert error < 1.5 / 255
+    assert np.array_equal(ours, plain)
     assert compiled.compiled is not None
     assert len(compiled.compiled.graphs) == 1

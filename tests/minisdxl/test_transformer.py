@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from atedm import BlockPlan, LayerPlan, Merging, Pruning, TokenSet
-from atedm.gwpr import EPSILON
 from atedm.plan import UNTOUCHED
 from minisdxl.config import AttentionSite, Level, UNetConfig
 from minisdxl.transformer import GEGLU, Attention, AttentionBlock, TransformerLayer
+from tests.atedm.reference import Map, algorithm_1, root_mean_square
 
 CHANNELS, HEADS, TEXT, CONTEXT, GROUPS, DEPTH = 8, 2, 5, 6, 4, 3
-Map = list[list[list[float]]]  # [head][query][key]
 
 
 def norm_by_hand(x: Sequence[float], norm: nn.LayerNorm) -> Tensor:
@@ -33,26 +32,26 @@ def softmax(logits: list[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def attention_by_loops(x: list[Tensor], context: list[Tensor], attention: Attention) -> tuple[list[Tensor], Map]:
+def attention_by_loops(x: list[Tensor], context: list[Tensor], attention: Attention) -> tuple[list[Tensor], list[Map]]:
     """Each query by itself: softmax(q k / sqrt(d)) over the keys, then the values, head by head."""
     d = CHANNELS // HEADS
     queries = [attention.to_q.weight @ token for token in x]
     keys = [attention.to_k.weight @ token for token in context]
     values = [attention.to_v.weight @ token for token in context]
-    map_: Map = []
+    maps: list[Map] = []
     for h in range(HEADS):
         part = slice(h * d, (h + 1) * d)
-        map_.append([softmax([float(q[part] @ k[part]) / math.sqrt(d) for k in keys]) for q in queries])
+        maps.append([softmax([float(q[part] @ k[part]) / math.sqrt(d) for k in keys]) for q in queries])
     out = attention.to_out[0]
     assert isinstance(out, nn.Linear)
     attended = []
     for i in range(len(x)):
         heads = [
-            sum((map_[h][i][j] * v[h * d : (h + 1) * d] for j, v in enumerate(values)), torch.zeros(d).double())
+            sum((maps[h][i][j] * v[h * d : (h + 1) * d] for j, v in enumerate(values)), torch.zeros(d).double())
             for h in range(HEADS)
         ]
         attended.append(out.weight @ torch.cat(heads) + out.bias)
-    return attended, map_
+    return attended, maps
 
 
 def feed_forward_by_hand(x: Tensor, layer: TransformerLayer) -> Tensor:
@@ -127,27 +126,9 @@ class LayerByLoops:
         ]
 
 
-def algorithm_1(a: list[list[float]], cross: bool) -> list[float]:
-    """G-WPR on the map of one head; for cross-attention with equation (1)."""
-    queries, keys = range(len(a)), range(len(a[0]))
-    s, change = [1 / len(a)] * len(a), math.inf
-    while change > EPSILON:
-        s_k = [sum(a[i][j] * s[i] for i in queries) for j in keys]
-        if cross:
-            entropy = [-sum(a[i][j] * math.log(a[i][j]) for j in keys) for i in queries]
-            new = [sum(a[i][j] * s_k[j] for j in keys) / entropy[i] for i in queries]
-        else:
-            new = s_k
-        new = [score / sum(new) for score in new]
-        change = sum(abs(p - q) for p, q in zip(new, s, strict=True))
-        s = new
-    return s
-
-
-def kept_by_loops(map_: Map, ratio: float, cross: bool) -> list[int]:
+def kept_by_loops(maps: list[Map], ratio: float, cross: bool) -> list[int]:
     """Places of the tokens that stay, by the root mean square of their scores over heads."""
-    heads = [algorithm_1(a, cross) for a in map_]
-    scores = [math.sqrt(sum(s[i] ** 2 for s in heads) / len(heads)) for i in range(len(heads[0]))]
+    scores = root_mean_square([algorithm_1(a, cross)[0] for a in maps])
     count = round(len(scores) * (1 - ratio))
     return sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:count])
 

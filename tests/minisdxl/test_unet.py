@@ -12,42 +12,12 @@ from torch import Tensor, nn
 
 from atedm import DENSE, PRESETS, BlockPlan, Pruning, TokenPlan, parse_preset
 from minisdxl.checkpoint import modules
-from minisdxl.config import SDXL_BASE, SHAPES, Level, UNetConfig
+from minisdxl.config import SDXL_BASE, SHAPES, UNetConfig
 from minisdxl.loading import BUNDLED
 from minisdxl.unet import UNet
 from tests.manifest import official_shapes
-from tests.minisdxl.peers import diffusers_unet, scale_weights
-
-# The structure of SDXL (three levels, depths 0, 2 and 3, label embedding) at small widths.
-SMALL = UNetConfig(
-    model_channels=32,
-    levels=(Level(1, 0), Level(2, 2), Level(4, 3)),
-    middle_depth=3,
-    res_blocks=2,
-    head_channels=16,
-    context_channels=48,
-    vector_channels=40,
-)
-
-
-def random_inputs(
-    config: UNetConfig, size: tuple[int, int], dtype: torch.dtype, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latent, timestep, context and vector for a batch of two."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).mul(scale).to(dtype)
-
-    x, context, vector = draw(2, 4, *size), draw(2, 77, config.context_channels), draw(2, config.vector_channels)
-    return x, torch.tensor([801, 13]), context, vector
-
-
-def random_unet(config: UNetConfig, dtype: torch.dtype, scale: float = 1.0) -> UNet:
-    torch.manual_seed(0)
-    unet = UNet(config).to(dtype).eval().requires_grad_(False)
-    scale_weights(unet, scale)
-    return unet
+from tests.minisdxl.peers import diffusers_unet
+from tests.minisdxl.tiny import SMALL_UNET, random_unet, unet_inputs
 
 
 def peer_with_vector(unet: UNet, vector: Tensor) -> UNet2DConditionModel:
@@ -63,8 +33,8 @@ def peer_with_vector(unet: UNet, vector: Tensor) -> UNet2DConditionModel:
 @pytest.mark.parametrize("size", [(16, 24), (13, 19)], ids=["even", "odd"])
 @torch.no_grad()
 def test_parity_with_diffusers(scale: float, dtype: torch.dtype, size: tuple[int, int]) -> None:
-    unet = random_unet(SMALL, dtype, scale)
-    x, timestep, context, vector = random_inputs(SMALL, size, dtype, scale)
+    unet = random_unet(SMALL_UNET, dtype, scale)
+    x, timestep, context, vector = unet_inputs(SMALL_UNET, size, dtype, scale)
     theirs = peer_with_vector(unet, vector)(x, timestep, context).sample
     ours = unet(x, timestep, context, vector)
     error = (ours - theirs).abs()
@@ -121,14 +91,14 @@ def test_every_eps_is_official() -> None:
 @torch.no_grad()
 def test_token_merging_is_that_of_tomesd(r: float, scale: float) -> None:
     """tomesd on diffusers' U-Net, as the paper's section 4.1 sets it, and our plan: all layers and sub-layers."""
-    unet = random_unet(SMALL, torch.float64, scale)
-    x, timestep, context, vector = random_inputs(SMALL, (16, 24), torch.float64, scale)
+    unet = random_unet(SMALL_UNET, torch.float64, scale)
+    x, timestep, context, vector = unet_inputs(SMALL_UNET, (16, 24), torch.float64, scale)
     peer = peer_with_vector(unet, vector)
     dense = peer(x, timestep, context).sample
     everywhere = {"merge_attn": True, "merge_crossattn": True, "merge_mlp": True}
     tomesd.apply_patch(peer, ratio=r, max_downsample=4, sx=2, sy=2, use_rand=False, **everywhere)
     theirs = peer(x, timestep, context).sample
-    plan = parse_preset(f"tome:r={r}").plan(0, 50, SMALL.attention_sites())
+    plan = parse_preset(f"tome:r={r}").plan(0, 50, SMALL_UNET.attention_sites())
     ours = unet(x, timestep, context, vector, plan)
     error, effect = (ours - theirs).abs().max(), (theirs - dense).abs().max()
     print(f"r {r}: max error {error:.2e}, merging changes {effect:.2e} of {theirs.abs().max():.2e}")
@@ -139,8 +109,8 @@ def test_token_merging_is_that_of_tomesd(r: float, scale: float) -> None:
 @torch.no_grad()
 def test_tomesd_by_default_merges_nothing_on_sdxl() -> None:
     """Its ``max_downsample`` is 1, and SDXL has no attention at full resolution: why the test above says 4."""
-    unet = random_unet(SMALL, torch.float64)
-    x, timestep, context, vector = random_inputs(SMALL, (16, 24), torch.float64)
+    unet = random_unet(SMALL_UNET, torch.float64)
+    x, timestep, context, vector = unet_inputs(SMALL_UNET, (16, 24), torch.float64)
     peer = peer_with_vector(unet, vector)
     dense = peer(x, timestep, context).sample
     tomesd.apply_patch(peer, ratio=0.5, use_rand=False)
@@ -149,9 +119,9 @@ def test_tomesd_by_default_merges_nothing_on_sdxl() -> None:
 
 @torch.no_grad()
 def test_reducing_nothing_is_the_dense_model_bit_for_bit() -> None:
-    unet = random_unet(SMALL, torch.float32)
-    inputs = random_inputs(SMALL, (16, 16), torch.float32)
-    sites = list(SMALL.attention_sites())
+    unet = random_unet(SMALL_UNET, torch.float32)
+    inputs = unet_inputs(SMALL_UNET, (16, 16), torch.float32)
+    sites = list(SMALL_UNET.attention_sites())
     dense = unet(*inputs)
     for preset in ("at-edm:rho=0", "at-edm:rho=0,layers=0+1,place=before-ff", "tome:r=0"):
         nothing = parse_preset(preset).plan(40, 50, sites)
@@ -163,11 +133,11 @@ def test_reducing_nothing_is_the_dense_model_bit_for_bit() -> None:
 
 @torch.no_grad()
 def test_dense_and_pruned_calls_leave_no_trace_in_the_model() -> None:
-    unet = random_unet(SMALL, torch.float32)
-    inputs = random_inputs(SMALL, (16, 16), torch.float32)
+    unet = random_unet(SMALL_UNET, torch.float32)
+    inputs = unet_inputs(SMALL_UNET, (16, 16), torch.float32)
     dense = unet(*inputs, DENSE)
     for preset in ("at-edm", "tome"):
-        plan = parse_preset(preset).plan(40, 50, SMALL.attention_sites())
+        plan = parse_preset(preset).plan(40, 50, SMALL_UNET.attention_sites())
         reduced = unet(*inputs, plan)
         assert not torch.allclose(dense, reduced)
         assert torch.equal(unet(*inputs, DENSE), dense)
@@ -178,10 +148,10 @@ def test_dense_and_pruned_calls_leave_no_trace_in_the_model() -> None:
     ("name", "after", "message"), [("down.7.0", 0, "down.7.0"), ("mid", 2, "before the last")], ids=["name", "layer"]
 )
 def test_plan_that_fits_no_block_raises(name: str, after: int, message: str) -> None:
-    unet = random_unet(SMALL, torch.float32)
+    unet = random_unet(SMALL_UNET, torch.float32)
     plan = TokenPlan({name: BlockPlan.pruning(Pruning(0.5), after=(after,))})
     with pytest.raises(ValueError, match=message):
-        unet(*random_inputs(SMALL, (8, 8), torch.float32), plan)
+        unet(*unet_inputs(SMALL_UNET, (8, 8), torch.float32), plan)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +176,7 @@ METHODS = [
 @pytest.mark.parametrize("preset", METHODS)
 @torch.no_grad()
 def test_presets_on_the_bundled_model(trained: UNet, preset: str) -> None:
-    inputs = random_inputs(SHAPES.unet, (32, 40), torch.float32)
+    inputs = unet_inputs(SHAPES.unet, (32, 40), torch.float32)
     sites = list(SHAPES.unet.attention_sites())
     dense = trained(*inputs)
     for step in (0, 49):
@@ -221,7 +191,7 @@ def test_presets_on_the_bundled_model(trained: UNet, preset: str) -> None:
 @torch.no_grad()
 def test_text_that_was_read_once_is_the_text_bit_for_bit(trained: UNet, preset: str) -> None:
     """Also where text ranks tokens, and another plan is followed at each step."""
-    x, timestep, context, vector = random_inputs(SHAPES.unet, (32, 24), torch.float32)
+    x, timestep, context, vector = unet_inputs(SHAPES.unet, (32, 24), torch.float32)
     text = trained.project_context(context)
     sites = list(SHAPES.unet.attention_sites())
     assert list(text) == [site.name for site in sites]
@@ -234,7 +204,7 @@ def test_text_that_was_read_once_is_the_text_bit_for_bit(trained: UNet, preset: 
 @pytest.mark.parametrize("preset", METHODS)
 @torch.no_grad()
 def test_ratio_zero_on_the_bundled_model_is_dense_bit_for_bit(trained: UNet, preset: str) -> None:
-    inputs = random_inputs(SHAPES.unet, (24, 16), torch.float32)
+    inputs = unet_inputs(SHAPES.unet, (24, 16), torch.float32)
     schedule = parse_preset(preset)
     off = parse_preset(f"{preset.partition(':')[0]}:{'r' if 'tome' in preset else 'rho'}=0")
     plan = off.plan(49, 50, SHAPES.unet.attention_sites())
@@ -246,7 +216,7 @@ def test_ratio_zero_on_the_bundled_model_is_dense_bit_for_bit(trained: UNet, pre
 @torch.no_grad()
 def test_batch_rows_are_independent(trained: UNet, preset: str) -> None:
     unet = copy.deepcopy(trained).double()
-    x, timestep, context, vector = random_inputs(SHAPES.unet, (32, 24), torch.float64)
+    x, timestep, context, vector = unet_inputs(SHAPES.unet, (32, 24), torch.float64)
     plan = parse_preset(preset).plan(49, 50, SHAPES.unet.attention_sites())
     both = unet(x, timestep, context, vector, plan)
     for row in range(2):
@@ -270,6 +240,6 @@ def test_shapes_and_sdxl_differ_in_numbers_only() -> None:
     ids=["heads", "groups", "res_blocks", "levels"],
 )
 def test_impossible_configs_are_refused(change: dict[str, object]) -> None:
-    values = {field: getattr(SMALL, field) for field in SMALL.__dataclass_fields__} | change
+    values = {field: getattr(SMALL_UNET, field) for field in SMALL_UNET.__dataclass_fields__} | change
     with pytest.raises(ValueError, match=r"."):
         UNetConfig(**values)

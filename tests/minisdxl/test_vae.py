@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from minisdxl.config import SDXL_BASE, VAEConfig
+from minisdxl.config import SDXL_BASE
 from minisdxl.vae import VAE
 from tests.manifest import official_shapes
-from tests.minisdxl.peers import diffusers_vae, scale_weights
-
-SMALL = VAEConfig(channels=32, multipliers=(1, 2, 2), res_blocks=2, scale_factor=0.13025)
+from tests.minisdxl.peers import diffusers_vae
+from tests.minisdxl.tiny import SMALL_VAE, scale_weights
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-2], ids=["ordinary", "small"])
@@ -20,7 +18,7 @@ SMALL = VAEConfig(channels=32, multipliers=(1, 2, 2), res_blocks=2, scale_factor
 @torch.no_grad()
 def test_parity_with_diffusers(scale: float, dtype: torch.dtype, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    vae = VAE(SMALL).to(dtype).eval()
+    vae = VAE(SMALL_VAE).to(dtype).eval()
     scale_weights(vae, scale)
     peer = diffusers_vae(vae)
     images = torch.rand(2, 3, *size, dtype=dtype).mul(2).sub(1) * scale
@@ -30,8 +28,8 @@ def test_parity_with_diffusers(scale: float, dtype: torch.dtype, size: tuple[int
     pairs = {
         "mean": (ours[0], moments.mean),
         "log-variance": (ours[1], moments.logvar),
-        "latent": (vae.encode(images), moments.mean * SMALL.scale_factor),
-        "picture": (vae.decode(latents), peer.decode(latents / SMALL.scale_factor).sample),
+        "latent": (vae.encode(images), moments.mean * SMALL_VAE.scale_factor),
+        "picture": (vae.decode(latents), peer.decode(latents / SMALL_VAE.scale_factor).sample),
     }
     for name, (mine, theirs) in pairs.items():
         error = (mine - theirs).abs()
@@ -46,15 +44,3 @@ def test_names_and_shapes_are_official() -> None:
     official = official_shapes("first_stage_model.")
     assert len(official) == 248
     assert ours == official
-
-
-def random_vae(dtype: torch.dtype, scale: float) -> VAE:
-    """A small VAE none of whose weights is at 0 or 1."""
-    torch.manual_seed(0)
-    vae = VAE(SMALL).to(dtype).eval()
-    scale_weights(vae, scale)
-    for part in vae.modules():
-        if isinstance(part, nn.GroupNorm):
-            part.weight.data.normal_(1, 0.3)
-            part.bias.data.normal_(0, 0.3 * scale)
-    return vae

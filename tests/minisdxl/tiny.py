@@ -1,18 +1,18 @@
-"""A model of SDXL's kind that is small enough to be written, read and run in a moment; and SDXL's published JSON."""
+"""Small configurations, models of random weights, and full-size files that take no room."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minisdxl.checkpoint.modules import Modules, save
-from minisdxl.config import Level, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from minisdxl.config import SDXL_BASE, Level, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from minisdxl.text import TextEncoders
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
@@ -40,6 +40,27 @@ TINY = ModelConfig(
     ),
     size=64,
     size_channels=4,
+)
+
+
+# SDXL's structure (three levels, depths 0, 2 and 3, label embedding) at widths for which 32 norm groups do.
+SMALL_UNET = UNetConfig(
+    model_channels=32,
+    levels=(Level(1, 0), Level(2, 2), Level(4, 3)),
+    middle_depth=3,
+    res_blocks=2,
+    head_channels=16,
+    context_channels=48,
+    vector_channels=40,
+)
+# Three attention blocks, for what takes long on each.
+SHALLOW_UNET = UNetConfig(16, (Level(1, 2),), 0, 1, 16, 24, 40, norm_groups=8)
+SMALL_VAE = VAEConfig(channels=32, multipliers=(1, 2, 2), res_blocks=2, scale_factor=0.13025)
+# What the benchmark of speed takes for SDXL: its contexts, and few channels.
+BENCH_MODEL = replace(
+    SDXL_BASE,
+    name="tiny",
+    unet=UNetConfig(32, (Level(1, 0), Level(2, 2), Level(4, 2)), 2, 2, 32, 2048, 2816),
 )
 
 
@@ -79,155 +100,41 @@ def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = 
     return path
 
 
-# stabilityai/stable-diffusion-xl-base-1.0, as published.
-OFFICIAL: dict[str, dict[str, Any]] = {
-    "model_index.json": {
-        "_class_name": "StableDiffusionXLPipeline",
-        "_diffusers_version": "0.19.0.dev0",
-        "force_zeros_for_empty_prompt": True,
-        "add_watermarker": None,
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    },
-    "scheduler/scheduler_config.json": {
-        "_class_name": "EulerDiscreteScheduler",
-        "_diffusers_version": "0.19.0.dev0",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "clip_sample": False,
-        "interpolation_type": "linear",
-        "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
-        "sample_max_value": 1.0,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-        "trained_betas": None,
-        "use_karras_sigmas": False,
-    },
-    "unet/config.json": {
-        "_class_name": "UNet2DConditionModel",
-        "_diffusers_version": "0.19.0.dev0",
-        "act_fn": "silu",
-        "addition_embed_type": "text_time",
-        "addition_embed_type_num_heads": 64,
-        "addition_time_embed_dim": 256,
-        "attention_head_dim": [5, 10, 20],
-        "block_out_channels": [320, 640, 1280],
-        "center_input_sample": False,
-        "class_embed_type": None,
-        "class_embeddings_concat": False,
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
-        "cross_attention_dim": 2048,
-        "cross_attention_norm": None,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "downsample_padding": 1,
-        "dual_cross_attention": False,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "in_channels": 4,
-        "layers_per_block": 2,
-        "mid_block_only_cross_attention": None,
-        "mid_block_scale_factor": 1,
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "norm_eps": 1e-05,
-        "norm_num_groups": 32,
-        "num_attention_heads": None,
-        "num_class_embeds": None,
-        "only_cross_attention": False,
-        "out_channels": 4,
-        "projection_class_embeddings_input_dim": 2816,
-        "resnet_out_scale_factor": 1.0,
-        "resnet_skip_time_act": False,
-        "resnet_time_scale_shift": "default",
-        "sample_size": 128,
-        "time_cond_proj_dim": None,
-        "time_embedding_act_fn": None,
-        "time_embedding_dim": None,
-        "time_embedding_type": "positional",
-        "timestep_post_act": None,
-        "transformer_layers_per_block": [1, 2, 10],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "upcast_attention": None,
-        "use_linear_projection": True,
-    },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": "0.20.0.dev0",
-        "_name_or_path": "../sdxl-vae/",
-        "act_fn": "silu",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "force_upcast": True,
-        "in_channels": 3,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "out_channels": 3,
-        "sample_size": 1024,
-        "scaling_factor": 0.13025,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    },
-    "text_encoder/config.json": {
-        "architectures": ["CLIPTextModel"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "dropout": 0.0,
-        "eos_token_id": 2,
-        "hidden_act": "quick_gelu",
-        "hidden_size": 768,
-        "initializer_factor": 1.0,
-        "initializer_range": 0.02,
-        "intermediate_size": 3072,
-        "layer_norm_eps": 1e-05,
-        "max_position_embeddings": 77,
-        "model_type": "clip_text_model",
-        "num_attention_heads": 12,
-        "num_hidden_layers": 12,
-        "pad_token_id": 1,
-        "projection_dim": 768,
-        "torch_dtype": "float16",
-        "transformers_version": "4.32.0.dev0",
-        "vocab_size": 49408,
-    },
-    "text_encoder_2/config.json": {
-        "architectures": ["CLIPTextModelWithProjection"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "dropout": 0.0,
-        "eos_token_id": 2,
-        "hidden_act": "gelu",
-        "hidden_size": 1280,
-        "initializer_factor": 1.0,
-        "initializer_range": 0.02,
-        "intermediate_size": 5120,
-        "layer_norm_eps": 1e-05,
-        "max_position_embeddings": 77,
-        "model_type": "clip_text_model",
-        "num_attention_heads": 20,
-        "num_hidden_layers": 32,
-        "pad_token_id": 1,
-        "projection_dim": 1280,
-        "torch_dtype": "float16",
-        "transformers_version": "4.32.0.dev0",
-        "vocab_size": 49408,
-    },
-}
+def scale_weights(module: nn.Module, scale: float) -> None:
+    """Multiplies every linear map and convolution, but no normalization: variances shrink towards eps, so eps shows."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            for parameter in part.parameters():
+                parameter.data.mul_(scale)
 
 
-def write_json(folder: Path, files: Mapping[str, object]) -> Path:
-    """Writes JSON files by their names in a folder."""
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
-    return folder
+def random_unet(config: UNetConfig, dtype: torch.dtype, scale: float = 1.0) -> UNet:
+    torch.manual_seed(0)
+    unet = UNet(config).to(dtype).eval().requires_grad_(False)
+    scale_weights(unet, scale)
+    return unet
+
+
+def unet_inputs(
+    config: UNetConfig, size: tuple[int, int], dtype: torch.dtype, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latent, timestep, context and vector for a batch of two."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).mul(scale).to(dtype)
+
+    x, context, vector = draw(2, 4, *size), draw(2, 77, config.context_channels), draw(2, config.vector_channels)
+    return x, torch.tensor([801, 13]), context, vector
+
+
+def random_vae(dtype: torch.dtype, scale: float) -> VAE:
+    """A small VAE none of whose weights is at 0 or 1."""
+    torch.manual_seed(0)
+    vae = VAE(SMALL_VAE).to(dtype).eval()
+    scale_weights(vae, scale)
+    for part in vae.modules():
+        if isinstance(part, nn.GroupNorm):
+            part.weight.data.normal_(1, 0.3)
+            part.bias.data.normal_(0, 0.3 * scale)
+    return vae

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
-import minisdxl
-from atedm.gwpr import EPSILON, MAX_ITERATIONS
+from minisdxl.pipeline import SDXL
 from minisdxl.transformer import AttentionBlock
+from tests.atedm.reference import algorithm_1, root_mean_square
 from tools.attention import main, score_variance, table
 from tools.evaluation.attention_maps import attention_spread
 from tools.evaluation.pictures import drawn_captions
@@ -28,42 +28,32 @@ SETTINGS = {
 }
 
 
-def scores_by_loop(attention: NDArray[np.float64]) -> NDArray[np.float64]:
-    """G-WPR in float64, head by head, root mean square over heads: (heads, N, N) -> (N,)."""
-    found: list[NDArray[np.float64]] = []
-    for head in attention:
-        scores = np.full(len(head), 1 / len(head))
-        change, votes = np.inf, 0
-        while change > EPSILON and votes < MAX_ITERATIONS:
-            update = head.T @ scores
-            change, scores, votes = np.abs(update - scores).sum(), update, votes + 1
-        found.append(scores)
-    squares: NDArray[np.float64] = np.mean(np.square(found), axis=0)
-    return np.sqrt(squares)
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch, load_once: Callable[..., SDXL]) -> None:
+    monkeypatch.setattr("tools.attention.load", load_once)
 
 
-def test_variance_of_scores_equals_brute_force() -> None:
-    sdxl = minisdxl.load("shapes")
+def test_variance_of_scores_equals_brute_force(shapes: SDXL) -> None:
     expected: dict[str, list[float]] = defaultdict(list)
 
     def watch(name: str, output: Any) -> None:
         query, key, scale, _ = output[1]
-        maps = (query.double() @ key.double().mT * scale).softmax(dim=-1).numpy()
-        scores = [scores_by_loop(each) for each in maps]
+        maps = (query.double() @ key.double().mT * scale).softmax(dim=-1).tolist()
+        scores = [np.array(root_mean_square([algorithm_1(head)[0] for head in each])) for each in maps]
         expected[name].append(float(np.mean([(each / each.mean()).var() for each in scores])))
 
     handles = [
         block.transformer_blocks[0]
         .get_submodule("attn1")
         .register_forward_hook(lambda *call, name=block.name: watch(name, call[-1]))
-        for block in sdxl.unet.modules()
+        for block in shapes.unet.modules()
         if isinstance(block, AttentionBlock)
     ]
-    sdxl.generate(**SETTINGS)  # type: ignore[arg-type]
+    shapes.generate(**SETTINGS)  # type: ignore[arg-type]
     for handle in handles:
         handle.remove()
-    found = score_variance(sdxl, SETTINGS)
-    assert list(expected) == [site.name for site in sdxl.config.unet.attention_sites()]
+    found = score_variance(shapes, SETTINGS)
+    assert list(expected) == [site.name for site in shapes.config.unet.attention_sites()]
     truth = np.array(list(expected.values()))
     error = np.abs(found / truth - 1).max()
     print(f"variances {truth.min():.4f} to {truth.max():.4f}, largest relative error {error:.1e}")
@@ -79,7 +69,7 @@ def test_table_shows_moments_and_growth() -> None:
     assert lines[0].split(" | ")[1:5] == ["1", "3", "5", f"{8 / 3:.2f}"]
 
 
-def test_command_leaves_numbers_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_leaves_numbers_and_a_plot(shapes: SDXL, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "attention.png"
     main(["--captions", "1", "--steps", "2", "--size", "64x64", "--out", str(out)])
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
@@ -87,7 +77,7 @@ def test_command_leaves_numbers_and_a_plot(tmp_path: Path, capsys: pytest.Captur
         rows = list(csv.DictReader(file))
     assert len(rows) == 7 * 2
     settings = {**SETTINGS, "prompts": list(drawn_captions(1).texts)}
-    spread = attention_spread(minisdxl.load("shapes"), settings)
+    spread = attention_spread(shapes, settings)
     for measure, values in zip(("map_variance", "entropy"), spread, strict=True):
         assert [float(row[measure]) for row in rows] == values.flatten().tolist()
     assert np.asarray(Image.open(out).convert("L")).std() > 5

@@ -6,80 +6,24 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from minisdxl.config import SDXL_BASE, Level, ModelConfig, UNetConfig
-from minisdxl.unet import UNet
+from tests.minisdxl.tiny import BENCH_MODEL
 from tools import bench
-from tools.benchmark import bench_models
-from tools.benchmark.bench_models import CONFIGS, PEERS, Contender, blocks, unets
+from tools.benchmark.bench_models import CONFIGS, Contender
 from tools.benchmark.machine import machine
-from tools.benchmark.profile_parts import PARTS, spent
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-TINY = replace(
-    SDXL_BASE,
-    name="tiny",
-    unet=UNetConfig(32, (Level(1, 0), Level(2, 2), Level(4, 2)), 2, 2, 32, 2048, 2816),
-)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CONFIGS, "small", TINY)
-
-
-@torch.no_grad()
-def test_all_contenders_are_one_model_with_one_set_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[nn.Module] = []
-    build = bench_models.diffusers_unet
-
-    def remember(unet: UNet, config: ModelConfig, plain: dict[Tensor, Tensor] | None) -> nn.Module:
-        built.append(build(unet, config, plain))
-        return built[-1]
-
-    monkeypatch.setattr(bench_models, "diffusers_unet", remember)
-    made = list(unets(TINY, 128, 2, ["dense", "at-edm"], PEERS, CPU, torch.float32))
-    assert [contender.name for contender in made] == ["dense", "at-edm", *PEERS]
-    dense, pruned, *peers = (contender.call() for contender in made)
-    errors = [float((output - dense).abs().max() / dense.abs().max()) for output in (*peers, pruned)]
-    print("off the dense output: " + ", ".join(f"{error:.1e}" for error in errors))
-    assert max(errors[:2]) < 1e-5
-    assert min(errors[2:]) > 1e-3  # tomesd merges tokens, and at-edm prunes them
-    ordinary, inside, merged = (dict(peer.named_parameters()) for peer in built)
-    for name, weight in ordinary.items():
-        assert weight.data_ptr() == merged[name].data_ptr()
-        apart = weight.ndim == 4 and min(weight.shape[1], weight.shape[2]) > 1
-        assert (weight.data_ptr() != inside[name].data_ptr()) == apart, name
-        assert weight.is_contiguous()
-        assert not apart or inside[name].is_contiguous(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def test_parts_add_up_to_what_is_spent() -> None:
-    for contender in unets(TINY, 128, 1, ["dense", "at-edm", "dissimilarity", "tome"], [], CPU, torch.float32):
-        parts = spent(contender, CPU)
-        print(contender.name, {part: f"{ms:.2f} ms" for part, ms in parts.items()})
-        assert tuple(parts) == PARTS
-        for part in ("convolution", "projections", "attention", "normalization"):
-            assert parts[part] > 0
-        for part in ("ranking", "gather", "recovery"):
-            assert (parts[part] > 0) == (contender.name != "dense")
-
-
-@torch.no_grad()
-def test_a_block_alone() -> None:
-    dense, pruned = blocks(TINY, "down.1.1", 128, 1, ["dense", "at-edm"], CPU, torch.float32)
-    assert dense.call().shape == pruned.call().shape == (1, 64, 8, 8)
-    assert not torch.allclose(dense.call(), pruned.call())
-    assert spent(pruned, CPU)["ranking"] > 0
+    monkeypatch.setitem(CONFIGS, "small", BENCH_MODEL)
 
 
 def test_contenders_take_turns_and_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:

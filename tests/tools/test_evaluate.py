@@ -19,17 +19,12 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import minisdxl
-from atedm.presets import parse_preset
-from minisdxl.config import SHAPES
-from minisdxl.cost import summary
+from minisdxl.pipeline import SDXL
 from tools.drawn.detector import check
-from tools.drawn.world import held_out, parse_caption
 from tools.evaluate import main
 from tools.evaluation.metrics import psnr, ssim
 from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
-from tools.evaluation.pictures import average_share, drawn_captions, parse_shard, solve
-from tools.evaluation.rows import Row, read_rows, write_rows
+from tools.evaluation.rows import Row, read_rows
 
 PRESET = "at-edm:rho=0.3"
 QUICK = ("--steps", "2", "--size", "64x64", "--presets", PRESET, "--device", "cpu")
@@ -41,6 +36,11 @@ def few_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.evaluation.set_metrics.REFERENCES", 10)
 
 
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch, load_once: Callable[..., SDXL]) -> None:
+    monkeypatch.setattr("tools.evaluate.load", load_once)
+
+
 def evaluate(out: Path, *arguments: str, batch: int = 1) -> None:
     main([*QUICK, "--batch", str(batch), "--out", str(out), *arguments])
 
@@ -49,48 +49,9 @@ def timeless(rows: list[Row]) -> list[Row]:
     return sorted((replace(row, seconds=0.0) for row in rows), key=lambda row: (row.preset, row.number))
 
 
-def test_captions_are_unseen_different_and_always_the_same() -> None:
-    captions = drawn_captions(60)
-    assert len(set(captions.texts)) == 60
-    assert all(held_out(parse_caption(caption)) for caption in captions.texts)
-    assert drawn_captions(20).texts == captions.texts[:20]
-    assert {held_out(parse_caption(caption)) for caption in drawn_captions(60, "all").texts} == {True, False}
-    for count in (0, 2000):
-        with pytest.raises(ValueError, match=f"--captions is {count}, expected 1 to"):
-            drawn_captions(count)
-
-
-def test_shards_are_read_and_refused() -> None:
-    assert parse_shard("2/4") == (2, 4)
-    for text in ("0/2", "3/2", "2", "a/b", "1/2/3"):
-        with pytest.raises(ValueError, match="expected i/n"):
-            parse_shard(text)
-
-
-def test_equal_flops_are_equal() -> None:
-    presets = ("dense", "at-edm", "tome", "at-edm:place=before-ff,tau=5")
-    solved = solve(SHAPES, (256, 256), presets, 50, 0.8, "average")
-    assert list(solved) == list(presets)
-    for name, preset in solved.items():
-        share = average_share(SHAPES, (256, 256), preset, 50)
-        print(f"{name}: {preset} costs {share:.4%} of dense")
-        assert share == 1 if name == "dense" else 0.798 < share <= 0.8
-    plain = average_share(SHAPES, (256, 256), "at-edm", 20)
-    calls = summary(SHAPES, 64, 64, parse_preset("at-edm"), 20)
-    assert plain == calls["average"] / calls["dense"]
-
-
-def test_rows_survive_the_file(tmp_path: Path) -> None:
-    row = Row("at-edm", 1, 1, 2, 7.5, 'a "b", c', None, True, "x; y", float("inf"), 1 / 3, 1e-17, 0.1, 2.0, "m")
-    write_rows(tmp_path / "rows.csv", [row, replace(row, obeyed=False, held_out=None, number=2)])
-    assert read_rows(tmp_path / "rows.csv") == [row, replace(row, obeyed=False, held_out=None, number=2)]
-    text = (tmp_path / "rows.csv").read_text()
-    (tmp_path / "torn.csv").write_text(text[:-20])
-    with pytest.raises(ValueError, match=r"torn\.csv, line 3"):
-        read_rows(tmp_path / "torn.csv")
-
-
-def test_stopped_and_sharded_runs_make_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_and_sharded_runs_make_the_same_rows(
+    shapes: SDXL, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     evaluate(tmp_path / "straight", "--captions", "2")
     table = capsys.readouterr().out
     evaluate(tmp_path / "stopped", "--captions", "1")
@@ -109,7 +70,7 @@ def test_stopped_and_sharded_runs_make_the_same_rows(tmp_path: Path, capsys: pyt
         for file in (tmp_path / "straight").rglob("*/*"):
             if file.is_file():
                 assert file.read_bytes() == (tmp_path / name / file.relative_to(tmp_path / "straight")).read_bytes()
-    rows_are_right(tmp_path / "straight", straight)
+    rows_are_right(shapes, straight)
     report_is_whole(tmp_path / "straight", table)
 
 
@@ -117,15 +78,14 @@ def remember(latents: dict[str | None, Tensor], name: str | None, _: int, x: Ten
     latents[name] = x
 
 
-def rows_are_right(folder: Path, rows: list[Row]) -> None:
+def rows_are_right(shapes: SDXL, rows: list[Row]) -> None:
     """Made again by other means, picture by picture."""
-    sdxl = minisdxl.load("shapes")
     for row in rows:
         latents, made = dict[str | None, Tensor](), dict[str | None, Any]()
         for prune in (None, PRESET):
             settings: dict[str, Any] = {"steps": 2, "cfg": 4.0, "seed": row.seed, "size": (64, 64), "prune": prune}
             keep = partial(remember, latents, prune)
-            made[prune] = np.asarray(sdxl.generate([row.caption], **settings, on_step=keep)[0])
+            made[prune] = np.asarray(shapes.generate([row.caption], **settings, on_step=keep)[0])
         picture = made[None if row.preset == "dense" else PRESET]
         verdict = check(picture, row.caption)
         assert (row.obeyed, row.reasons) == (verdict.right, "; ".join(verdict.reasons))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,10 @@ from PIL import Image
 from atedm.presets import parse_preset
 from minisdxl.config import SHAPES
 from minisdxl.cost import summary
-from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
 from tools.evaluation.experiment_specs import BASELINE, EXPERIMENTS, Claim, Experiment
 from tools.evaluation.plots import AXES, LABEL, THUMBNAIL, family
-from tools.evaluation.rows import Row, read_rows
-from tools.evaluation.summaries import judge, summarize
+from tools.evaluation.rows import read_rows
 from tools.experiments import main, plan
 
 TINY = Experiment(
@@ -37,20 +36,20 @@ def few_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.evaluation.set_metrics.REFERENCES", 10)
 
 
-@pytest.fixture(scope="module")
-def sdxl() -> SDXL:
-    return load("shapes")
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch, load_once: Callable[..., SDXL]) -> None:
+    monkeypatch.setattr("tools.experiments.load", load_once)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_claims_are_on_presets_that_cost_the_same(sdxl: SDXL, name: str) -> None:
+def test_claims_are_on_presets_that_cost_the_same(shapes: SDXL, name: str) -> None:
     experiment = EXPERIMENTS[name]
     assert BASELINE in experiment.presets
     assert experiment.axis is None or experiment.axis in AXES
     for claim in experiment.claims:
         assert {claim.better, claim.worse} <= set(experiment.presets)
         assert claim.better != claim.worse
-    parts, notes = plan(experiment, sdxl, (256, 256))
+    parts, notes = plan(experiment, shapes, (256, 256))
     assert len(parts) == len(experiment.budgets) * len(experiment.cfgs) * len(experiment.steps)
     for part in parts:
         for preset in part.presets.values():
@@ -99,40 +98,6 @@ def test_a_run_leaves_table_verdicts_numbers_and_plot(
     assert "![pictures of other](other-pictures.png)" in (tmp_path / "results" / "other.md").read_text()
     sheet = Image.open(tmp_path / "results" / "other-pictures.png")
     assert sheet.size == (2 * THUMBNAIL, 2 * (THUMBNAIL + LABEL))  # dense and at-edm, of both captions
-
-
-def row(preset: str, number: int, obeyed: bool, error: float, held_out: bool = True) -> Row:
-    caption = f"a big {'cyan' if number < 10 else 'red'} triangle on a gray background"
-    return Row(
-        preset, number, number, 50, 3.0, caption, obeyed, held_out, "", 20 + error, 0.5, error, 0.8, 2.0 + error, "m"
-    )
-
-
-def test_summaries_and_verdicts_of_known_rows() -> None:
-    dense = [row("dense", i, True, 0.0, held_out=i % 2 == 0) for i in range(40)]
-    good = [row("at-edm:rho=0.6", i, i >= 10, 0.1 + 0.01 * (i % 3), held_out=i % 2 == 0) for i in range(40)]
-    bad = [row("zeros:rho=0.6", i, i >= 30, 0.3 + 0.01 * (i % 2), held_out=i % 2 == 0) for i in range(40)]
-    rows = {each[0].preset: each for each in (dense, good, bad)}
-    first, second, third = summarize(rows, "at-edm:rho=0.6")
-    assert (first.obeyed is not None and first.obeyed.value, first.over_dense, first.over_baseline) == (1, None, None)
-    assert second.over_dense is not None
-    assert second.over_dense.value == -0.25
-    assert second.held_out is not None and second.seen is not None
-    assert (second.held_out.value, second.seen.value) == (0.75, 0.75)
-    assert second.new_pairs is not None
-    assert second.new_pairs.value == 0  # the ten that fail
-    assert third.over_baseline is not None and third.error_over_baseline is not None
-    assert third.over_baseline.value == -0.5
-    assert third.error_over_baseline.value == pytest.approx(0.305 - 0.10975, abs=1e-9)
-    assert third.time_ratio == pytest.approx(2.305 / 2)
-    found = judge("", good, bad)
-    assert (found.obeyed_verdict, found.error_verdict) == ("confirmed", "confirmed")
-    found = judge("", bad, good)
-    assert (found.obeyed_verdict, found.error_verdict) == ("not", "not")
-    found = judge("", good[:1], bad[:1])
-    assert found.obeyed_verdict == "undecided"
-    with pytest.raises(ValueError, match="tome"):
-        summarize(rows, "tome")
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

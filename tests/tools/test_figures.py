@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 import atedm.pruning
-import minisdxl
 from atedm.presets import parse_preset
 from atedm.ranking import kept_count, top_k
 from minisdxl.config import SDXL_BASE, SHAPES
@@ -47,9 +47,9 @@ COMMANDS = (
 )
 
 
-@pytest.fixture(scope="module")
-def sdxl() -> SDXL:
-    return minisdxl.load("shapes")
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch, load_once: Callable[..., SDXL]) -> None:
+    monkeypatch.setattr("tools.figures.load", load_once)
 
 
 def settings(**changes: Any) -> Settings:
@@ -57,8 +57,8 @@ def settings(**changes: Any) -> Settings:
     return {"prompts": [prompt], "steps": 2, "cfg": 3.0, "seed": 0, "size": (64, 64), **changes}
 
 
-def hooks(sdxl: SDXL) -> int:
-    return sum(len(module._forward_hooks) for module in sdxl.unet.modules())
+def hooks(shapes: SDXL) -> int:
+    return sum(len(module._forward_hooks) for module in shapes.unet.modules())
 
 
 # Figure 2
@@ -97,7 +97,7 @@ def spread_by_hand(query: Tensor, key: Tensor, scale: float) -> tuple[float, flo
     return math.fsum(variances) / len(variances), math.fsum(entropies) / len(entropies)
 
 
-def test_spread_of_attention_equals_brute_force(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spread_of_attention_equals_brute_force(shapes: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     fused = cpu.attention
 
@@ -107,8 +107,8 @@ def test_spread_of_attention_equals_brute_force(sdxl: SDXL, monkeypatch: pytest.
         return fused(q, k, v, scale)
 
     monkeypatch.setattr(cpu, "attention", spy)
-    found = attention_spread(sdxl, settings())
-    sites = list(sdxl.config.unet.attention_sites())
+    found = attention_spread(shapes, settings())
+    sites = list(shapes.config.unet.attention_sites())
     assert found.shape == (2, len(sites), 2)
     maps = iter(seen)
     for step in range(2):
@@ -121,12 +121,12 @@ def test_spread_of_attention_equals_brute_force(sdxl: SDXL, monkeypatch: pytest.
     assert next(maps, None) is None
 
 
-def test_hooks_are_gone_afterwards_also_after_an_error(sdxl: SDXL) -> None:
-    attention_spread(sdxl, settings(steps=1))
-    assert hooks(sdxl) == 0
+def test_hooks_are_gone_afterwards_also_after_an_error(shapes: SDXL) -> None:
+    attention_spread(shapes, settings(steps=1))
+    assert hooks(shapes) == 0
     with pytest.raises(ValueError, match=r"down\.2\.0 has 1 token"):
-        attention_spread(sdxl, settings(size=(16, 16)))
-    assert hooks(sdxl) == 0
+        attention_spread(shapes, settings(size=(16, 16)))
+    assert hooks(shapes) == 0
 
 
 def test_the_paper_places_each_tau_in_a_region_of_its_own() -> None:
@@ -140,7 +140,7 @@ def test_the_paper_places_each_tau_in_a_region_of_its_own() -> None:
 
 @pytest.mark.parametrize("preset", ["at-edm:tau=25", "ca-wpr:rho=0.4,tau=25", "at-edm:layers=0+1,tau=25"])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_masks_show_what_was_kept(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch, preset: str, cfg: float) -> None:
+def test_masks_show_what_was_kept(shapes: SDXL, monkeypatch: pytest.MonkeyPatch, preset: str, cfg: float) -> None:
     chosen: list[Tensor] = []
 
     def spy(scores: Tensor, k: int) -> Tensor:
@@ -149,9 +149,9 @@ def test_masks_show_what_was_kept(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch, p
 
     monkeypatch.setattr(atedm.pruning, "top_k", spy)
     schedule = parse_preset(preset)
-    image, masks = kept_tokens(sdxl, settings(cfg=cfg), schedule)
+    image, masks = kept_tokens(shapes, settings(cfg=cfg), schedule)
     assert image.size == (64, 64)
-    sites, picks = list(sdxl.config.unet.attention_sites()), iter(chosen)
+    sites, picks = list(shapes.config.unet.attention_sites()), iter(chosen)
     for step in range(2):
         plan = schedule.plan(step, 2, sites)
         for site in sites:
@@ -167,7 +167,7 @@ def test_masks_show_what_was_kept(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch, p
             assert mask.shape == (side, side)
             assert np.flatnonzero(mask).tolist() == expected.tolist()
     assert next(picks, None) is None
-    assert hooks(sdxl) == 0
+    assert hooks(shapes) == 0
 
 
 def test_darkened_cells_follow_the_grid() -> None:
@@ -185,14 +185,14 @@ def test_darkened_cells_follow_the_grid() -> None:
 # Figures 9 and 10
 
 
-def test_pictures_and_distances_are_those_of_separate_runs(sdxl: SDXL) -> None:
+def test_pictures_and_distances_are_those_of_separate_runs(shapes: SDXL) -> None:
     schedules = {"nothing": parse_preset("at-edm:rho=0"), "zeros": parse_preset("zeros")}
-    made = compare(sdxl, settings(), schedules)
+    made = compare(shapes, settings(), schedules)
     assert list(made) == ["dense", "nothing", "zeros"]
     assert made["dense"][1] == made["nothing"][1] == 0
     latents: dict[str | None, Tensor] = {}
     for prune in (None, "zeros"):
-        images = sdxl.generate(**settings(), prune=prune, on_step=lambda _, x, p=prune: latents.update({p: x}))  # type: ignore[misc]
+        images = shapes.generate(**settings(), prune=prune, on_step=lambda _, x, p=prune: latents.update({p: x}))  # type: ignore[misc]
         assert images[0].tobytes() == made[prune or "dense"][0].tobytes()
     squares = [float(a - b) ** 2 for a, b in zip(latents[None].flatten(), latents["zeros"].flatten(), strict=True)]
     assert made["zeros"][1] == pytest.approx(math.fsum(squares) / len(squares), rel=1e-5)

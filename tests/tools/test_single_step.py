@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import minisdxl
 from atedm import DENSE, parse_preset
+from minisdxl.pipeline import SDXL
 from minisdxl.sampler import discrete_sigmas
 from tools.evaluation.step_changes import drawn_pictures, outcomes
 from tools.single_step import main
 
 
-def test_outcomes_are_those_of_two_calls() -> None:
-    sdxl = minisdxl.load("shapes")
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch, load_once: Callable[..., SDXL]) -> None:
+    monkeypatch.setattr("tools.single_step.load", load_once)
+
+
+def test_outcomes_are_those_of_two_calls(shapes: SDXL) -> None:
     with torch.no_grad():
-        pictures = drawn_pictures(sdxl, 2)
-        nothing, half = outcomes(sdxl, pictures, ["at-edm:rho=0", "random:rho=0.5"], [500])
+        pictures = drawn_pictures(shapes, 2)
+        nothing, half = outcomes(shapes, pictures, ["at-edm:rho=0", "random:rho=0.5"], [500])
         noise = torch.randn(pictures.latents.shape, generator=torch.Generator().manual_seed(500))
-        alpha = 1 / (1 + discrete_sigmas(sdxl.config.noise)[500].double() ** 2)
+        alpha = 1 / (1 + discrete_sigmas(shapes.config.noise)[500].double() ** 2)
         noisy = (alpha.sqrt() * pictures.latents + (1 - alpha).sqrt() * noise).float()
         calls = []
-        for plan in (DENSE, parse_preset("random:rho=0.5").plan(49, 50, sdxl.config.unet.attention_sites())):
-            calls.append(sdxl.unet(noisy, torch.tensor([500, 500]), pictures.text, pictures.vector, plan).double())
+        for plan in (DENSE, parse_preset("random:rho=0.5").plan(49, 50, shapes.config.unet.attention_sites())):
+            calls.append(shapes.unet(noisy, torch.tensor([500, 500]), pictures.text, pictures.vector, plan).double())
     expected = ((calls[1] - calls[0]) ** 2).mean() / ((calls[0] - noise) ** 2).mean()
     assert nothing.change == 0
     assert (nothing.objects_least, nothing.rest_mean, nothing.flops) == (1, 1, 1)
@@ -37,10 +42,9 @@ def test_outcomes_are_those_of_two_calls() -> None:
     assert kept == pytest.approx(0.5, abs=0.03)
 
 
-def test_objects_are_where_something_is_drawn() -> None:
-    sdxl = minisdxl.load("shapes")
+def test_objects_are_where_something_is_drawn(shapes: SDXL) -> None:
     with torch.no_grad():
-        objects = drawn_pictures(sdxl, 3).objects
+        objects = drawn_pictures(shapes, 3).objects
     assert set(objects.flatten().tolist()) == {0, 1}
     corners = objects[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert corners.max() == 0  # objects keep their distance from the edge

@@ -19,7 +19,8 @@ from minisdxl.checkpoint.folder_writer import json_files
 from minisdxl.checkpoint.json_fields import LARGEST, Fields, check_values
 from minisdxl.checkpoint.modules import read_config as read_model
 from minisdxl.config import SDXL_BASE, SHAPES, Level, ModelConfig
-from tests.minisdxl.tiny import OFFICIAL, TINY, write_json
+from tests.minisdxl.published import OFFICIAL, write_json
+from tests.minisdxl.tiny import TINY
 
 UNET, VAE, TEXT, TEXT_2 = (f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2"))
 Files = dict[str, dict[str, Any]]

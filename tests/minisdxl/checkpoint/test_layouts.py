@@ -17,7 +17,8 @@ from minisdxl.checkpoint.modules import official_shapes, without_memory
 from minisdxl.config import SDXL_BASE, SHAPES, ModelConfig
 from tests import manifest
 from tests.minisdxl.peers import diffusers_unet, diffusers_vae
-from tests.minisdxl.tiny import OFFICIAL, TINY, tiny_modules
+from tests.minisdxl.published import OFFICIAL
+from tests.minisdxl.tiny import TINY, tiny_modules
 
 Shapes = dict[str, tuple[int, ...]]
 UNUSED = ("position_ids", "logit_scale")

@@ -26,7 +26,8 @@ from minisdxl.text import TextEmbeddings
 from minisdxl.tokenizer import read_vocabulary
 from tests import manifest
 from tests.minisdxl.peers import diffusers_unet
-from tests.minisdxl.tiny import OFFICIAL, TINY, VOCABULARY, sparse_file, tiny_file, tiny_modules, write_json
+from tests.minisdxl.published import OFFICIAL, write_json
+from tests.minisdxl.tiny import TINY, VOCABULARY, sparse_file, tiny_file, tiny_modules
 
 PREFIX = {part: PARTS[part].prefix for part in PARTS}
 Tensors = dict[str, Tensor]

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import minisdxl
 from minisdxl.cli.previews import Preview, RGBMap, drawn_pictures, fit_rgb
 from minisdxl.images import to_pixels
 from minisdxl.pipeline import SDXL
@@ -23,11 +22,6 @@ PROMPTS = [
     "a small red circle above a big blue square on a white background",
     "a big green triangle on a black background",
 ]
-
-
-@pytest.fixture(scope="module")
-def sdxl() -> SDXL:
-    return minisdxl.load("shapes")
 
 
 class KnownVAE:
@@ -73,11 +67,11 @@ def test_drawn_pictures_have_all_colors_and_are_always_the_same() -> None:
 
 
 @torch.no_grad()
-def test_previews_look_like_the_decoded_pictures(sdxl: SDXL) -> None:
-    images = sdxl.generate(PROMPTS, sampling="dpm++-2m", steps=8, cfg=3.0, size=(128, 128))
-    latents = sdxl.vae.encode(torch.cat([to_pixels(image, image.size) for image in images]))
-    decoded = F.avg_pool2d(sdxl.vae.decode(latents).clamp(-1, 1), sdxl.config.vae.downscale)
-    wrong = fit_rgb(sdxl.vae)(latents) - decoded
+def test_previews_look_like_the_decoded_pictures(shapes: SDXL) -> None:
+    images = shapes.generate(PROMPTS, sampling="dpm++-2m", steps=8, cfg=3.0, size=(128, 128))
+    latents = shapes.vae.encode(torch.cat([to_pixels(image, image.size) for image in images]))
+    decoded = F.avg_pool2d(shapes.vae.decode(latents).clamp(-1, 1), shapes.config.vae.downscale)
+    wrong = fit_rgb(shapes.vae)(latents) - decoded
     spread = decoded - decoded.mean(dim=(0, 2, 3), keepdim=True)
     explained = 1 - float(wrong.square().mean() / spread.square().mean())
     print(f"bundled VAE: {explained:.1%} of the variance explained, mean error {wrong.abs().mean() / 2:.3f} in [0, 1]")
@@ -85,7 +79,7 @@ def test_previews_look_like_the_decoded_pictures(sdxl: SDXL) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_watching_changes_nothing_and_sees_the_last_latent(sdxl: SDXL, name: str) -> None:
+def test_watching_changes_nothing_and_sees_the_last_latent(shapes: SDXL, name: str) -> None:
     settings: dict[str, Any] = {"steps": 4, "cfg": 3.0, "size": (64, 64), "seed": 1}
     preview = Preview(RGBMap(torch.zeros(3, 4), torch.zeros(3)), 1, [])
     seen: list[tuple[Tensor, Tensor]] = []
@@ -94,8 +88,8 @@ def test_watching_changes_nothing_and_sees_the_last_latent(sdxl: SDXL, name: str
         assert preview.denoised is not None
         seen.append((preview.denoised, x))
 
-    watched = sdxl.generate(PROMPTS[:1], sampling=preview.watch(SAMPLINGS[name]), on_step=on_step, **settings)[0]
-    plain = sdxl.generate(PROMPTS[:1], sampling=name, **settings)[0]
+    watched = shapes.generate(PROMPTS[:1], sampling=preview.watch(SAMPLINGS[name]), on_step=on_step, **settings)[0]
+    plain = shapes.generate(PROMPTS[:1], sampling=name, **settings)[0]
     assert watched.tobytes() == plain.tobytes()
     final = seen[-1][1]
     error = (seen[-1][0] - final).abs().max()

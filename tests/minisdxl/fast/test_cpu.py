@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +9,7 @@ import torch.nn.functional as F
 from minisdxl.fast import cpu
 from minisdxl.operators import Linear
 from minisdxl.transformer import GEGLU
-from tests.minisdxl.test_unet import SMALL, random_inputs, random_unet
+from tests.minisdxl.tiny import SMALL_UNET, random_unet, unet_inputs
 
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN")
@@ -63,7 +57,10 @@ def test_tokens_with_channels_outside_are_no_other_tokens() -> None:
 @needs_onednn
 @pytest.mark.parametrize("scale", [1.0, 1e-2], ids=["ordinary", "small"])
 def test_the_unet_is_the_same_without_it(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    unet, inputs = random_unet(SMALL, torch.float32, scale), random_inputs(SMALL, (16, 24), torch.float32, scale)
+    unet, inputs = (
+        random_unet(SMALL_UNET, torch.float32, scale),
+        unet_inputs(SMALL_UNET, (16, 24), torch.float32, scale),
+    )
     with torch.no_grad():
         assert cpu.usable(inputs[0])
         fast = unet(*inputs)
@@ -118,43 +115,3 @@ def test_attention_to_few_keys_is_that_of_float64(spread: float) -> None:
     for stays in ((q.bfloat16(), k.bfloat16(), v.bfloat16()), (k, k, v)):  # in bf16, and few tokens among each other
         assert torch.equal(cpu.attention(*stays, 0.3)[0], F.scaled_dot_product_attention(*stays, scale=0.3))
         assert cpu.attention(*stays, 0.3)[1] is not None
-
-
-ALLOCATING = """
-import json, resource, torch
-from minisdxl.runtime import allocator
-from minisdxl.fast import cpu
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(3):
-        torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1])
-
-faults()
-found = {"ordinary": faults()}
-with allocator.freed_memory_kept():
-    for _ in range(10):  # aligned requests leave gaps in glibc before 2.38: it settles
-        faults()
-    found |= {"kept": faults(), "pages_kept": resident()}
-print(json.dumps(found | {"pages_after": resident()}))
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is about glibc's allocator")
-@pytest.mark.parametrize("tuned", [False, True], ids=["plain", "tuned by the user"])
-def test_freed_memory_is_kept_and_goes_back(tuned: bool) -> None:
-    """Counted by the system: pages that it had to find, for three tensors of 64 MiB one after the other."""
-    mine = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    mine |= {"MALLOC_ARENA_MAX": "4"} if tuned else {}
-    done = subprocess.run([sys.executable, "-c", ALLOCATING], env=mine, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    print(found)
-    if tuned:
-        assert found["kept"] > found["ordinary"] / 2
-    else:
-        assert found["kept"] < found["ordinary"] / 20
-        assert found["pages_kept"] - found["pages_after"] > 0.9 * 2**26 / os.sysconf("SC_PAGE_SIZE")

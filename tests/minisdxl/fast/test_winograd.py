@@ -17,7 +17,7 @@ from minisdxl.fast import cpu, winograd
 from minisdxl.fast.winograd import INPUTS, OUTPUT, OUTPUTS, TILE, WEIGHT, convolve
 from minisdxl.operators import Conv3x3
 from tests.minisdxl.fast.test_cpu import needs_onednn, relative_error
-from tests.minisdxl.test_unet import SMALL, random_inputs, random_unet
+from tests.minisdxl.tiny import SMALL_UNET, random_unet, unet_inputs
 
 
 def plain(layer: Conv3x3, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def test_what_follows_has_its_channels_last_too(batch: int, size: tuple[int, int
 @pytest.mark.parametrize("size", [(16, 24), (13, 19)], ids=["even", "odd"])
 @torch.no_grad()
 def test_the_unet_is_the_same_without_it(scale: float, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    unet, inputs = random_unet(SMALL, torch.float32, scale), random_inputs(SMALL, size, torch.float32, scale)
+    unet, inputs = random_unet(SMALL_UNET, torch.float32, scale), unet_inputs(SMALL_UNET, size, torch.float32, scale)
     direct = unet(*inputs)
     monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
     monkeypatch.setattr(winograd, "LEAST_TILES", 1)

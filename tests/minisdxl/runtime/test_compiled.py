@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 
 from atedm import DENSE, parse_preset
-from minisdxl.config import Level, UNetConfig
 from minisdxl.runtime.compiled import CompiledUNet
 from minisdxl.unet import UNet
+from tests.minisdxl.tiny import SHALLOW_UNET
 
-SMALL = UNetConfig(32, (Level(1, 0), Level(2, 2)), 0, 1, 16, 24, 40, norm_groups=8)
 PRESETS = ("dissimilarity", "at-edm")  # one graph, and one that G-WPR breaks
 
 
 @pytest.fixture(scope="module")
 def unet() -> UNet:
     torch.manual_seed(0)
-    return UNet(SMALL).eval()
+    return UNet(SHALLOW_UNET).eval()
 
 
 def inputs(seed: int = 0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    x, context = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 7, 24, generator=generator)
+    x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 24, generator=generator)
     return x, torch.tensor([500, 20]), context, torch.randn(2, 40, generator=generator)
 
 
@@ -33,7 +32,7 @@ def inputs(seed: int = 0) -> tuple[Tensor, ...]:
 def test_each_plan_gives_what_it_gives_uncompiled(unet: UNet) -> None:
     compiled = CompiledUNet(unet, backend="eager")
     assert compiled.dtype == torch.float32
-    plans = {preset: parse_preset(preset).plan(49, 50, SMALL.attention_sites()) for preset in PRESETS}
+    plans = {preset: parse_preset(preset).plan(49, 50, SHALLOW_UNET.attention_sites()) for preset in PRESETS}
     for name, plan in {"dense": DENSE, **plans}.items():
         for seed in (0, 1):
             x, timestep, context, vector = inputs(seed)
@@ -49,7 +48,7 @@ def test_each_plan_gives_what_it_gives_uncompiled(unet: UNet) -> None:
 @torch.no_grad()
 def test_nothing_breaks_the_graph(unet: UNet, preset: str) -> None:
     """All but the random ranking and G-WPR until it settles is one graph, with no wait for the device in it."""
-    plan = parse_preset(preset).plan(49, 50, SMALL.attention_sites())
+    plan = parse_preset(preset).plan(49, 50, SHALLOW_UNET.attention_sites())
     x, timestep, context, vector = inputs()
     explained = torch._dynamo.explain(lambda *given: unet(*given, plan))(
         x, timestep, unet.project_context(context), vector

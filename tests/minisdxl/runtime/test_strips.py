@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from minisdxl.config import SDXL_BASE
 from minisdxl.runtime.strips import decode_in_strips
 from minisdxl.vae import VAE
-from tests.minisdxl.test_vae import SMALL, random_vae
+from tests.minisdxl.tiny import SMALL_VAE, random_vae
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-2], ids=["ordinary", "small"])
@@ -64,7 +64,7 @@ def test_a_picture_in_strips_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("rows", [0, -8])
 def test_a_strip_without_rows_is_refused(rows: int) -> None:
     with pytest.raises(ValueError, match=f"strip_rows is {rows}, expected 1 or more rows"):
-        decode_in_strips(VAE(SMALL), torch.zeros(1, 4, 8, 8), rows)
+        decode_in_strips(VAE(SMALL_VAE), torch.zeros(1, 4, 8, 8), rows)
 
 
 class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]

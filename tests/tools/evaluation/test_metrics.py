@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -13,8 +14,7 @@ from PIL import Image, ImageFilter
 from scipy.linalg import sqrtm
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from minisdxl.checkpoint.modules import load
-from minisdxl.loading import weights_path
+from minisdxl.pipeline import SDXL
 from tools.drawn.painting import draw
 from tools.drawn.world import random_scene
 from tools.evaluation.metrics import Picture, frechet_distance, latent_error, psnr, ssim, vae_features
@@ -102,13 +102,12 @@ def test_frechet_distance_of_moved_and_scaled_samples_also_without_full_rank() -
     assert frechet_distance(x, 3 * x) == pytest.approx(moved + 4 * variance, rel=1e-9)  # (3 - 1)^2
 
 
-def test_features_tell_drawn_pictures_from_worse_ones() -> None:
-    vae = load(weights_path("shapes"))[1].vae
+def test_features_tell_drawn_pictures_from_worse_ones(shapes: SDXL) -> None:
     rng = random.Random("features")
     drawn = [draw(random_scene(rng), 64) for _ in range(240)]
     blurred = [np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(3))) for picture in drawn]
     empty = [np.full_like(picture, picture[0, 0]) for picture in drawn]
-    features = [vae_features(vae, each) for each in (drawn[:120], drawn[120:], blurred[:120], empty[:120])]
+    features = [vae_features(shapes.vae, each) for each in (drawn[:120], drawn[120:], blurred[:120], empty[:120])]
     same, blur, nothing = (frechet_distance(other, features[1]) for other in (features[0], *features[2:]))
     print(
         f"Frechet distance to drawn pictures: of others {same:.4f}, blurred {blur:.4f}, without objects {nothing:.4f}"
@@ -116,17 +115,17 @@ def test_features_tell_drawn_pictures_from_worse_ones() -> None:
     assert same < blur < nothing
 
 
-def test_features_are_means_and_deviations_of_each_level() -> None:
-    vae = load(weights_path("shapes"))[1].vae
+def test_features_are_means_and_deviations_of_each_level(shapes: SDXL) -> None:
     seen: list[torch.Tensor] = []
-    for level in vae.encoder.down.children():
-        level.get_submodule("block").register_forward_hook(lambda *call: seen.append(call[-1]))
     picture = draw(random_scene(random.Random(4)), 64)
-    [found] = vae_features(vae, [picture])
-    ours = seen.copy()
-    seen.clear()
-    with torch.no_grad():
-        vae.encode(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1)
+    with ExitStack() as hooks, torch.no_grad():
+        for level in shapes.vae.encoder.down.children():
+            block = level.get_submodule("block")
+            hooks.enter_context(block.register_forward_hook(lambda *call: seen.append(call[-1])))
+        [found] = vae_features(shapes.vae, [picture])
+        ours = seen.copy()
+        seen.clear()
+        shapes.vae.encode(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1)
     expected = []
     for own, output in zip(ours, seen, strict=True):
         assert torch.equal(own, output)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-import minisdxl
 from atedm.graph.inputs import AttentionInputs
 from minisdxl.config import SHAPES
+from minisdxl.pipeline import SDXL
 from minisdxl.transformer import TransformerLayer
 from minisdxl.unet import UNet
 from tools.training.likeness import attention_map, measure, similarity_kernel, watch
@@ -41,8 +41,8 @@ def test_measures_by_hand() -> None:
     assert abs(found["entropy"][1] - 1) < 1e-6 and found["entropy"][0] < 0.6
 
 
-def test_watch_measures_plain_and_open_scenes() -> None:
-    figures = watch(minisdxl.load("shapes"), pictures=1)
+def test_watch_measures_plain_and_open_scenes(shapes: SDXL) -> None:
+    figures = watch(shapes, pictures=1)
     names = {name.removeprefix("plain_") for name in figures if name.startswith("plain_")}
     assert {*figures} == {f"{kind}_{name}" for kind in ("plain", "open") for name in names}
     assert 0 < figures["plain_error"] < 0.01 < 1 < figures["plain_uniform"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from minisdxl.checkpoint.modules import load
 from minisdxl.config import SHAPES
 from minisdxl.loading import BUNDLED
+from minisdxl.pipeline import SDXL
 from minisdxl.vae import VAE
 from tools.drawn.painting import draw
 from tools.drawn.world import random_scene
@@ -41,8 +41,8 @@ def test_balanced_latents_decode_to_the_same_pictures() -> None:
 
 
 @torch.no_grad()
-def test_the_bundled_vae_gives_unseen_pictures_back() -> None:
-    vae, rng = load(BUNDLED["shapes"])[1].vae, random.Random(7)
+def test_the_bundled_vae_gives_unseen_pictures_back(shapes: SDXL) -> None:
+    vae, rng = shapes.vae, random.Random(7)
     for named in ("", "cyan"):  # the color that came last
         scenes = [scene for scene in (random_scene(rng, "test") for _ in range(400)) if named in scene.caption][:24]
         pictures = torch.from_numpy(np.stack([draw(scene, SHAPES.size) for scene in scenes]))
@@ -68,8 +68,8 @@ def test_what_is_not_taught_is_held(teach: str, tmp_path: Path, capsys: pytest.C
     assert " held 0 " in capsys.readouterr().out
 
 
-def test_open_scenes_are_taught_to_the_encoder_too(tmp_path: Path) -> None:
-    before = load(BUNDLED["shapes"])[1].vae
+def test_open_scenes_are_taught_to_the_encoder_too(shapes: SDXL, tmp_path: Path) -> None:
+    before = shapes.vae
     after = train_vae(options(tmp_path, "open", steps=2))
     assert not torch.equal(before.quant_conv.weight, after.quant_conv.weight)
     unchanged = train_vae(options(tmp_path / "decoder", None, steps=2))
