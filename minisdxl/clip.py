@@ -1,6 +1,6 @@
-"""CLIP's text transformer (Radford et al. 2021), under the names that transformers gives its layers.
+"""The text transformer of CLIP (Radford et al. 2021). Names are those of the library transformers.
 
-Legend: B prompts, L tokens, C channels, h heads, d = C / h.
+Shapes: B prompts, L tokens, C channels, h heads, d = C / h.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minisdxl.config import TextConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of GELU, which CLIP ViT-L/14 was trained with."""
+    """OpenAI's approximation of GELU, used by CLIP ViT-L/14."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 
 
 class SelfAttention(nn.Module):
-    """Attention of tokens (B, L, C) to themselves and to those before them."""
+    """Causal multi-head self-attention."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """To four times the width, and back."""
+    """Linear map to four times the width, activation, linear map back."""
 
     def __init__(self, channels: int, activation: str) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Of tokens, and of their positions."""
+    """The sum of token and position embeddings."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Embeddings(nn.Module):
 
 
 class Layers(nn.Module):
-    """All layers."""
+    """The list of layers, which exists for its name."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Layers(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Token ids through all layers but the last, and through that one: SDXL takes something from both."""
+    """The text transformer in two parts, all layers but the last, and the last: SDXL uses the states after both."""
 
     def __init__(self, config: TextConfig) -> None:
         """Random weights, as CLIP starts them."""
@@ -103,17 +103,17 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """The hidden state (B, L, C) before the last layer, of token ids (B, L)."""
-        x: Tensor = self.embeddings(ids)
+        x = self.embeddings(ids)
         for layer in self.encoder.layers[:-1]:
             x = layer(x)
         return x
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """The normalized last state (B, L, C), of what :meth:`forward` gave."""
+        """The normalized last state (B, L, C), from the result of :meth:`forward`."""
         return self.final_layer_norm(self.encoder.layers[-1](hidden))
 
     def _start(self, config: TextConfig) -> None:
-        """Small enough that the sum over all layers keeps its size: CLIP's ``initialize_parameters``."""
+        """Initializes weights as CLIP's ``initialize_parameters``: the sum over all layers keeps its size."""
         into_sum = config.width**-0.5 * (2 * config.layers) ** -0.5
         spreads = {"_embedding": 0.02, "out_proj": config.width**-0.5, "fc1": (2 * config.width) ** -0.5}
         for name, module in self.named_modules():

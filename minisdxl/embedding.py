@@ -1,4 +1,4 @@
-"""Numbers as vectors: the sinusoidal embedding of noise-level indices and of picture sizes."""
+"""Sinusoidal embedding of numbers: timesteps, and the size numbers of SDXL's micro-conditioning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors to images and back, and the check that tensors hold finite numbers."""
+"""Conversion between tensors and PIL images, and the check for numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """A picture (3, H, W) in [-1, 1], beyond which it is clipped."""
+    """The image of a picture (3, H, W). Values outside [-1, 1] are clipped."""
     pixels = rearrange(picture.float().add(1).mul(127.5).clamp(0, 255).round().byte(), "c h w -> h w c")
     return Image.fromarray(pixels.cpu().numpy())
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """An image of any size and mode, stretched to ``size`` (width, height): (1, 3, H, W) in [-1, 1].
+    """An image of any size and mode, resized to ``size`` (width, height): (1, 3, H, W) in [-1, 1].
 
     Warns and raises as :func:`to_rgb`.
     """
@@ -66,7 +66,7 @@ def _to_gray(image: Image.Image, whites: tuple[int, ...]) -> Image.Image:
 
 
 def check_finite(part: str, values: Tensor) -> Tensor:
-    """``values``, unless one is infinite or no number: then ``ArithmeticError`` names the part that gave them."""
+    """Returns ``values``. Raises ``ArithmeticError``, which names ``part``, if one of them is infinite or NaN."""
     bad = values.numel() - int(values.isfinite().sum())
     if bad:
         raise ArithmeticError(

@@ -1,4 +1,4 @@
-"""A path to a model: :func:`load`."""
+"""``minisdxl.load``: a model from a name, a checkpoint file or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def load(
     loras: Sequence[str | Path | LoRA] = (),
     tokenizer: str | Path | None = None,
 ) -> SDXL:
-    """Reads a model.
+    """Loads a model.
 
-    On the CPU, large weights that a file holds in their dtype are mapped into memory and not copied. Such a file may be
-    replaced or deleted while the model lives, but not written into: see ``TensorFile.map``.
+    On the CPU, large weights that the file holds in the wanted dtype are memory-mapped, not copied. The file may be
+    replaced or deleted while the model is in use, but must not be written into (``TensorFile.map``).
 
     Args:
-        weights: ``"shapes"``, the bundled model, or a single-file checkpoint in the official layout, or a diffusers
-            folder. Here and below, a name of ``minisdxl.download`` or an id of the hub stands for what is on this
-            machine of it.
-        device: where it runs.
-        dtype: of U-Net and text encoders. The VAE computes in fp32 (the official one overflows in fp16), unless you
-            convert it: ``sdxl.vae.to(dtype)``.
-        vae: a file or folder with another VAE, in the official layout or that of diffusers.
-        unet: the same for the U-Net, as LCM-SDXL and SDXL-Lightning are published.
-        loras: files of LoRAs, as kohya's scripts or diffusers write them, or diffusers' folders, that are merged into
-            U-Net and text encoders one after the other: ``"FILE"``, ``"FILE:SCALE"``, or a
+        weights: ``"shapes"`` for the bundled model, a single-file checkpoint in the official layout, or a diffusers
+            folder. Here and below, a name of ``minisdxl.download`` or an id of the hub stands for its copy on this
+            machine.
+        device: where the model runs.
+        dtype: of U-Net and text encoders. The VAE stays in fp32, because the official one overflows in fp16; convert it
+            by ``sdxl.vae.to(dtype)``.
+        vae: a file or folder with another VAE, in the official or the diffusers layout.
+        unet: the same for the U-Net; LCM-SDXL and SDXL-Lightning are published so.
+        loras: files of LoRAs, in the format of kohya's scripts or diffusers, or diffusers' folders. They are merged
+            into U-Net and text encoders in order: ``"FILE"``, ``"FILE:SCALE"``, or a
             :class:`minisdxl.checkpoint.lora.LoRA`.
-        tokenizer: folder with the model's ``vocab.json`` and ``merges.txt``; ``None`` takes the folder ``tokenizer`` in
+        tokenizer: folder with the model's ``vocab.json`` and ``merges.txt``. ``None`` takes the folder ``tokenizer`` in
             or beside the weights, or else CLIP's own vocabulary.
 
     Raises:
-        CheckpointError: if a file is damaged or holds no SDXL model or LoRA for it; says what it is.
-        ValueError: for a LoRA's scale that is no finite number, or a vocabulary that is not the model's.
+        CheckpointError: if a file is damaged, or is not an SDXL model or a LoRA for one. The message says what it is.
+        ValueError: if the scale of a LoRA is not a finite number, or a vocabulary is not the model's.
         FileNotFoundError: if a file is missing.
     """
     path = weights_path(weights)
@@ -65,7 +65,7 @@ def load(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Turns the collector off: loading makes hundreds of thousands of objects and drops hardly any."""
+    """Turns the collector off: loading makes hundreds of thousands of objects and frees hardly any."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -76,7 +76,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def weights_path(weights: str | Path) -> Path:
-    """The file or folder of a bundled model's name, a published one's, or a path.
+    """The path of a bundled model's name, of a published one's, or of a path.
 
     Raises ``CheckpointError`` as :func:`minisdxl.checkpoint.published.find_weights`.
     """

@@ -1,8 +1,8 @@
-"""The operators that nearly all FLOPs of the U-Net are spent in, in plain PyTorch.
+"""The four operators in which the U-Net spends nearly all its FLOPs, in plain PyTorch.
 
-``@faster`` replaces an operator by code for the hardware at hand, where there is some. Without it (delete the folder
-``fast``, the import and the decorators) the program is slower and its output the same up to rounding.
-Legend: B batch, h heads, n queries, T keys, d channels of a head.
+``@faster`` replaces an operator by faster code for the hardware at hand, where there is some. Without it (delete the
+folder ``fast``, its import and the four decorators) the program is slower, and its output is the same up to rounding.
+Shapes: B batch, h heads, n queries, T keys, d channels per head.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from minisdxl.fast import faster
 
 @faster
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-    """softmax(scale q k^T) v, (B, h, n, d), and the log-sum-exp of each row (B, h, n) where it is known."""
+    """softmax(scale q k^T) v (B, h, n, d), and the log-sum-exp (B, h, n) of each row of scale q k^T if it is known."""
     return F.scaled_dot_product_attention(q, k, v, scale=scale), None
 
 
 @faster
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., C) -> (..., C')."""
+    """The linear map x weight^T + bias: (..., C) -> (..., C')."""
     return F.linear(x, weight, bias)
 
 
 @faster
 def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(..., C) -> (..., hidden): half of a linear map times the exact GELU of the other half (Shazeer 2020).
+    """One half of a linear map times the exact GELU of the other half (Shazeer 2020): (..., C) -> (..., hidden).
 
-    ``weight`` is (2 hidden, C), the gate in its second half.
+    ``weight`` is (2 hidden, C), with the gate in its second half.
     """
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
     return value * F.gelu(gate, approximate="none")
@@ -37,12 +37,12 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @faster
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, O, H, W), padded by 1."""
+    """3x3 convolution with padding 1: (B, C, H, W) -> (B, O, H, W)."""
     return F.conv2d(x, weight, bias, padding=1)
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` by the operator :func:`linear`."""
+    """``nn.Linear`` that runs the operator :func:`linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., C')."""
@@ -50,7 +50,7 @@ class Linear(nn.Linear):
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution padded by 1, by the operator :func:`conv3x3`."""
+    """3x3 convolution with padding 1 that runs the operator :func:`conv3x3`."""
 
     bias: Tensor
 

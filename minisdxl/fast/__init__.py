@@ -1,7 +1,8 @@
-"""Faster ways to run the operators of ``minisdxl.operators``: the one place where they are chosen.
+"""Faster implementations of the operators of ``minisdxl.operators``, and the only place where they are chosen.
 
-Delete this folder, its import in ``operators`` and the decorators there: the program is slower, its output the same up
-to rounding.
+The choice depends on device, dtype, sizes and gradients. ``cpu``, ``winograd`` and ``cuda`` have the implementations.
+This folder can be deleted, with its import and the decorators in ``operators``: the program is then slower, and its
+output is the same up to rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ R = TypeVar("R")
 
 
 def faster(plain: Callable[P, R]) -> Callable[P, R]:
-    """The operator ``plain`` of ``minisdxl.operators``, run by faster code where there is some for its arguments."""
+    """Decorates an operator of ``minisdxl.operators``: runs faster code where there is some for its arguments."""
     choose = CHOICES[plain.__name__]
 
     @wraps(plain)
@@ -31,14 +32,14 @@ def faster(plain: Callable[P, R]) -> Callable[P, R]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None] | None:
-    """``None``, as of all functions here, means: no faster way for these arguments."""
+    """Returns ``None``, as all functions below, where there is no faster code for these arguments."""
     if cpu.attends(q):
         return cpu.attention(q, k, v, scale)
     return cuda.attention(q, k, v, scale) if cuda.usable(q) else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Through oneDNN, except on Intel's CPUs."""
+    """By oneDNN, except on Intel's CPUs."""
     return cpu.linear(x, weight, bias) if cpu.usable(x) else None
 
 
@@ -48,7 +49,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
-    """By Winograd's algorithm, where there are channels and pixels enough."""
+    """By Winograd's algorithm, if there are enough channels and pixels."""
     return winograd.convolve(x, weight, bias) if cpu.usable(x) and winograd.pays(x, weight) else None
 
 

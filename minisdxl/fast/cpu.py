@@ -1,7 +1,7 @@
-"""Operators that are faster on a CPU than torch's plain ones. ``tools.bench`` measures by how much.
+"""Attention and linear maps on a CPU, faster than torch's default ones. ``tools.bench`` measures by how much.
 
-Linear maps go through oneDNN, as torch's convolutions do, except on Intel's CPUs, where MKL is faster. Fused attention
-is torch's own, with the log-sum-exp that torch computes and drops; to few keys attention is not fused. No gradients.
+Linear maps run in oneDNN, as torch's convolutions do, except on Intel's CPUs, where MKL is faster. Attention is torch's
+fused operator, called in a way that also returns the log-sum-exp; to few keys it is not fused. There are no gradients.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_KEYS = 80  # a text of SDXL has 77 tokens
+FEW_KEYS = 80  # a prompt of SDXL has 77 tokens
 
 
 def attends(x: Tensor) -> bool:
-    """Whether :func:`attention` can have ``x``: on a CPU, with nothing to be differentiated or compiled."""
+    """Whether :func:`attention` can run for ``x``: on a CPU, without gradients, autocast or a compiler."""
     return (
         not torch.compiler.is_compiling()  # first: the compiler cannot trace what follows
         and x.device.type == "cpu"
@@ -28,7 +28,7 @@ def attends(x: Tensor) -> bool:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether linear maps of ``x`` can go this way: as :func:`attends`, and in fp32."""
+    """Whether linear maps and convolutions of ``x`` can run here: as :func:`attends`, and in fp32."""
     return (
         attends(x) and x.dtype == torch.float32 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     )
@@ -36,35 +36,33 @@ def usable(x: Tensor) -> bool:
 
 @cache
 def of_intel() -> bool:
-    """Whether this CPU is one of Intel's."""
-    cpus = Path("/proc/cpuinfo")  # of Linux, where Python's own answer is empty
+    """Whether this is a CPU of Intel."""
+    cpus = Path("/proc/cpuinfo")  # on Linux platform.processor() is empty
     return "GenuineIntel" in (cpus.read_text() if cpus.exists() else platform.processor())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., C) -> (..., C') as ``torch.nn.functional.linear``, which is the faster one on a CPU of Intel's."""
+    """(..., C) -> (..., C'), as ``torch.nn.functional.linear``, which is the faster one on a CPU of Intel."""
     if of_intel():
         return F.linear(x, weight, bias)
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(..., C) -> (..., hidden): one half of the map times the exact GELU of the other, both taken while in cache.
+    """(..., C) -> (..., hidden): oneDNN applies GELU and the product to each block of the result while it is in cache.
 
-    ``weight`` is (2 hidden, C), the gate in its second half.
+    ``weight`` is (2 hidden, C), with the gate in its second half.
     """
     (value, gate), (value_bias, gate_bias) = weight.chunk(2), bias.chunk(2)
     gated = torch.ops.mkldnn._linear_pointwise(x, gate, gate_bias, "gelu", [], "none")
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, gated, value, value_bias, "mul")
-    return y
+    return torch.ops.mkldnn._linear_pointwise.binary(x, gated, value, value_bias, "mul")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-    """Fused attention (B, h, n, d), bit for bit that of torch, and the log-sum-exp (B, h, n) that torch keeps back.
+    """Fused attention (B, h, n, d), bit for bit that of torch, and its log-sum-exp (B, h, n).
 
-    From many queries to few keys, in fp32, the map is small, and plain operators are faster: those of torch but for
-    rounding, without the log-sum-exp.
+    From many queries to few keys, in fp32, the map is small and unfused operators are faster. Their result differs from
+    torch's by rounding, and comes without the log-sum-exp.
     """
     if k.shape[2] <= FEW_KEYS < q.shape[2] and usable(q):
         return (q @ (scale * k).mT).softmax(dim=-1) @ v, None

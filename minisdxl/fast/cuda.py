@@ -1,4 +1,4 @@
-"""What a GPU does beyond torch's plain way of asking. No gradient goes through any of this."""
+"""Flash attention on a GPU that also returns the log-sum-exp, which ranking needs. There are no gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def usable(x: Tensor) -> bool:
-    """Whether queries (B, h, n, d) can go this way: in half precision, on a GPU with flash attention."""
+    """Whether attention of queries ``x`` (B, h, n, d) can run here: half precision, a GPU with flash attention."""
     return (
         x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16)
@@ -19,6 +19,6 @@ def usable(x: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Flash attention (B, h, n, d), and the log-sum-exp (B, h, n) in float32 that torch keeps back."""
+    """Flash attention (B, h, n, d), and its log-sum-exp (B, h, n) in float32."""
     attended, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
     return attended, log_sum_exp

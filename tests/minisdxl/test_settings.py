@@ -97,5 +97,6 @@ def test_strength_that_leaves_no_step_is_refused() -> None:
     ids=lambda value: str(value)[:20],
 )
 def test_settings_out_of_range_are_named(change: dict[str, Any], message: str) -> None:
+    asked = replace(Settings(steps=1, size=(64, 64)), **change)
     with pytest.raises(ValueError, match=message):
-        check_settings(replace(Settings(steps=1, size=(64, 64)), **change), SHAPES)
+        check_settings(asked, SHAPES)
