@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,40 @@ class Model(nn.Module):
 
 
 class Teacher:
-    """A trained model whose predictions are learned in place of the noise itself: a target without chance in it.
+    """A trained model whose predictions a student learns in place of the noise (Hinton et al. 2015): no chance in them.
 
-    For a model that starts from the teacher's weights but for some: here, self-attention from a similarity kernel.
+    The student has its layout and most of its weights; here, all but self-attention, which starts from a similarity
+    kernel. :meth:`hint` also compares what the attention blocks give (Romero et al. 2015, "FitNets").
     """
 
-    def __init__(self, path: Path, device: torch.device | str) -> None:
+    HINT = 10.0  # weight of :meth:`hint` in the loss
+
+    def __init__(self, path: Path, student: UNet, device: torch.device | str) -> None:
         taught = load(path, device)[1]
         convert_conv2d_weight_memory_format(taught.unet, torch.channels_last)
         self.unet, self.text = taught.unet.requires_grad_(False), taught.text.requires_grad_(False)
+        self.features = {"student": list[Tensor](), "teacher": list[Tensor]()}
+        for who, unet in (("student", student), ("teacher", self.unet)):
+            for block in unet.modules():
+                if isinstance(block, AttentionBlock):
+                    block.register_forward_hook(partial(self._see, who))
+
+    def _see(self, who: str, _block: nn.Module, _inputs: object, output: Tensor) -> None:
+        self.features[who].append(output.float())
+
+    def hint(self) -> Tensor:
+        """How far the student's attention blocks are from the teacher's, since the last call.
+
+        Squared error of each block's output over the variance of the teacher's, mean over blocks and pictures.
+        """
+        student, teacher = self.features["student"], self.features["teacher"]
+        errors = [
+            ((ours - theirs).square().mean(dim=(1, 2, 3)) / theirs.var(dim=(1, 2, 3))).mean()
+            for ours, theirs in zip(student, teacher, strict=True)
+        ]
+        student.clear()
+        teacher.clear()
+        return torch.stack(errors).mean()
 
     @torch.no_grad()
     def __call__(self, x: Tensor, timestep: Tensor, ids: Tensor, ids_2: Tensor, drop: Tensor, side: int) -> Tensor:
@@ -119,8 +145,8 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
     if options.sharpness:
         generator = torch.Generator().manual_seed(options.seed)
         similarity_kernel(model.unet, generator, options.sharpness, options.kernel_noise)
-    teacher = None if options.teacher is None else Teacher(options.teacher, options.device)
     average = copy.deepcopy(model).requires_grad_(False)
+    teacher = None if options.teacher is None else Teacher(options.teacher, model.unet, options.device)
     optimizer, balance = Optimizer(model, options.attention_rate), Balance()
     step = 0
     if state_file.exists():
@@ -165,6 +191,8 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
             target = noise if teacher is None else teacher(noisy, timestep, ids, ids_2, drop, side)
         errors = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         loss = balance(errors, share).mean() + seen
+        if teacher is not None:
+            loss = loss + Teacher.HINT * teacher.hint()
         losses.append(errors.detach().mean())
         optimizer.step(loss, options.rate * warm_then_decay(step, steps, warm=50, decay=1.0))
         step += 1
