@@ -101,7 +101,7 @@ def _shards(index: Fields) -> dict[Path, list[str]]:
 
 
 def _opened(folder: Path, files: dict[Path, list[str]]) -> tuple[TensorFile, ...]:
-    """The files, which must hold what their index says, and nothing twice."""
+    """The files, checked to hold what their index says, and no tensor twice."""
     opened, seen = [], set[str]()
     for path, promised in files.items():
         file = open_tensors(path)

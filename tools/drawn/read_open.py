@@ -73,7 +73,7 @@ class PaintedObject(Outline):
 class FoundOpen:
     """Everything read from a picture."""
 
-    background: str | None  # one of GROUNDS; None where the regions are not of this world
+    background: str | None  # one of GROUNDS; None where the regions are unknown
     tints: dict[str, str | None]  # of each region; None: no color
     objects: tuple[PaintedObject, ...]  # largest first
     unknown: float  # share of the picture covered by patches that are neither object nor background
