@@ -345,7 +345,9 @@ SHAPES = ModelConfig(
         sampling="euler-ancestral",
         cfg=4.0,
         prune="moving-grid",
-        prune_notes=(("at-edm", "at-edm obeys 0 of 48 captions on this model, moving-grid 46: docs/better-method.md"),),
+        prune_notes=(
+            ("at-edm", "at-edm gets 0 of 48 captions right on this model, moving-grid 46: docs/better-method.md"),
+        ),
     ),
 )
 

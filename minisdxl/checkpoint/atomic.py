@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writing: files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
-    """Gives a path to write to; what was written there becomes ``target`` when the block ends well.
+    """A context with a path to write to. The file there becomes ``target`` if the block ends without an error.
 
-    The temporary file lies beside ``target``, because renaming is atomic within one file system only, and keeps its
-    suffix, because Pillow picks the format by it. It is removed if the block raises, Ctrl-C included: ``target`` is
-    then as it was before, or absent.
+    The temporary file lies beside ``target``, because renaming is atomic only within one file system. It has the same
+    suffix, because Pillow chooses the format by it. If the block raises, or at Ctrl-C, it is removed and ``target`` is
+    unchanged.
 
     Raises:
         IsADirectoryError: if ``target`` is a folder.
@@ -43,11 +43,11 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """Gives a new folder to fill, which becomes ``target`` when the block ends well; else nothing is left of it.
+    """A context with a new folder to fill. It becomes ``target`` if the block ends without an error, else it is gone.
 
     Raises:
         FileExistsError: if ``target`` is there already and not an empty folder.
-        OSError: if the folder that ``target`` is to be in does not exist or cannot be written to, or the disk is full.
+        OSError: if the parent folder of ``target`` does not exist or cannot be written to, or the disk is full.
             It names ``target``, whatever the block wrote to.
     """
     target = Path(target).absolute()
@@ -70,13 +70,13 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def _name(error: OSError, temporary: Path, target: Path) -> None:
-    """Makes a system's error name ``target`` where it names what was temporary, or nothing, as for a full disk."""
+    """Puts ``target`` into an error that names the temporary file, or no file, as for a full disk."""
     named = error.filename
     if error.errno is not None and (named is None or Path(os.fsdecode(named)).is_relative_to(temporary)):
         error.filename = str(target)
 
 
 def _flush_to_disk(path: Path) -> None:
-    """Waits until the bytes are on disk: some file systems say only now that there is no room for them."""
+    """Waits until the bytes are on disk. Some file systems report a full disk only now."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, when it is no safetensors file."""
+"""Recognizes files that are not safetensors (HTML pages, pickles, ...) by their first bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTAINERS = (
 
 
 def container(head: bytes) -> str | None:
-    """What a file with the first bytes ``head`` is, for one that is not safetensors; ``None`` if they say nothing."""
+    """The kind of a file that begins with ``head`` and is not safetensors, in words; ``None`` if it is unknown."""
     head = head.removeprefix(b"\xef\xbb\xbf")  # byte order mark of a text
     if not head:
         return "an empty file"

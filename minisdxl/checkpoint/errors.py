@@ -1,4 +1,4 @@
-"""The error of files that cannot be used."""
+"""The exception for files that cannot be used."""
 
 from __future__ import annotations
 

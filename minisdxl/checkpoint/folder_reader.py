@@ -1,8 +1,8 @@
-"""The model that a diffusers folder describes.
+"""Reads the JSON files of a diffusers folder as a ``ModelConfig``.
 
-A folder says in JSON what its parts are (``unet/config.json``, ``scheduler/scheduler_config.json``, ...). Numbers that
-a ``ModelConfig`` has are taken from there; everything else that changes what a model computes must have SDXL's value.
-Names of fields are those of diffusers and transformers.
+JSON files describe the parts (``unet/config.json``, ``scheduler/scheduler_config.json``, ...). Fields of a
+``ModelConfig`` are read from them. Every other field that changes the model's output must have SDXL's value. The names
+of fields are those of diffusers and transformers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from minisdxl.config import (
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 
-# What SDXL's U-Net has and no number of UNetConfig says. A field that is absent means what is here, except two.
+# Fields of SDXL's U-Net that UNetConfig does not have. Missing fields take these values; the two in UNET_NEEDED are
+# required.
 UNET = {
     "act_fn": "silu",
     "addition_embed_type": "text_time",
@@ -49,7 +50,7 @@ UNET = {
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "norm_eps": 1e-5,
-    "num_attention_heads": None,  # of old, the number of heads is called attention_head_dim
+    "num_attention_heads": None,  # for historical reasons the number of heads is called attention_head_dim
     "num_class_embeds": None,
     "only_cross_attention": False,
     "resnet_out_scale_factor": 1.0,
@@ -62,7 +63,7 @@ UNET = {
     "timestep_post_act": None,
     "use_linear_projection": True,
 }
-UNET_NEEDED = ("addition_embed_type", "use_linear_projection")  # what diffusers takes for them is not SDXL's
+UNET_NEEDED = ("addition_embed_type", "use_linear_projection")  # diffusers' defaults for them are not SDXL's
 VAE = {
     "act_fn": "silu",
     "latents_mean": None,
@@ -86,8 +87,8 @@ def read_config(folder: Path) -> ModelConfig:
     """The config of the model in a diffusers folder, ``SDXL_BASE`` for one of that size.
 
     Raises:
-        CheckpointError: if a JSON file is missing or damaged, describes something else, or has SDXL's numbers but for
-            some.
+        CheckpointError: if a JSON file is missing or damaged, describes another kind of model, or differs from SDXL in
+            some numbers only.
     """
     if not (folder / INDEX).is_file():
         raise CheckpointError(
@@ -97,7 +98,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig:
-    """The same of JSON files that ``read`` gives by their names in ``folder``, which need not be there."""
+    """As :func:`read_config`, from JSON files that ``read`` returns by name; the folder need not exist."""
     index = read(INDEX)
     other = pipeline_family(index.values)
     if other is not None:
@@ -142,7 +143,7 @@ def _name(index: Fields, folder: Path) -> str:
 
 
 def _without_index(folder: Path) -> str:
-    """What a folder is that has no index of a pipeline."""
+    """Describes a folder that has no index of a pipeline."""
     if (folder / "config.json").is_file():
         kind = Fields.read(folder / "config.json").values.get("_class_name")
         return f"is the folder of one part ({kind!r}) and not of a whole model"
@@ -163,7 +164,7 @@ def unet_config(fields: Fields) -> UNetConfig:
     fields.check(UNET, UNET_NEEDED)
     fields.check({"up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)]}, ("up_block_types",))
     depths = fields.integers("transformer_layers_per_block", count, 1)
-    heads = fields.integers("attention_head_dim", count, 8)  # its name notwithstanding, the number of heads
+    heads = fields.integers("attention_head_dim", count, 8)  # the number of heads, despite its name
     widths = {channels * multipliers[i] / heads[i] for i in range(count) if attends[i] or i == count - 1}
     if len(widths) > 1 or not min(widths).is_integer():
         raise fields.error("attention_head_dim", "numbers of heads that are equally wide on all levels")

@@ -1,4 +1,4 @@
-"""What a file is when it is not the checkpoint that it should be: said in the words of whoever downloaded it."""
+"""Recognizes models of other kinds by names, shapes and metadata, so that errors can name them."""
 
 from __future__ import annotations
 
@@ -83,10 +83,9 @@ UNET_LAYOUT = unet_layout(replace(SDXL_BASE.unet, levels=(Level(1, 1), Level(2, 
 
 
 def family(shapes: Mapping[str, Shape], parts: Collection[str] = tuple(PARTS)) -> str | None:
-    """What a file with these tensors is, if something says that it is not what it should be; else ``None``.
+    """The kind of a file with these tensors, if it is known not to be the given parts of an SDXL base model.
 
-    It should be the given parts of an SDXL base model, or all. ``None`` is no promise: names and shapes are still to
-    be compared one by one.
+    ``None`` if nothing is known. The names and shapes must still be compared one by one.
     """
     if transformer := transformer_family(shapes):
         return transformer
@@ -100,17 +99,17 @@ def family(shapes: Mapping[str, Shape], parts: Collection[str] = tuple(PARTS)) -
 
 
 def transformer_family(names: Collection[str]) -> str | None:
-    """The diffusion transformer that tensors with these names are of, or change; else ``None``."""
+    """The diffusion transformer to which these tensor names, or the names in its LoRA, belong; else ``None``."""
     return _first(TRANSFORMERS, [name.replace(".", "_") for name in names])
 
 
 def _first(table: Iterable[tuple[str, str]], names: Collection[str]) -> str | None:
-    """What the first pattern stands for that is found in one of the names."""
+    """The entry of the first pattern that is found in one of the names."""
     return next((what for pattern, what in table if any(re.search(pattern, name) for name in names)), None)
 
 
 def predicts_v(metadata: Mapping[str, str]) -> str | None:
-    """What a file is whose metadata says that it predicts v; else ``None``."""
+    """The kind of a file whose metadata says that it predicts v; else ``None``."""
     return V_PREDICTION if any(metadata.get(key) == value for key, value in V_PREDICTION_METADATA) else None
 
 
@@ -180,7 +179,7 @@ PIPELINES = (
 
 
 def pipeline_family(index: Mapping[str, Any]) -> str | None:
-    """What a diffusers folder with this ``model_index.json`` is, where it says that it is no SDXL model."""
+    """The kind of a diffusers folder by its ``model_index.json``, if that is not SDXL's; else ``None``."""
     name = str(index.get("_class_name"))
     if name in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"):
         return REFINER if index.get("text_encoder") == [None, None] else None
@@ -189,7 +188,7 @@ def pipeline_family(index: Mapping[str, Any]) -> str | None:
 
 
 def scheduler_family(scheduler: Mapping[str, Any]) -> str | None:
-    """What a diffusers folder with this ``scheduler_config.json`` is, where that says it does not predict epsilon."""
+    """The kind of a diffusers folder by its ``scheduler_config.json``; ``None`` if that predicts epsilon."""
     name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
     if name.startswith("FlowMatch"):
         return f"a flow-matching model ({name[:60]!r})"

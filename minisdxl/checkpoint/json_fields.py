@@ -1,4 +1,4 @@
-"""What JSON says of a model: no value is believed before it is looked at."""
+"""JSON fields of a model, with validation of every value that is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOISE_LEVELS = 100_000  # more than any model is trained at
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object in a file. All methods raise ``CheckpointError`` where a value is not what it should be."""
+    """A JSON object in a file. All methods raise ``CheckpointError`` for a wrong value."""
 
     path: Path
     values: dict[str, Any]
@@ -25,7 +25,7 @@ class Fields:
     @classmethod
     def read(cls, path: Path) -> Fields:
         """Reads a file."""
-        if path.exists() and not path.is_file():  # a pipe, say, which would be waited for
+        if path.exists() and not path.is_file():  # such as a pipe, on which reading would wait
             raise CheckpointError(f"{path} is not a file; expected one in a diffusers folder")
         try:
             size = path.stat().st_size
@@ -70,13 +70,13 @@ class Fields:
         return values[0], tuple(value // values[0] for value in values)
 
     def check(self, expected: Mapping[str, object], needed: tuple[str, ...] = ()) -> None:
-        """Compares fields; one that is absent counts as right unless it is needed."""
+        """Compares fields with the right values. A missing field is right unless it is needed."""
         for key, value in expected.items():
             if self.values.get(key, None if key in needed else value) != value:
                 raise self.error(key, repr(value))
 
     def error(self, key: str, expected: str) -> CheckpointError:
-        """That a field is not what it should be."""
+        """The error for a wrong field."""
         found = f"{key} is {repr(self.values[key])[:100]}" if key in self.values else f"{key} is missing"
         return CheckpointError(f"{self.path} does not describe an SDXL model: {found}, expected {expected}")
 

@@ -1,8 +1,8 @@
 """The names of one model in two layouts: the official single file, and a diffusers folder.
 
-Both hold the same numbers in four parts. A table pairs the names of modules, made by a few loops over the config; what
-follows a module's name (``.weight``, or the insides of a transformer layer) is the same in both. Three kinds of tensors
-have another form too, which :class:`TensorMapping` knows. Inside, the text encoders are named as in diffusers.
+Both hold the same numbers in four parts. A table pairs the names of modules; a few loops over the config make it. What
+follows a module's name (``.weight``, or the names inside a transformer layer) is the same in both. Three kinds of
+tensors also differ in form: see :class:`TensorMapping`. Our text encoders are named as in diffusers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """Where an official tensor is in another layout."""
+    """The names and the form of an official tensor in another layout."""
 
     names: tuple[str, ...]  # one; or queries, keys and values, which OpenCLIP stacks
     transposed: bool = False  # OpenCLIP's projection is (in, out), a Linear's weight is (out, in)

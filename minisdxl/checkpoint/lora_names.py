@@ -1,4 +1,4 @@
-"""What a LoRA file says: which tensor is what of which module, and by how much its two matrices count.
+"""Names in LoRA files: the module and the role of each tensor, and the factor of each pair of matrices.
 
 Files name modules in kohya's way (``lora_unet_`` and the name with underscores for dots) or in one of those of
 diffusers (``unet.`` and the name); both have been seen with the official and with diffusers' names of modules.
@@ -76,10 +76,10 @@ SETTINGS = "lora_adapter_metadata"  # of the file's metadata: PEFT's settings as
 
 
 class Name(NamedTuple):
-    """What the name of a tensor says."""
+    """The part, module and role in a tensor's name."""
 
     part: str  # a key of layouts.PARTS
-    module: str  # in the file's spelling
+    module: str  # as the file names it
     role: str  # down, up or alpha
 
 

@@ -1,4 +1,4 @@
-"""Models to modules and back.
+"""Loads and saves models as modules.
 
 Whatever :func:`open_source` takes (one file in the official layout, a diffusers folder, either with another VAE or
 U-Net) is read strictly, tensor by tensor, by official names. The U-Net and the VAE carry these themselves,
@@ -39,7 +39,7 @@ CONFIG_KEY = "minisdxl.config"  # of the file's metadata: ModelConfig.to_dict() 
 
 
 class Modules(NamedTuple):
-    """What a checkpoint holds."""
+    """The modules of a model."""
 
     unet: UNet
     vae: VAE

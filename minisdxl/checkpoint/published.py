@@ -1,4 +1,4 @@
-"""Weights by names that are no paths: those of ``minisdxl.download``, and ids of the hub.
+"""Finds weights by the names of ``minisdxl.download`` and by Hugging Face hub ids, instead of paths.
 
 Nothing is downloaded here.
 """
@@ -19,7 +19,7 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".
 
 
 def find_weights(name: str | Path) -> Path:
-    """The file or folder that is meant: a path, or what a name stands for.
+    """The file or folder of a path, of a name of ``minisdxl.download``, or of a hub id.
 
     A path that exists comes first. The file of a name of ``minisdxl.download`` may lie in the current folder, where
     that command puts it, or in the hub's cache; the folder of an id of the hub, ``owner/name``, in that cache.
@@ -36,7 +36,7 @@ def find_weights(name: str | Path) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is an id of the hub, and no path that may have been meant."""
+    """Whether a name is a hub id and cannot be meant as a path."""
     return bool(HUB_ID.fullmatch(name)) and not name.endswith(SUFFIXES) and not Path(name).parent.is_dir()
 
 

@@ -1,7 +1,7 @@
-"""Where the tensors of a model are: in which file, under which name, in which form.
+"""Finds every tensor of a model: the file, the name there, and the form.
 
-A model comes as one file, as a diffusers folder, or as either with another VAE or U-Net. A :class:`Source` answers for
-all of these alike: by official names, tensor by tensor.
+A model is one file, a diffusers folder, or either with another VAE or U-Net. A :class:`Source` gives the tensors of all
+of these in the same way, by official names.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ LCM_SCALE = 8.0  # guidance scale for LCM U-Nets, as diffusers' documentation ha
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """One official tensor as files hold it: the file of each of ``mapping.names``."""
+    """The place of one official tensor: the file of each of ``mapping.names``, and its scale."""
 
     files: tuple[TensorFile, ...]
     mapping: TensorMapping
-    scales: tuple[Scale | None, ...]  # by which what is in the files is to be multiplied
+    scales: tuple[Scale | None, ...]  # factors of the stored numbers
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers in the file; for fp8 one that holds them exactly, or fp32 where they have a scale."""
+        """The dtype of the stored numbers; for fp8 a wider one that is exact, fp32 if they have a scale."""
         code = self.files[0].entries[self.mapping.names[0]].dtype
         return torch.float32 if any(self.scales) else FLOATS.get(code, torch.float16)
 
@@ -73,7 +73,7 @@ class Source:
     """All tensors of a model by their official names, and lines for the log."""
 
     config: ModelConfig
-    shapes: Mapping[str, Shape]  # of what the model has; an LCM U-Net's GUIDANCE is stored beyond that
+    shapes: Mapping[str, Shape]  # of the model's tensors; an LCM U-Net also stores GUIDANCE
     stored: Mapping[str, TensorLocation]
     notes: tuple[str, ...]
 
@@ -83,11 +83,11 @@ class Source:
         return list(dict.fromkeys(file.path for stored in self.stored.values() for file in stored.files))
 
     def load(self, dtypes: Mapping[str, torch.dtype], device: torch.device | str) -> dict[str, Tensor]:
-        """Tensors by official names, each in the dtype that is given for it.
+        """Loads tensors by official names, each in its dtype in ``dtypes``.
 
-        Those of convolutions are channels-last. On the CPU, large ones that a file has just so are mapped and not read
-        (those of convolutions in fp16 only, and as the file has them): :meth:`TensorFile.map` says what must not happen
-        to the file then.
+        Convolution weights are channels-last. On the CPU, large tensors that a file stores in the same form are mapped
+        instead of read. (Convolution weights are mapped only in fp16, and then keep the file's memory format.)
+        :meth:`TensorFile.map` says what must not happen to the file then.
 
         Raises:
             CheckpointError: if a file cannot be read or mapped, or has become shorter since it was opened.
@@ -98,7 +98,7 @@ class Source:
         return mapped | rest
 
     def _map(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-        """What can be mapped; part by part, because the text encoders may leave memory before the rest."""
+        """Maps the tensors that can be mapped, part by part, because the text encoders may be freed before the rest."""
         groups: dict[tuple[str, Path], list[str]] = {}
         for name, dtype in dtypes.items():
             if self._can_map(name, dtype):
@@ -112,14 +112,14 @@ class Source:
         return tensors
 
     def _can_map(self, name: str, dtype: torch.dtype) -> bool:
-        """Whether a file has a tensor as it is to be in memory."""
+        """Whether a file stores a tensor in the form that it has in memory."""
         stored = self.stored[name]
         if len(stored.files) > 1 or stored.mapping.transposed or any(stored.scales):
             return False
         if name == BIAS:  # GUIDANCE is added as it is read
             return False
         if _is_convolution(self.shapes[name]) and dtype != torch.float16:
-            return False  # to be channels-last, which speeds up fp32 and bf16; few CPUs compute in fp16 at all
+            return False  # becomes channels-last, which is faster in fp32 and bf16; few CPUs compute in fp16
         return stored.files[0].can_map(stored.mapping.names[0], dtype)
 
     def _empty(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -189,7 +189,7 @@ def guidance_embedding(scale: float, channels: int) -> Tensor:
 
 
 def find_source(config: ModelConfig, shapes: Mapping[str, Shape], weight_files: Sequence[WeightFiles]) -> Source:
-    """Where the tensors of a model are, each of whose parts is in one of ``weight_files``.
+    """Finds the tensors of a model in ``weight_files``, each of which has some of the parts.
 
     Args:
         config: of the model.

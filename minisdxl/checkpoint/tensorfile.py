@@ -1,9 +1,9 @@
-"""The safetensors container: named tensors and a few strings in one file, checked before anything is believed.
+"""Safetensors files: header parsing, checks, memory-mapped and buffered reading, and writing.
 
-A file is 8 bytes with the length of a JSON header, the header, and the tensors' bytes one after the other without gaps
-(https://huggingface.co/docs/safetensors). Numbers that are wanted as the file has them can be mapped into memory, at no
-cost; all others go through one small buffer, and files are written tensor by tensor: there is never a second copy of a
-model in memory.
+A file has 8 bytes with the length of a JSON header, the header, and the tensors' bytes one after the other without gaps
+(https://huggingface.co/docs/safetensors). The header is checked before anything is read. Tensors that need no
+conversion can be mapped into memory; all others are read through one small buffer. Files are written tensor by tensor.
+So there is never a second copy of a model in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minisdxl.checkpoint.errors import CheckpointError
 
 Shape = tuple[int, ...]
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# For storage alone. All their numbers are numbers of FLOATS too, which they are read into.
+# Dtypes for storage only. FLOATS represent all their numbers, so they are read as those.
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 READABLE = FLOATS | FP8
 # Bits of a number, for all dtypes of the safetensors library.
@@ -55,7 +55,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file whose header has been read and agrees with itself and with the file's size."""
+    """A file whose header has been read, and is consistent in itself and with the file's size."""
 
     path: Path
     entries: dict[str, Entry]  # in the order of their bytes
@@ -63,10 +63,10 @@ class TensorFile:
     header_bytes: int  # what comes before the first tensor
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
-        """Reads the named tensors into others of as many numbers, of any dtype, on any device, and of any strides.
+        """Reads tensors into ``targets`` with as many elements, of any dtype, device and strides.
 
-        All numbers go through one small buffer: a buffer for each tensor would leave holes in the process's memory,
-        1.1 GiB of them when a whole SDXL is read from fp16 to bf16.
+        All numbers go through one small buffer. A buffer for each tensor would leave holes in the process's memory,
+        1.1 GiB of them for SDXL read from fp16 to bf16.
 
         Raises:
             CheckpointError: if the file cannot be read, or has become shorter since it was opened.
@@ -90,7 +90,7 @@ class TensorFile:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
 
     def raw(self, name: str) -> bytes:
-        """The bytes of a tensor of any dtype, which may be a text. Raises ``CheckpointError`` as :meth:`read_into`."""
+        """The bytes of a tensor of any dtype, such as a text. Raises ``CheckpointError`` as :meth:`read_into`."""
         entry = self.entries[name]
         try:
             with self.path.open("rb") as file:
@@ -100,19 +100,19 @@ class TensorFile:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
 
     def can_map(self, name: str, dtype: torch.dtype) -> bool:
-        """Whether a tensor is in the file as ``dtype``, at a multiple of its size, and large enough to be mapped."""
+        """Whether the file stores a tensor as ``dtype``, aligned to its size, and large enough to be mapped."""
         entry = self.entries[name]
         aligned = (self.header_bytes + entry.start) % dtype.itemsize == 0
         return FLOATS.get(entry.dtype) == dtype and aligned and entry.stop - entry.start >= MAPPED
 
     def map(self, names: Collection[str]) -> dict[str, Tensor]:
-        """The named tensors as they are in the file, for which :meth:`can_map` holds: not read but mapped into memory.
+        """The named tensors, mapped into memory instead of read. :meth:`can_map` must hold for each.
 
-        The mapping is private: what is written to these tensors stays in this process. It lasts as long as one of them.
+        The mapping is private: writing to these tensors changes only this process. It lasts as long as one of them.
 
-        NOTE: a process that uses a page of a mapped file whose end was cut off since is killed by the system (SIGBUS),
-        and what is written over other pages may show. Replacing or deleting the file harms nothing; opening it to be
-        written anew, as ``cp`` and safetensors' ``save_file`` do, does.
+        NOTE: do not change the file while it is mapped. If it becomes shorter, the system kills a process that uses a
+        page beyond its end (SIGBUS). If it is overwritten, as by ``cp`` or safetensors' ``save_file``, the tensors may
+        change. Replacing or deleting the file is safe.
 
         Raises:
             CheckpointError: if the file cannot be mapped, or has become shorter since it was opened.
@@ -125,7 +125,7 @@ class TensorFile:
         tensors = {}
         for name in names:
             entry = self.entries[name]
-            # A storage for each, which keeps the whole one alive: who saves a tensor saves all of its storage.
+            # Each tensor has its own storage, which keeps the mapping alive: saving a tensor saves all of its storage.
             own = storage[self.header_bytes + entry.start : self.header_bytes + entry.stop]
             tensors[name] = torch.empty(0, dtype=FLOATS[entry.dtype], device="cpu").set_(own).view(entry.shape)
         return tensors
@@ -217,7 +217,7 @@ def write_container(
         start, stop = stop, stop + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers that map the file want tensors at multiples of their element size
+    text += b" " * (-len(text) % 8)  # aligns the tensors for readers that map the file
     file.write(len(text).to_bytes(8, "little") + text)
     for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
         if tuple(tensor.shape) != shape:

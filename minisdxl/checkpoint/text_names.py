@@ -1,4 +1,4 @@
-"""The text encoders' weights under their official names: ours are named as in diffusers."""
+"""Official names of the text encoders' weights, which this package names as in diffusers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def official_text_state(text: TextEncoders) -> dict[str, Tensor]:
 
 
 def load_official_text_state(text: TextEncoders, official: Mapping[str, Tensor]) -> None:
-    """Takes over (does not copy) weights named as by :func:`official_text_state`; also on the meta device.
+    """Assigns (does not copy) weights named as by :func:`official_text_state`; also on the meta device.
 
     Raises:
         ValueError: for missing or unexpected names.

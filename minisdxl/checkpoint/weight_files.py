@@ -1,4 +1,4 @@
-"""The files that hold parts of a model: one file, or a folder's single file, shards or fp16 variant."""
+"""Files that hold parts of a model: a single file, or the file, shards or fp16 variant in a folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class WeightFiles:
     path: Path  # what the user calls it
     parts: tuple[str, ...]  # keys of PARTS
     files: tuple[TensorFile, ...]
-    both: bool = False  # whether it was chosen from a plain and an fp16 form
+    both: bool = False  # whether both plain and fp16 files exist
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -40,7 +40,7 @@ class WeightFiles:
         return {key: value for file in self.files for key, value in file.metadata.items()}
 
     def family(self) -> str | None:
-        """What it is, if something says that it is not what it should be."""
+        """The kind of the files, if they are known not to be these parts of SDXL; else ``None``."""
         return family({name: entry.shape for name, entry in self.entries.items()}, self.parts)
 
     def file_of(self, name: str) -> TensorFile:
@@ -101,7 +101,7 @@ def _shards(index: Fields) -> dict[Path, list[str]]:
 
 
 def _opened(folder: Path, files: dict[Path, list[str]]) -> tuple[TensorFile, ...]:
-    """The files, which must hold what their index says, and nothing twice."""
+    """The files, checked to hold what their index says, and no tensor twice."""
     opened, seen = [], set[str]()
     for path, promised in files.items():
         file = open_tensors(path)
@@ -117,6 +117,6 @@ def _opened(folder: Path, files: dict[Path, list[str]]) -> tuple[TensorFile, ...
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without weights has."""
+    """Describes a folder without weights."""
     others = sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHTS)
     return f", only {', '.join(others[:5])}; expected safetensors weights, which cannot run code" if others else ""

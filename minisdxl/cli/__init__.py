@@ -1,0 +1,1 @@
+"""Parts of the commands: options, the pictures of a run, prompt and picture files, previews and reports."""

@@ -1,4 +1,4 @@
-"""What the commands share: one clear line for what goes wrong, and sizes as people write them."""
+"""Shared command-line options, and errors as one line on stderr."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
-# What bad input and missing packages raise, here and in the libraries that read files.
+# Exceptions for bad input and missing packages, of this package and of libraries that read files.
 FAILURES: tuple[type[Exception], ...] = (ValueError, OSError, ArithmeticError, ImportError)
 
 
@@ -23,14 +23,14 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr and exit code 2, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program."""
+        """Prints the message and exits with code 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     @contextmanager
     def one_line(self, left: str, *more: type[Exception]) -> Iterator[None]:
-        """What goes wrong inside ends the program with a line: :data:`FAILURES` and ``more`` as :meth:`error`.
+        """A context that turns :data:`FAILURES` and ``more`` into one line on stderr and exit code 2.
 
-        So does Ctrl-C, with exit code 130, and a line that says what is ``left`` behind.
+        Ctrl-C becomes exit code 130 and a line that says what is ``left`` behind.
         """
         failures = FAILURES + more
         try:
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a token-reduction preset and its budget."""
+    """Adds the options for a token-reduction preset and its budget."""
     parser.add_argument(
         "--prune",
         nargs="?",
@@ -54,13 +54,13 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         metavar="FLOPS|SHARE",
-        help="find the preset's ratio by what a U-Net call may cost: 4.1T, or 61%% of dense",
+        help="find the preset's ratio for these FLOPs of a U-Net call: 4.1T, or 61%% of dense",
     )
     parser.add_argument(
         "--budget-for",
         choices=("average", "steady"),
         default="average",
-        help="what is to meet the budget: the average of all steps, or the last step (default: %(default)s)",
+        help="the budget is for the average of all steps, or for the last step (default: %(default)s)",
     )
 
 
@@ -81,5 +81,5 @@ def parse_point(text: str) -> tuple[int, int]:
 
 
 def plain_warnings() -> None:
-    """Shows a warning as one line, without the place in the code that gave it: it is meant for the user."""
+    """Makes warnings one line for the user, without the place in the code."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Picture files: read to start from, written with a record of what it takes to make them again."""
+"""Reads picture files to start from, and writes PNG files with the settings that made them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.images import to_rgb
 
-# What Pillow's decoders raise for damaged files of one kind or another, beyond OSError.
+# Exceptions of Pillow's decoders for damaged files, beyond OSError.
 DAMAGED = (ValueError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, Image.DecompressionBombError)
 
 # Pixels of a PNG in 2, 4 and 16 bits come in 8 from Pillow, its transparent shade as the file has it.
@@ -26,7 +26,7 @@ SHADES_OF_8_BITS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
 class InitImage(NamedTuple):
-    """A picture to start from, and what identifies its file."""
+    """A picture to start from, with the name and sha256 of its file."""
 
     image: Image.Image
     name: str
@@ -64,7 +64,7 @@ def read_picture(path: str | Path) -> InitImage:
 
 
 def _scale_transparency(opened: Image.Image) -> None:
-    """Brings the transparent shade of a PNG that is not read yet to the 8 bits that its pixels will have."""
+    """Scales the transparent shade of a PNG to 8 bits, as Pillow will scale its pixels when it reads them."""
     scale = SHADES_OF_8_BITS.get(opened.tile[0].args) if opened.tile else None  # type: ignore[attr-defined]
     shade = opened.info.get("transparency")
     if scale is not None and shade is not None:
@@ -73,7 +73,7 @@ def _scale_transparency(opened: Image.Image) -> None:
 
 
 def write_picture(path: Path, image: Image.Image, record: Mapping[str, Any]) -> None:
-    """A PNG file, whole or not at all, with ``record`` as JSON in its text ``minisdxl``. Raises ``OSError``."""
+    """Writes a PNG file atomically, with ``record`` as JSON in its text ``minisdxl``. Raises ``OSError``."""
     notes = PngInfo()
     notes.add_itxt("prompt", record["prompt"])
     notes.add_itxt("minisdxl", json.dumps(record, ensure_ascii=False))

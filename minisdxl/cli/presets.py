@@ -1,4 +1,4 @@
-"""The preset that a command's options ask for, and the list of all presets with what they cost."""
+"""The preset from the options of a command, and the list of all presets with their cost."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from minisdxl.cost import summary
 
 
 def settle_preset(config: ModelConfig, options: argparse.Namespace) -> str | None:
-    """The preset's text that the options of :func:`minisdxl.cli.options.add_pruning` ask for, ``None`` for dense.
+    """The preset's text from the options of :func:`minisdxl.cli.options.add_pruning`, or ``None`` for dense.
 
-    Says what a budget came to, on stderr; prints the presets and ends the program where that is ``list``. Raises
-    ``ValueError`` for options that contradict each other, and as :func:`preset_within`.
+    With a budget it prints the preset that was found to stderr. With ``list`` it prints all presets and ends the
+    program. Raises ``ValueError`` for options that contradict each other, and as :func:`preset_within`.
     """
     if options.prune == "list":
         print(list_presets(config, options.steps))
@@ -35,7 +35,7 @@ def settle_preset(config: ModelConfig, options: argparse.Namespace) -> str | Non
 
 
 def preset_note(config: ModelConfig, prune: str | None) -> str | None:
-    """What is known of a preset on this model: that it is its best one, or what it does to pictures."""
+    """A note on a preset for this model: that it is the best one, or that it breaks pictures; else ``None``."""
     name = None if prune is None else prune.partition(":")[0]
     if name == config.defaults.prune != "at-edm":
         return f"--prune is {name}, the best preset on {config.name}"
@@ -43,7 +43,7 @@ def preset_note(config: ModelConfig, prune: str | None) -> str | None:
 
 
 def list_presets(config: ModelConfig, steps: int) -> str:
-    """One line for each preset: its name, its cost at the model's own size as shares of dense, and what it is."""
+    """One line for each preset: name, FLOPs at the model's own size as shares of dense, and a description."""
     side = config.size // config.vae.downscale
     lines = [f"{'preset':<15} {'steady':>7} {'average':>8}   of the FLOPs of dense {config.name}, {steps} steps"]
     for name, preset in PRESETS.items():

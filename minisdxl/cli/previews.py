@@ -1,4 +1,4 @@
-"""What a run is heading for, while it runs: latents as small pictures, by a linear map instead of the VAE decoder."""
+"""Previews of a run: small pictures of its latents, by a linear map instead of the VAE decoder."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from minisdxl.sampler import Denoiser
 from minisdxl.samplings import Sampling
 from minisdxl.vae import VAE
 
-PICTURES, SIDE, RECTANGLES = 2, 256, 64  # what the map is fitted to
+PICTURES, SIDE, RECTANGLES = 2, 256, 64  # of the pictures that the map is fitted to
 
 
 @dataclass(frozen=True)
 class RGBMap:
-    """Latent (B, z, h, w) to picture (B, 3, h, w), about [-1, 1], position by position: the color that is there."""
+    """A linear map from latents (B, z, h, w) to colors (B, 3, h, w) of about [-1, 1], the same at every position."""
 
     weight: Tensor  # (3, z)
     bias: Tensor  # (3,)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """On the CPU, fp32."""
+        """Applies the map on the CPU in fp32."""
         colors = einsum(self.weight, latents.float().cpu(), "rgb z, b z h w -> b rgb h w")
         return colors + rearrange(self.bias, "rgb -> rgb 1 1")
 
 
 @torch.no_grad()
 def fit_rgb(vae: VAE) -> RGBMap:
-    """The map that is best, by least squares, on latents of pictures that are drawn for this.
+    """The least-squares map for the latents of two drawn pictures of 256 px.
 
-    One encoding of 2 pictures of 256 px. Decoding random latents instead fits much worse: they are no latents of
-    pictures. Raises ``ArithmeticError`` if the encoder overflows.
+    Decoded random latents would fit much worse, because they are not latents of pictures. Raises ``ArithmeticError`` if
+    the encoder overflows.
     """
     pictures = drawn_pictures()
     latents = check_finite("the VAE encoder", vae.encode(pictures.to(vae.quant_conv.weight.device)))
@@ -65,7 +65,7 @@ def drawn_pictures() -> Tensor:
 
 
 def preview_path(target: Path, steps: int) -> Path:
-    """Where the preview of a picture lies after so many steps."""
+    """The path of a picture's preview after so many steps."""
     return target.with_name(f"{target.stem}-step-{steps:03d}.png")
 
 
@@ -80,7 +80,7 @@ class Preview:
         self.denoised: Tensor | None = None  # (B, z, h, w)
 
     def watch(self, sampling: Sampling) -> Sampling:
-        """The same sampling, of which this sees what it denoises."""
+        """The same sampling, with a solver that also stores each denoised latent here."""
 
         def solver(
             denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torch.Generator]
@@ -94,7 +94,7 @@ class Preview:
         return replace(sampling, solver=solver)
 
     def write(self, step: int) -> None:
-        """After step ``step``, from 0. Raises ``OSError``."""
+        """Writes the previews of ``step``, counted from 0, if they are due. Raises ``OSError``."""
         if self.denoised is None or (step + 1) % self.every:
             return
         for target, picture in zip(self.targets, self.rgb(self.denoised), strict=True):

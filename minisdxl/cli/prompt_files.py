@@ -17,7 +17,7 @@ from typing import Any
 from minisdxl.seeds import check_seed
 
 RANDOM = -1  # stands for a seed that is drawn
-# What a prompt may have, by the names that columns and keys have for it, in lower case and with underscores.
+# Fields of a prompt by the names of columns and keys, in lower case and with underscores.
 COLUMNS = {
     **dict.fromkeys(("prompt", "prompts"), "prompt"),
     **dict.fromkeys(("negative", "negative_prompt"), "negative"),
@@ -27,16 +27,16 @@ COLUMNS = {
     **dict.fromkeys(("steps", "num_inference_steps"), "steps"),
     **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), "cfg"),
 }
-# And the options behind a prompt in a ``.txt``, as the scripts of kohya-ss/sd-scripts read them.
+# Options after a prompt in a ``.txt`` file, as in the scripts of kohya-ss/sd-scripts.
 OPTIONS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "cfg", "s": "steps"}
-EXACT = 2**53  # whole numbers beyond this are not all there in a float
+EXACT = 2**53  # a float represents all whole numbers up to this
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw, and what holds for its pictures alone; ``None`` stands for what the command's options say.
+    """A prompt and the settings of its own pictures; ``None`` stands for the command's options.
 
-    Raises ``ValueError`` for values that are none of this.
+    Raises ``ValueError`` for wrong values.
     """
 
     prompt: str
@@ -66,11 +66,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
     A line of ``.txt`` is a prompt, which ``OPTIONS`` may follow as in ``--n ugly --d 7``; lines that begin with ``#``
     are comments. An object of ``.jsonl``, one a line, and a row of ``.csv`` or ``.tsv`` have the fields of ``COLUMNS``,
-    of which only the prompt is needed; an empty cell of the others is unsaid. Blank lines are skipped. Warns once of
+    of which only the prompt is needed; empty cells of others count as missing. Blank lines are skipped. Warns once of
     columns that are not used.
 
     Raises:
-        ValueError: for another kind of file, one without prompts, and what is no prompt; names the file and the line.
+        ValueError: for another kind of file, a file without prompts, or a line that is no prompt. Names file and line.
         OSError: if the file cannot be read.
     """
     path = Path(path)
@@ -169,7 +169,7 @@ def _csv_cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _column(key: str) -> str | None:
-    """What a column or key is for; ``None`` for one that is not used."""
+    """The field of a column or key; ``None`` for one that is not used."""
     return COLUMNS.get(key.strip().lower().replace(" ", "_"))
 
 
@@ -187,7 +187,7 @@ def _check_keys(keys: Iterable[str]) -> None:
 
 
 def _prompt(values: Mapping[str, Any], place: str) -> Prompt:
-    """The prompt that values by keys or columns make up. Raises ``ValueError``."""
+    """The prompt with these values by key or column. Raises ``ValueError``."""
     known: dict[str, Any] = {}
     for key, value in values.items():
         match _column(key):
@@ -224,7 +224,7 @@ def _whole(column: str, value: Any) -> int:
 
 @contextmanager
 def _at(path: Path, line: int) -> Iterator[None]:
-    """Names the place in what is raised."""
+    """A context that puts file and line before the message of a ``ValueError``."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The report of a run, for programs: JSON that is written whole or not at all."""
+"""The JSON report of a run, with versions and hardware, written complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minisdxl.checkpoint.atomic import atomic_path
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that make the numbers; ``None`` for a source tree that was never installed."""
+    """Versions of Python and the packages that compute; ``None`` for a source tree that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("minisdxl", "torch", "tokenizers", "pillow"):
         try:
@@ -26,14 +26,14 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware(device: torch.device) -> str:
-    """What ``device`` is: the name of a GPU, or of the processor and how many of its threads compute."""
+    """The device as text: the name of a GPU, or the processor and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def processor() -> str:
-    """The name that the processor gives itself, where the system tells; its kind elsewhere."""
+    """The name of the processor if the system tells it, else its architecture."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text().splitlines() if told.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -41,7 +41,7 @@ def processor() -> str:
 
 
 def write_report(target: str, report: Mapping[str, Any]) -> None:
-    """To a file, or to stdout where ``target`` is ``-``. Raises ``OSError``."""
+    """Writes the report to a file, or to stdout if ``target`` is ``-``. Raises ``OSError``."""
     text = json.dumps(report, indent=1)
     if target == "-":
         print(text, flush=True)

@@ -1,6 +1,6 @@
-"""Says whether a picture of the drawn world is what its caption says. Nothing here is learned or random.
+"""Detector of the drawn world: checks whether a picture shows what its caption says. Nothing is learned or random.
 
-Plain captions are read by ``tools.drawn.read_plain``, open ones by ``tools.drawn.read_open``.
+``tools.drawn.read_plain`` reads pictures of plain captions, ``tools.drawn.read_open`` those of open ones.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class CaptionCheck:
 def check(picture: Picture, caption: str) -> CaptionCheck:
     """Compares a picture (side, side, 3) with a caption: exactly the objects named, as named, and the background.
 
-    Of an open caption also what it leaves to the picture: colors, patterns and tints that agree. Raises ``ValueError``
-    for a caption of another grammar, and for a picture that is not square 8-bit RGB of 64 pixels or more.
+    For an open caption it also checks that colors, patterns and tints agree, which the caption leaves to the picture.
+    Raises ``ValueError`` for a caption of another grammar, and for a picture that is not square 8-bit RGB of 64 pixels
+    or more.
     """
     wanted = parse_caption(caption)
     if wanted.open:
@@ -68,12 +69,12 @@ def one_word_changes(scene: Scene) -> Iterator[Scene]:
         for other in changed:
             try:
                 yield replace(bare, objects=(*scene.objects[:index], other, *scene.objects[index + 1 :]))
-            except ValueError:  # two objects that have no room beside each other
+            except ValueError:  # two objects do not fit beside each other
                 continue
 
 
 def one_disagreement(rng: random.Random, scene: Scene) -> Scene:
-    """An open scene with places, painted so that one thing does not agree: color, pattern, its direction, or tint."""
+    """An open scene painted with one disagreement: of color, pattern, direction of a pattern, or tint."""
     look = scene.look
     if look is None:
         raise ValueError(f"scene {scene.caption!r} has no look, expected one made by random_open_scene")
@@ -91,11 +92,11 @@ def one_disagreement(rng: random.Random, scene: Scene) -> Scene:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """Shares of drawn pictures that are read right; ``disagreements`` is ``None`` for plain scenes, which have none."""
+    """Shares of drawn pictures that are read right. ``disagreements`` is ``None`` for plain scenes."""
 
     accepted: float  # with their caption
     refused: float  # with one word changed
-    disagreements: float | None  # refused, with one thing painted so that it does not agree
+    disagreements: float | None  # refused, with one disagreement
 
     @property
     def least(self) -> float:
@@ -110,9 +111,9 @@ class SelfTest:
 def self_test(
     scenes: Callable[[random.Random], Scene], count: int, side: int, harm: Callable[[Picture], Picture] | None = None
 ) -> SelfTest:
-    """Reads ``count`` drawn scenes, each as it is and falsified; ``harm`` is done to every picture before.
+    """Checks ``count`` drawn scenes with their captions and with false ones. ``harm`` changes every picture first.
 
-    All scenes are plain, or all are open.
+    All scenes must be plain, or all open.
     """
     rng = random.Random(0)
     accepted, refused, disagreements = 0, 0, list[bool]()

@@ -1,4 +1,4 @@
-"""Scenes of the drawn world as pictures. Edges are anti-aliased over one pixel."""
+"""Draws scenes of the drawn world as pictures. Edges are anti-aliased over one pixel."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tools.drawn.world import BACKGROUNDS, COLORS, GROUNDS, SHAPES, Place, Scene
 Picture = NDArray[np.uint8]
 Field = NDArray[np.float32]
 
-SHADE = 0.6  # the second tone of an object is its color, darkened to this
-TINT = 0.2  # share of the objects' color in an open scene's background, on average
-TINT_SWING = 0.08  # of a patterned background: how far its two tones lie from that average
+SHADE = 0.6  # the second tone of an object is this share of its color
+TINT = 0.2  # mean share of the objects' color in the background of an open scene
+TINT_SWING = 0.08  # difference of the two tones of a patterned background from that mean
 
 
 def draw(scene: Scene, side: int) -> Picture:
@@ -40,7 +40,7 @@ def draw(scene: Scene, side: int) -> Picture:
 
 
 def object_mask(scene: Scene, side: int) -> NDArray[np.bool_]:
-    """Where objects are, (side, side): pixels whose centers lie inside one."""
+    """Mask (side, side) of the pixels whose centers lie inside an object."""
     mask = np.zeros((side, side), dtype=bool)
     for thing, place in zip(scene.objects, scene.places, strict=True):
         rows, columns, depth = _depth(thing.shape, place, side)

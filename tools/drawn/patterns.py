@@ -1,6 +1,6 @@
-"""The patterns of the drawn world: two tones in a texture that is one across an object or a whole background.
+"""The patterns of the drawn world: textures of two tones on an object or a background.
 
-Points are in shares of the picture's side, x to the right, y down.
+Coordinates are shares of the picture's side, x to the right, y down.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 Field = NDArray[np.float32]
 
 KINDS = ("plain", "stripes", "waves", "checks", "blobs")
-TURN = {"stripes": math.pi, "waves": math.pi, "checks": math.pi / 2, "blobs": math.pi / 3}  # that leaves it the same
+TURN = {
+    "stripes": math.pi,
+    "waves": math.pi,
+    "checks": math.pi / 2,
+    "blobs": math.pi / 3,
+}  # leaves it the same
 PERIODS = (1 / 16, 1 / 11)  # shortest and longest; a latent of 64 x 64 has 4 to 6 cells a period
 BEND = 0.3  # how far waves swing to each side, in periods; one swing takes two periods
 CONTRAST = 1.2  # an edge between two tones is about 1 / (2 pi CONTRAST) periods wide
@@ -25,9 +30,9 @@ BLOB = 0.4  # where the sum of three cosines turns into a blob; blobs cover abou
 
 @dataclass(frozen=True)
 class Pattern:
-    """A texture: its kind, the direction across it (radians), its period, and a shift (in periods) along two axes.
+    """A texture: kind, direction (radians), period, and shift along two axes (in periods).
 
-    Raises ``ValueError`` for a kind that is not of this world.
+    Raises ``ValueError`` for an unknown kind.
     """
 
     kind: str = "plain"
@@ -46,11 +51,11 @@ class Pattern:
         return np.asarray(np.clip(0.5 + CONTRAST * self._height(x, y), 0, 1), dtype=np.float32)
 
     def turned(self) -> Pattern:
-        """The pattern in the direction that is furthest from its own. A plain one has none: ``KeyError``."""
+        """The pattern in the direction furthest from its own. Raises ``KeyError`` for a plain one."""
         return replace(self, angle=self.angle + TURN[self.kind] / 2)
 
     def angle_to(self, other: Pattern) -> float:
-        """Least turn (radians) that brings this pattern into the direction of another of its kind."""
+        """Smallest turn (radians) from this direction to that of another pattern of the same kind."""
         if self.kind == "plain":
             return 0.0
         turn = TURN[self.kind]

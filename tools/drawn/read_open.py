@@ -1,8 +1,8 @@
 """Reads an open picture of the drawn world: tinted backgrounds of one or two regions, objects with patterns.
 
-Every cell takes the nearest of these lines in RGB: from each background color towards each palette color as far as a
-tint goes, and from each palette color to its darker tone. Objects are connected cells of the latter. Soft edges are
-measured between the background on that side of the border and the tone of the object's nearest inner cells.
+Every cell is assigned to the nearest of these lines in RGB: tints, from each background color towards each palette
+color, and objects, from each palette color to its darker tone. Objects are connected cells of object lines. Soft edges
+are measured between the background on that side of the border and the tone of the object's nearest inner cells.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from tools.drawn.regions import (
 )
 from tools.drawn.world import BACKGROUNDS, COLORS, GROUNDS, Scene
 
-COLOR_ERROR = 75.0  # RGB distance up to which a cell may take the nearest line
-LEAST_REGION = 0.12  # share of the background that a region has at least
-STRAIGHT = 0.97  # share of two regions' cells that lie on their side of the best straight border, at least
-ONE_COLOR = 0.85  # share of an object's inner cells that have its color, at least
-AGREEMENT = 50.0  # RGB distance up to which the mean colors of two objects are one color
-SAME_KIND = 0.05  # what a pattern's correlation may lack of the object's best one
-SAME_ANGLE = math.radians(20)  # up to which two patterns have one direction
-SAME_PERIOD = 1.25  # ratio of periods up to which they have one
-LEAST_CORRELATION = 0.5  # of an object with the best pattern; below, it has none of this world's
-TINTS = (0.0, TINT + TINT_SWING + 0.04)  # ends of a tint's line
+COLOR_ERROR = 75.0  # largest RGB distance of a cell from its line
+LEAST_REGION = 0.12  # smallest share of the background for a region
+STRAIGHT = 0.97  # smallest share of two regions' cells on their side of the best straight border
+ONE_COLOR = 0.85  # smallest share of an object's inner cells in its color
+AGREEMENT = 50.0  # largest RGB distance of the mean colors of two objects of one color
+SAME_KIND = 0.05  # a pattern may have this much less correlation than the object's best one
+SAME_ANGLE = math.radians(20)  # largest angle between two patterns of one direction
+SAME_PERIOD = 1.25  # largest ratio of the periods of two equal patterns
+LEAST_CORRELATION = 0.5  # smallest correlation of an object with its best pattern; below, it has no known one
+TINTS = (0.0, TINT + TINT_SWING + 0.04)  # start and end of a tint's line, as shares of the color
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PaintedObject(Outline):
 
     @property
     def kinds(self) -> set[str]:
-        """The kinds of pattern that it may have; none if it is like no pattern of this world."""
+        """The kinds of pattern that the object may have; empty if it is similar to none."""
         best = max(each.correlation for each in self.patterns.values())
         return {
             kind for kind, each in self.patterns.items() if each.correlation >= max(LEAST_CORRELATION, best - SAME_KIND)
@@ -58,7 +58,7 @@ class PaintedObject(Outline):
 
     @property
     def pattern(self) -> str:
-        """The likeliest one, for example "stripes at 40 degrees, 1/13 of the side"."""
+        """The most likely pattern, for example "stripes at 40 degrees, 1/13 of the side"."""
         kind, best = max(self.patterns.items(), key=lambda each: each[1].correlation)
         if kind == "plain":
             return kind
@@ -73,7 +73,7 @@ class PaintedObject(Outline):
 class FoundOpen:
     """Everything read from a picture."""
 
-    background: str | None  # one of GROUNDS; None where the regions are not of this world
+    background: str | None  # one of GROUNDS; None where the regions are unknown
     tints: dict[str, str | None]  # of each region; None: no color
     objects: tuple[PaintedObject, ...]  # largest first
     unknown: float  # share of the picture covered by patches that are neither object nor background
@@ -121,7 +121,7 @@ def look(picture: Picture) -> FoundOpen:
 
 
 def violations(found: FoundOpen, wanted: Scene) -> list[str]:
-    """Where a picture is not what an open caption says, or does not agree with itself."""
+    """Reasons why a picture does not show what an open caption says, or does not agree with itself."""
     reasons = []
     if found.background != wanted.background:
         reasons.append(f"background is {found.background or 'unknown'}, expected {wanted.background}")
@@ -148,7 +148,7 @@ def violations(found: FoundOpen, wanted: Scene) -> list[str]:
 
 
 def _one_pattern(one: PaintedObject, other: PaintedObject) -> bool:
-    """Whether two objects may have the same pattern: kind, direction and period; its shift does not count."""
+    """Whether two objects may have the same pattern: kind, direction and period. Shifts may differ."""
     for kind in one.kinds & other.kinds:
         first, second = one.patterns[kind].pattern, other.patterns[kind].pattern
         ratio = max(first.period, second.period) / min(first.period, second.period)
@@ -158,7 +158,7 @@ def _one_pattern(one: PaintedObject, other: PaintedObject) -> bool:
 
 
 def _best_match(seen: tuple[PaintedObject, ...], wanted: Scene) -> list[str]:
-    """What is wrong with shapes, sizes and relation, when objects are taken in the order that fits best."""
+    """Wrong shapes, sizes and relation, with the objects in the order that fits best."""
     orders = [seen, seen[::-1]] if len(seen) == 2 else [seen]
     found = []
     for order in orders:
@@ -176,7 +176,7 @@ def _best_match(seen: tuple[PaintedObject, ...], wanted: Scene) -> list[str]:
 
 
 def _nearest_lines(cells: Floats) -> tuple[Floats, Floats, Floats]:
-    """Of each cell the number of its background word, or -1; of its color, or -1; and how far its line is."""
+    """For each cell: the index of its background or -1, the index of its color or -1, the distance to its line."""
     palette = np.array(list(COLORS.values()), dtype=np.float64)
     bases = np.array(list(BACKGROUNDS.values()), dtype=np.float64)
     grounds = np.stack(
@@ -197,7 +197,7 @@ def _distance(cells: Floats, start: Floats, end: Floats) -> Floats:
 
 
 def _second_region(first: Mask, second: Mask) -> Mask | None:
-    """The cells beyond the straight border that divides two regions best; ``None`` if none divides them well."""
+    """The cells beyond the straight border that separates two regions best; ``None`` if no border does it well."""
     rows, columns = np.nonzero(first | second)
     beyond = second[rows, columns]
     y, x = np.mgrid[0:GRID, 0:GRID]
@@ -206,7 +206,7 @@ def _second_region(first: Mask, second: Mask) -> Mask | None:
         position = math.cos(angle) * columns + math.sin(angle) * rows
         order = np.argsort(position)
         flags = beyond[order]
-        # Behind the first i cells the border: wrong are second cells before it and first cells after it.
+        # The border lies after the first i cells. Errors are second cells before it and first cells after it.
         errors = np.concatenate([[0], np.cumsum(flags)]) + np.concatenate([np.cumsum(~flags[::-1])[::-1], [0]])
         index = int(errors.argmin())
         if errors[index] <= wrong and 0 < index < len(rows):
@@ -222,7 +222,7 @@ def _measure(cells: Floats, color: Floats, core: Mask, region: Mask, behind: Flo
     colors = color[inner if inner.any() else core]
     votes = np.bincount(colors, minlength=len(COLORS))
     name = list(COLORS)[int(votes.argmax())]
-    # The tone of an edge cell is that of the inner cells around it, so that a dark tone ends where a bright one does.
+    # An edge cell takes the tone of the inner cells around it, so dark and bright tones end at the same place.
     weight, tone = inner.astype(np.float64), cells * inner[..., None]
     for _ in range(2 + EDGE):
         weight, tone = _spread(weight), _spread(tone)
@@ -244,7 +244,7 @@ def _measure(cells: Floats, color: Floats, core: Mask, region: Mask, behind: Flo
 
 
 def _spread(values: Floats) -> Floats:
-    """Each cell and its four neighbours, the cell itself four times, added up (a step of a Gaussian blur)."""
+    """The sum of four times each cell and its four neighbors: a step of a Gaussian blur."""
     padded = np.pad(values, [(1, 1), (1, 1)] + [(0, 0)] * (values.ndim - 2))
     return np.asarray(
         4 * values + padded[2:, 1:-1] + padded[:-2, 1:-1] + padded[1:-1, 2:] + padded[1:-1, :-2], dtype=np.float64
@@ -252,7 +252,7 @@ def _spread(values: Floats) -> Floats:
 
 
 def _tint(word: str, mean: Floats) -> str | None:
-    """The color whose tint of a background is nearest to the mean color of a region; ``None``: no tint is nearer."""
+    """The color whose tint of a background is nearest to a region's mean color; ``None`` if no tint is nearer."""
     base = np.array(BACKGROUNDS[word], dtype=np.float64)
     tints: dict[str | None, Floats] = {None: base}
     tints |= {name: base + TINT * (np.array(color) - base) for name, color in COLORS.items()}

@@ -1,8 +1,8 @@
-"""Reads the pattern of an object: which of all patterns, drawn again, is most like it.
+"""Reads the pattern of an object: draws candidate patterns and finds the most similar one.
 
-A pattern is a few plane waves, whose directions and lengths its kind fixes. For each angle and period of a bank, least
-squares gives the phases of these waves in the cells of an object; a pattern with these phases is drawn and correlated
-with the cells. No phase is compared between two objects: a model need not get that right.
+A pattern is a sum of a few plane waves. Its kind fixes their directions and lengths. For each angle and period of a
+bank, least squares gives the phases of these waves in the cells of an object. A pattern with these phases is drawn and
+correlated with the cells. Phases of two objects are not compared, because a model need not get them right.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from tools.drawn.patterns import FLAT, KINDS, PERIODS, Pattern
 from tools.drawn.regions import GRID, Floats, Mask
 
-WINDOW = 0.14  # only this far from an object's center, about a small object: fewer angles and periods tell there
-FLAT_BELOW = 0.25  # least spread of tones, standard deviation over half the distance of the two tones, of a pattern
-ANGLES = 30  # of the bank, over half a turn
-LENGTHS = 6  # of the bank, from the shortest to the longest period
-TRIED = 6  # angles and periods of each kind that are drawn again
+WINDOW = 0.14  # radius around an object's center, about a small object; a larger window needs a finer bank
+FLAT_BELOW = 0.25  # smallest spread of a pattern: standard deviation over half the distance of the two tones
+ANGLES = 30  # angles of the bank, over half a turn
+LENGTHS = 6  # periods of the bank, from the shortest to the longest
+TRIED = 6  # candidates of each kind that are drawn
 
 # Plane waves of each kind: periods along the pattern's direction and across it.
 _THIRD = [(math.cos(turn * 2 * math.pi / 3), math.sin(turn * 2 * math.pi / 3)) for turn in range(3)]
@@ -42,10 +42,10 @@ class Likeness:
 
 
 def read_pattern(tones: Floats, inside: Mask, spread: float) -> dict[str, Likeness]:
-    """The best pattern of every kind for an object; of kind "plain" alone if its tones hardly differ.
+    """The best pattern of every kind for an object, or only "plain" if its tones hardly differ.
 
-    ``tones`` (GRID, GRID) hold the object's brightness; ``spread`` is the difference of a pattern's two tones in the
-    same unit; ``inside`` are cells without a share of anything else.
+    ``tones`` (GRID, GRID) is the object's brightness, ``spread`` the difference of a pattern's two tones in the same
+    unit. ``inside`` are the cells that lie wholly in the object.
     """
     rows, columns = np.nonzero(inside)
     near = np.hypot(rows - rows.mean(), columns - columns.mean()) <= WINDOW * GRID

@@ -1,7 +1,7 @@
 """Reads a plain picture of the drawn world: cells near one palette color form objects on a flat background.
 
-The soft mask of each object is measured between the background and its own color, so that blurred edges move neither
-its area nor its center; its shape is the ideal one of equal area and centroid that overlaps the mask best.
+The soft mask of each object is measured between the background and its own color, so blurred edges change neither its
+area nor its center. Its shape is the ideal shape of equal area and centroid that overlaps the mask best.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tools.drawn.regions import (
 )
 from tools.drawn.world import BACKGROUNDS, COLORS, Scene, Thing
 
-COLOR_ERROR = 75.0  # RGB distance up to which a cell may take the nearest palette color; palette colors are 108 apart
+COLOR_ERROR = 75.0  # largest RGB distance of a cell from its palette color; palette colors are 108 apart
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def look(picture: Picture) -> Found:
         others = np.zeros_like(core)
         for _, other in cores:
             others |= other & ~core
-        # Two objects close to each other: the edge cells go to the one that they touch.
+        # Edge cells between two close objects belong to the one that they touch.
         region = (grow(core, 1) & ~others) | (grow(core, EDGE) & ~grow(others, 1))
         objects.append(_measure(cells, color, core, region, background_color))
     objects.sort(key=lambda seen: -seen.radius)
@@ -88,7 +88,7 @@ def look(picture: Picture) -> Found:
 
 
 def violations(found: Found, wanted: Scene) -> list[str]:
-    """Where a picture is not exactly what a plain caption says: the objects, as named, and the background."""
+    """Reasons why a picture does not show exactly the objects and the background of a plain caption."""
     reasons = []
     if found.background != wanted.background:
         reasons.append(f"background is {found.background or 'unknown'}, expected {wanted.background}")

@@ -1,7 +1,7 @@
-"""Pictures as grids of cells: connected parts, soft edges, and the ideal shape that fits an object best.
+"""Grids of cells from pictures: connected parts, soft edges, and the ideal shape that fits an object best.
 
-A picture is averaged down to 64 x 64 cells, which removes noise and the fine errors of a VAE. Lengths are shares of the
-picture's side, unless they are said to be in cells.
+A picture is averaged to 64 x 64 cells, which removes noise and small errors of a VAE. Lengths are shares of the
+picture's side unless they are in cells.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tools.drawn.painting import Picture, signed_depth
 from tools.drawn.world import SIZES
 
 GRID = 64  # cells on a side
-SPECK = 3  # an object holds at least one block of SPECK x SPECK cells; anything thinner is noise or an edge
+SPECK = 3  # an object has at least one block of SPECK x SPECK cells; thinner parts are noise or edges
 EDGE = 2  # soft edges reach at most this many cells beyond the cells that have the object's color
-OVERLAP = 0.85  # least intersection over union with the ideal shape; a circle and a square of equal area have 0.83
-SIZE_ERROR = 0.03  # slack around the radii of SIZES: just meets midway between two sizes
+OVERLAP = 0.85  # smallest intersection over union with the ideal shape; circle and square of equal area have 0.83
+SIZE_ERROR = 0.03  # tolerance around the radii of SIZES: ranges of two sizes meet in the middle
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outline:
-    """Shape, size and place of an object; ``size`` or ``shape`` is ``None`` where it is none of this world's."""
+    """Shape, size and place of an object; ``size`` or ``shape`` is ``None`` where it is unknown."""
 
     shape: str | None
     size: str | None
@@ -39,7 +39,7 @@ class Outline:
     overlap: float  # with the best ideal shape, intersection over union
 
     def described(self, color: str) -> str:
-        """In the order of a caption, for example "small red circle"."""
+        """The object in words, for example "small red circle"."""
         size = self.size or f"unknown-size (radius {self.radius:.2f})"
         shape = self.shape or f"unknown-shape (overlap {self.overlap:.2f})"
         return f"{size} {color} {shape}"
@@ -60,7 +60,7 @@ def grid_of_cells(picture: Picture) -> Floats:
 
 
 def fit_outline(share: Floats) -> Outline:
-    """The ideal shape nearest to an object, which covers ``share`` (GRID, GRID), in [0, 1], of each cell."""
+    """The ideal shape that fits an object best; the object covers ``share`` (GRID, GRID), in [0, 1], of each cell."""
     area = share.sum()
     axis = np.arange(GRID) + 0.5
     x, y = (share.sum(axis=0) @ axis) / area, (share.sum(axis=1) @ axis) / area
@@ -86,7 +86,7 @@ def fit_outline(share: Floats) -> Outline:
 
 
 def relation_of(first: Outline, second: Outline) -> str:
-    """Where the first object stands as seen from the second."""
+    """Where the first object is relative to the second."""
     x, y = first.x - second.x, first.y - second.y
     if abs(x) > abs(y):
         return "left of" if x < 0 else "right of"
@@ -96,7 +96,7 @@ def relation_of(first: Outline, second: Outline) -> str:
 def crisp(depth: NDArray[np.floating[Any]]) -> Floats:
     """Coverage of cells whose centers lie ``depth`` cells inside an edge, with the edge narrowed to half a cell.
 
-    Half a cell forgives a blurred edge more than a whole one would, and noise more than a hard threshold.
+    Half a cell tolerates blurred edges better than a whole cell, and noise better than a hard threshold.
     """
     return np.asarray(np.clip(2 * depth + 0.5, 0, 1), dtype=np.float64)
 

@@ -1,10 +1,10 @@
 """The drawn world of the bundled model: scenes of one or two objects, and their captions.
 
 A caption reads "a SIZE [COLOR] SHAPE [RELATION a SIZE [COLOR] SHAPE] on a BACKGROUND background". A *plain* caption
-names every color: objects differ in color, all is flat. An *open* caption leaves out at least one color. There the
-picture decides, and agrees with itself: all objects have one color and one pattern (``Look``), and that color tints the
-background. Lengths are shares of the picture's side, x to the right, y down, so that one scene is the same picture at
-every side. Randomness comes from the generator handed in and from nowhere else.
+names every color: objects differ in color and have no pattern. An *open* caption leaves out at least one color. The
+picture chooses it, and agrees with itself: all objects have one color and one pattern (``Look``), and that color tints
+the background. Lengths are shares of the picture's side, x to the right, y down, so one scene gives the same picture at
+every size. The only source of randomness is the generator that is passed in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.drawn.patterns import FLAT, Pattern, random_pattern
 
 RGB = tuple[int, int, int]
 
-# Any two of these ten colors are at least 108 apart in RGB: the detector's room for a model's color error.
+# Any two of these ten colors are at least 108 apart in RGB, so the detector tolerates color errors of a model.
 COLORS: dict[str, RGB] = {
     "red": (215, 25, 35),
     "green": (30, 160, 60),
@@ -31,7 +31,7 @@ COLORS: dict[str, RGB] = {
     "cyan": (0, 220, 230),
 }
 BACKGROUNDS: dict[str, RGB] = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
-# What a background can be called, and its regions; of two regions, the border runs anywhere near the center.
+# Backgrounds by name, and their regions. The border of two regions passes near the center.
 GROUNDS: dict[str, tuple[str, ...]] = {
     **{word: (word,) for word in BACKGROUNDS},
     **{f"{one} and {two}": (one, two) for one, two in (("black", "white"), ("black", "gray"), ("gray", "white"))},
@@ -46,14 +46,14 @@ PLAIN_SIZES = ("small", "big")  # of plain captions
 LEAST_OPEN_RADIUS = 0.12  # in an open scene, so that a small object shows its pattern
 RELATIONS = ("left of", "right of", "above", "below")
 
-MARGIN = 0.03  # least distance from an object to the picture's edge
-GAP = 0.04  # least distance between two objects along the axis of their relation
+MARGIN = 0.03  # smallest distance from an object to the picture's edge
+GAP = 0.04  # smallest distance between two objects along the axis of their relation
 SLANT = 0.5  # offset across the relation's axis, at most this share of the offset along it
 ONE_OBJECT = 0.3  # share of scenes with a single object
-HELD_OUT = 10  # one caption in so many is a test caption, kept from training
+HELD_OUT = 10  # one caption in ten is a test caption, which training never sees
 PLAIN = 1 / 3  # share of plain scenes in the mixed world
 ONE_COLOR = 0.3  # share of open scenes of two objects that name the color of one
-BORDER = 0.12  # greatest distance of the border of two regions from the center
+BORDER = 0.12  # largest distance of the border of two regions from the center
 NEW_PAIRS = frozenset({("cyan", "triangle")})  # color and shape that training never shows together
 
 _CAPTION = re.compile(
@@ -67,7 +67,7 @@ _CAPTION = re.compile(
 class Thing:
     """An object as a caption names it; ``color`` is ``None`` where the caption leaves it open.
 
-    Raises ``ValueError`` for a word that is not of this world.
+    Raises ``ValueError`` for an unknown word.
     """
 
     size: str
@@ -86,7 +86,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an object is drawn: the center and half the side of its (square) bounding box."""
+    """The place of an object: the center and half the side of its square bounding box."""
 
     x: float
     y: float
@@ -105,10 +105,10 @@ class Paint:
 class Look:
     """What the caption of an open scene leaves to the picture.
 
-    ``paints`` are of the objects, ``tint`` is the color mixed into the background (``None``: none), ``ground`` the
-    background's pattern, ``border`` that of two regions: the direction (radians) from the first region into the
-    second, and the distance of the border from the center along it. In scenes made by :func:`random_open_scene` all
-    agree; a look that does not is what a detector has to refuse.
+    ``paints`` has one entry for each object. ``tint`` is the color mixed into the background, or ``None``. ``ground``
+    is the background's pattern. ``border`` is that of two regions: the direction (radians) from the first region to the
+    second, and the distance from the center along it. In scenes of :func:`random_open_scene` all parts agree. The
+    detector must refuse other looks.
     """
 
     paints: tuple[Paint, ...]
@@ -119,10 +119,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says, and, for a scene that can be drawn, the place of each object.
+    """The content of a caption and, if it can be drawn, the place of each object.
 
-    ``relation`` is where the first object stands as seen from the second, ``None`` for a single object. An open scene
-    that can be drawn has a ``look``, too. Scenes are equal when their captions are: places and look do not count.
+    ``relation`` is where the first object is relative to the second, ``None`` for a single object. An open scene that
+    can be drawn also has a ``look``. Scenes are equal if their captions are; places and look do not count.
     Raises ``ValueError`` for a scene that no caption describes.
     """
 
@@ -158,12 +158,12 @@ class Scene:
 
     @property
     def open(self) -> bool:
-        """Whether a color is left to the picture."""
+        """Whether the caption leaves out a color."""
         return any(thing.color is None for thing in self.objects)
 
     @property
     def named_color(self) -> str | None:
-        """The color of an open scene, as far as its caption names it."""
+        """The color of an open scene, if its caption names it for one object."""
         return next((thing.color for thing in self.objects if thing.color), None) if self.open else None
 
     @property
@@ -174,7 +174,7 @@ class Scene:
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene that a caption describes, without places. Raises ``ValueError`` naming the word that is wrong."""
+    """The scene that a caption describes, without places. Raises ``ValueError`` that names the wrong word."""
     match = _CAPTION.fullmatch(text.strip())
     if match is None:
         raise ValueError(
@@ -188,9 +188,9 @@ def parse_caption(text: str) -> Scene:
 
 
 def has_new_pair(caption: str) -> bool:
-    """Whether a caption asks for one of ``NEW_PAIRS``; an open one does if it names the color of either object.
+    """Whether a caption has one of ``NEW_PAIRS``. In an open one, a named color counts for both objects.
 
-    Text of another grammar does not.
+    Text of another grammar has none.
     """
     try:
         scene = parse_caption(caption)
@@ -216,9 +216,9 @@ def _for_tests(scene: Scene) -> bool:
 
 
 def random_scene(rng: random.Random, split: str | None = None) -> Scene:
-    """A plain scene with places: of the ``"train"`` captions, the ``"test"`` captions, or (``None``) of all.
+    """A plain scene with places, from the ``"train"`` captions, the ``"test"`` captions, or all (``None``).
 
-    Test captions have a new pair as often as all captions have, training captions never.
+    Test captions have new pairs as often as all captions, training captions never have them.
     """
     _require_split(split)
     count = 1 if rng.random() < ONE_OBJECT else 2
@@ -244,7 +244,7 @@ def mixed_scene(rng: random.Random, split: str | None = None) -> Scene:
 def unseen_captions(count: int) -> tuple[str, ...]:
     """``count`` different test captions, the same ones every time: every third is plain, the others are open.
 
-    Raises ``ValueError`` if there are not as many, or not to be found in a reasonable number of draws.
+    Raises ``ValueError`` if there are fewer, or if they are not found in ``1000 + 5 * count`` draws.
     """
     plain = distinct_captions(random.Random("evaluate"), random_scene, -(-count // 3))
     others = distinct_captions(random.Random("evaluate open"), random_open_scene, count - len(plain))
@@ -287,7 +287,7 @@ def _random_open_description(rng: random.Random) -> Scene:
 
 
 def _random_look(rng: random.Random, scene: Scene) -> Look:
-    """One color, never one that makes a new pair unless it is named, and one pattern for all objects."""
+    """One color and one pattern for all objects. The color makes a new pair only if the caption names it."""
     shapes = {thing.shape for thing in scene.objects}
     free = [color for color in COLORS if not any((color, shape) in NEW_PAIRS for shape in shapes)]
     color = scene.named_color or rng.choice(free)
@@ -308,7 +308,7 @@ def _random_places(rng: random.Random, scene: Scene) -> tuple[Place, ...]:
         far, near = radii
     else:
         near, far = radii
-    # Along the relation's axis: what the objects, the gap and the margins leave over is spent at random.
+    # Along the relation's axis: objects, gap and margins leave some space, which is divided at random.
     spare = 1 - 2 * MARGIN - 2 * near - 2 * far - GAP
     before, within = sorted((rng.uniform(0, spare), rng.uniform(0, spare)))
     near_main = MARGIN + before + near
@@ -329,15 +329,15 @@ def _in_split(scene: Scene, split: str | None) -> bool:
 
 
 def _fit(one: str, two: str) -> bool:
-    """Whether objects of two sizes have room beside each other, however large they are drawn."""
+    """Whether objects of two sizes always fit beside each other."""
     return 2 * SIZES[one][1] + 2 * SIZES[two][1] + GAP + 2 * MARGIN <= 1
 
 
 def _require_pair(objects: Sequence[Thing]) -> None:
-    """Of an open scene: two objects have room, and differ in more than color, so that a relation tells them apart."""
+    """Checks that two objects of an open scene fit, and differ in size or shape, so that a relation is unambiguous."""
     sizes = [thing.size for thing in objects]
     if len(sizes) == 2 and not _fit(*sizes):
-        raise ValueError(f"objects are {sizes[0]} and {sizes[1]}, expected beside a huge one a small one")
+        raise ValueError(f"objects are {sizes[0]} and {sizes[1]}, expected a small one beside a huge one")
     if len(sizes) == 2 and (objects[0].size, objects[0].shape) == (objects[1].size, objects[1].shape):
         raise ValueError(f"both objects are a {objects[0].size} {objects[0].shape}, expected another size or shape")
 

@@ -1,4 +1,4 @@
-"""How ``tools.fuzz`` damages files, and its cases. The same numbers give the same case."""
+"""Damages model files at random for ``tools.fuzz``. The same case number and seed give the same case."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from minisdxl.checkpoint.modules import CONFIG_KEY, file_metadata
 from tools.fuzzing.forms import CONFIG, Files, Node, bytes_of, file_bytes, forms, tensors_of
 
-COMMAND = 0.02  # share of the cases that the command line gets too
+COMMAND = 0.02  # share of cases that also run through the sample command
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEEP = "deep" * 3  # stands for lists within lists until the JSON is text
+DEEP = "deep" * 3  # placeholder for deeply nested lists, until the JSON is text
 WORDS = (
     *("v_prediction", "gelu", "quick_gelu", "linear", "F16", "F32", "BF16", "I16", "U8", "F8_E4M3", "F\n16", "F128"),
     *("../model.safetensors", "/etc/passwd", "diffusion_pytorch_model.safetensors", "StableDiffusionPipeline", "..."),
@@ -33,13 +33,13 @@ NUMBERS = (
 
 
 def odd(rng: random.Random) -> Any:
-    """A value that hardly belongs anywhere."""
+    """A value that is wrong in almost every place."""
     others: list[Any] = [None, True, False, [], {}, [[]], [0], [None], {"x": 1}, [1] * 100, [2**62] * 20_000, DEEP]
     return deepcopy(rng.choice(rng.choice((WORDS, NUMBERS, others))))
 
 
 def nudged(rng: random.Random, value: Any) -> Any:
-    """A value near another, or of another type."""
+    """A changed copy of a value: a near value, or one of another type."""
     match value:
         case bool():
             return rng.choice((not value, int(value), str(value), None))
@@ -56,7 +56,7 @@ def nudged(rng: random.Random, value: Any) -> Any:
 
 
 def edited(rng: random.Random, tree: Any) -> Any:
-    """A JSON value with one change somewhere within it."""
+    """A JSON value with one random change."""
     places = list(_places(tree))
     if not places:
         return odd(rng)
@@ -83,7 +83,7 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def dump(rng: random.Random, tree: Any) -> bytes:
-    """JSON, now and then with a field twice in it."""
+    """JSON text, sometimes with a field twice."""
     text = json.dumps(tree, ensure_ascii=rng.random() < 0.8)
     if rng.random() < 0.1 and isinstance(tree, dict) and tree:
         key = rng.choice(list(tree))
@@ -121,7 +121,7 @@ def change_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def change_length(rng: random.Random, content: bytes) -> bytes:
-    """Changes what the first 8 bytes of a safetensors file say of its header's length."""
+    """Changes the header length in the first 8 bytes of a safetensors file."""
     length = int.from_bytes(content[:8], "little")
     near = (length + rng.randrange(-16, 17), rng.randrange(2 * length + 1), rng.randrange(2**64))
     far = (0, 1, 2, 8, 99_999_999, 100_000_000, 100_000_001, 2**31, 2**32, 2**63, 2**64 - 1, 1 << rng.randrange(64))
@@ -129,20 +129,20 @@ def change_length(rng: random.Random, content: bytes) -> bytes:
 
 
 def split(content: bytes) -> tuple[bytes, bytes]:
-    """The header of a safetensors file, and what follows it."""
+    """The header and the body of a safetensors file."""
     stop = 8 + min(int.from_bytes(content[:8], "little"), len(content))
     return content[8:stop], content[stop:]
 
 
 def change_header(rng: random.Random, content: bytes, change: Callable[[random.Random, bytes], bytes]) -> bytes:
-    """Changes the header of a safetensors file, which mostly says its new length."""
+    """Changes the header of a safetensors file, mostly with the right new length."""
     header, body = split(content)
     changed = change(rng, header)
     return (len(changed).to_bytes(8, "little") if rng.random() < 0.9 else content[:8]) + changed + body
 
 
 def change_entries(rng: random.Random, header: bytes) -> bytes:
-    """Changes what a header says of one tensor, of two, or of the file."""
+    """Changes the header's entry of one tensor, of two, or the file's metadata."""
     try:
         table = json.loads(header)
         name, other = (rng.choice([name for name in table if name != "__metadata__"]) for _ in range(2))
@@ -171,7 +171,7 @@ def change_entries(rng: random.Random, header: bytes) -> bytes:
 
 
 def change_tensors(rng: random.Random, content: bytes) -> bytes:
-    """Changes tensors or metadata of a safetensors file that is sound after that."""
+    """Changes tensors or metadata of a safetensors file, which stays readable."""
     try:
         tensors = tensors_of(content)
         metadata = json.loads(split(content)[0]).get("__metadata__") or {}
@@ -207,7 +207,7 @@ def change_tensors(rng: random.Random, content: bytes) -> bytes:
 
 
 def change_config(rng: random.Random, content: bytes) -> bytes:
-    """Changes the config in the metadata of a safetensors file that is sound after that, or puts one in."""
+    """Changes or adds the config in the metadata of a safetensors file, which stays readable."""
     try:
         metadata = json.loads(split(content)[0]).get("__metadata__") or {}
         text = metadata.get(CONFIG_KEY) or file_metadata(CONFIG)[CONFIG_KEY]
@@ -219,7 +219,7 @@ def change_config(rng: random.Random, content: bytes) -> bytes:
 
 
 def change_body(rng: random.Random, content: bytes) -> bytes:
-    """Changes the numbers of a safetensors file, and now and then how many there are."""
+    """Changes the numbers of a safetensors file, and sometimes their count."""
     header, body = split(content)
     changed = bytearray(body)
     for _ in range(rng.choice((1, 10, 1000)) if body else 0):
@@ -229,7 +229,7 @@ def change_body(rng: random.Random, content: bytes) -> bytes:
 
 
 def replaced(rng: random.Random, others: Iterable[bytes | Node]) -> bytes | Node | None:
-    """Something else in the place of a file, such as one of the others; ``None`` for nothing."""
+    """Replaces a whole file by other content or by one of ``others``; ``None`` removes it."""
     contents = (
         b"",
         b"<!DOCTYPE html>",
@@ -256,7 +256,7 @@ IN_TEXTS: dict[str, Change] = {"values of JSON": change_values, "bytes of text":
 
 @dataclass(frozen=True)
 class Case:
-    """A damaged model."""
+    """A sound model with one damaged file."""
 
     number: int
     form: str
@@ -264,15 +264,15 @@ class Case:
     damage: str
     files: Files
     dtype: torch.dtype
-    command: bool  # whether the command line is tried on it, too
-    mapped: bool  # whether small tensors may be mapped into memory, as large ones are
+    command: bool  # whether the case also runs through the sample command
+    mapped: bool  # whether small tensors are mapped into memory, as large ones always are
 
     def __str__(self) -> str:
         return f"case {self.number}, {self.form} as {self.dtype}, {self.damage} of {self.path}"
 
 
 def make_case(number: int, seed: int) -> Case:
-    """The same case for the same numbers."""
+    """The case with this number and seed; always the same one."""
     rng = random.Random(f"{seed} {number}")
     name = rng.choice(list(forms()))
     form = forms()[name]
@@ -284,7 +284,7 @@ def make_case(number: int, seed: int) -> Case:
         damage = "whole file" if rng.random() < 0.08 else rng.choice(list(changes))
         damages.append(damage)
         if damage == "whole file":
-            # Not the whole model, which may well be given for its VAE or U-Net.
+            # Not by the whole model, from which a VAE or U-Net may be taken.
             content = replaced(rng, [other for place, other in form.files.items() if place != form.weights])
             break
         content = changes[damage](rng, bytes_of(content or b""))

@@ -1,4 +1,4 @@
-"""The sound model that ``tools.fuzz`` damages, in all the forms in which users have models."""
+"""The sound model that ``tools.fuzz`` damages, in all the file forms that users have."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from minisdxl.tokenizer import END, START, Vocabulary
 TOKENS = ("!", "a", "b", "a</w>", "b</w>", "ab</w>", START, END)
 VOCABULARY = Vocabulary({token: index for index, token in enumerate(TOKENS)}, [("a", "b</w>")])
 IDS: dict[str, int] = {"vocabulary": 8, "start_token": 6, "end_token": 7, "context_length": 5}
-# As few tensors as a model can have whose U-Net has a level with attention and one without.
+# The smallest model whose U-Net has a level with attention and one without.
 CONFIG = ModelConfig(
     name="fuzz",
     unet=UNetConfig(
@@ -47,7 +47,7 @@ CONFIG = ModelConfig(
 )
 
 LORA = "lora.safetensors"
-# What the LoRA changes, by the names of modules in it.
+# Official names of the weights that the LoRA changes, by its module names.
 LORA_MODULES = {
     "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q": (
         "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
@@ -60,31 +60,31 @@ LORA_MODULES = {
     ),
 }
 
-Node = Literal["folder", "pipe"]  # what can be in the place of a file
+Node = Literal["folder", "pipe"]  # what can stand in place of a file
 Files = dict[str, bytes | Node]  # by their paths
 
 
 @dataclass(frozen=True)
 class Form:
-    """A model as users have it."""
+    """A model in one file form."""
 
     files: Files
-    weights: str  # the path that is given to load
-    options: Mapping[str, str] = field(default_factory=dict)  # and those for vae, unet or lora
-    damaged: str = ""  # how the paths begin of the files that get damaged
-    official: bool = False  # whether nothing but names and shapes says which model it is
+    weights: str  # the path for load
+    options: Mapping[str, str] = field(default_factory=dict)  # the paths for vae, unet or lora
+    damaged: str = ""  # prefix of the paths that can be damaged
+    official: bool = False  # whether the model is known only by names and shapes
 
     @property
     def subject(self) -> str:
-        """What a refusal must name."""
+        """The path that a refusal must name."""
         return next(iter(self.options.values()), self.weights)
 
 
 @cache
 def weights() -> dict[str, Tensor]:
-    """The model by official names: fp16 numbers, no two of them the same, so that each tells where it comes from.
+    """The model's weights by official names: fp16 numbers that are all different, so that each shows its origin.
 
-    Their bits count up from the smallest normal number, so most of them are small, as those of a model are.
+    Their bits count up from the smallest normal number, so most numbers are small, as in a real model.
     """
     shapes = official_shapes(without_memory(CONFIG))
     sizes = [math.prod(shape) for shape in shapes.values()]
@@ -96,7 +96,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors file, the same in every process: the library has fields of metadata in any order.
+    """A safetensors file with sorted metadata, the same in every process; the library has no fixed order.
 
     Raises what the library raises.
     """
@@ -111,7 +111,7 @@ def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
 
 
 def tensors_of(content: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, in alphabetical order; the library has them in any.
+    """The tensors of a safetensors file by name, sorted; the library has no fixed order.
 
     Raises what the library raises.
     """
@@ -120,7 +120,7 @@ def tensors_of(content: bytes) -> dict[str, Tensor]:
 
 @cache
 def forms() -> dict[str, Form]:
-    """The model in all its forms."""
+    """The model in all file forms, by name."""
     official, metadata, single = weights(), file_metadata(CONFIG), "model.safetensors"
     extras = {
         "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(5)[None],
@@ -139,7 +139,7 @@ def forms() -> dict[str, Form]:
     described = {path: content for path, content in folder.items() if not path.endswith(".safetensors")}
 
     def beside(part: str) -> Files:
-        """A model with nothing but zeros in a part, which is to come from elsewhere."""
+        """A model with zeros in one part, which another file or folder provides."""
         prefix = PARTS[part].prefix
         zeros = {name: torch.zeros_like(tensor) for name, tensor in official.items() if name.startswith(prefix)}
         return {single: file_bytes({**official, **zeros}, metadata), **tokenizer}
@@ -176,7 +176,7 @@ def forms() -> dict[str, Form]:
 
 
 def lora_file() -> bytes:
-    """A LoRA of rank 2 as kohya's scripts write it."""
+    """A LoRA of rank 2 in the format of kohya's scripts."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, official in LORA_MODULES.items():
@@ -188,5 +188,5 @@ def lora_file() -> bytes:
 
 
 def bytes_of(content: bytes | Node) -> bytes:
-    """The content of a file, nothing if it is none."""
+    """The content of a file; empty for a folder or pipe."""
     return content if isinstance(content, bytes) else b""

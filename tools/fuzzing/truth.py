@@ -1,4 +1,4 @@
-"""What is right for ``tools.fuzz``: damaged files as the safetensors library reads them, JSON as it is documented."""
+"""The right results for ``tools.fuzz``: tensors as the safetensors library reads them, JSON as it is documented."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tools.fuzzing.forms import CONFIG, IDS, LORA, LORA_MODULES, Files, bytes_of
 
 
 class Violation(Exception):
-    """What should not have come of a case."""
+    """A wrong result of a case; the message says which."""
 
 
 def stored(files: Files, variant: bool) -> dict[str, Tensor]:
-    """The tensors that count, by folder (or file) and name; of fp16 files before plain ones, or the other way round."""
+    """The tensors to load, by folder (or file) and name, from fp16 files first if ``variant``, else from plain ones."""
     paths = [path for path, content in files.items() if path.endswith(".safetensors") and isinstance(content, bytes)]
     preferred = {role(path) for path in paths if (".fp16." in path) == variant}
     tensors: dict[str, Tensor] = {}
@@ -38,27 +38,27 @@ def stored(files: Files, variant: bool) -> dict[str, Tensor]:
 
 
 def role(path: str) -> str:
-    """The folder of a file, or the file if it is in none."""
+    """The folder of a file, or the file itself if it has none."""
     return path.rpartition("/")[0] or path
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All numbers, in float64, which holds those of the other types."""
+    """All numbers in float64, which represents all other types exactly."""
     return torch.cat([tensor.reshape(-1).double() for tensor in tensors])
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Where the weights of a sound model are stored."""
+    """Where a sound model stores its weights."""
 
     names: set[str]  # of all its tensors
-    shapes: dict[str, tuple[int, ...]]  # of those that are to be read; others are zeros, or number positions
-    places: Tensor  # among all numbers of these, of each number of the weights
+    shapes: dict[str, tuple[int, ...]]  # of those that are read; others are zeros or position ids
+    places: Tensor  # index of each weight among all numbers of these
 
 
 @cache
 def origins(form: str) -> Origins:
-    """Where the weights of the sound model are in one of its forms."""
+    """Where the sound model stores its weights in one of its forms."""
     found = stored(forms()[form].files, variant=False)
     tensors = {
         name: tensor
@@ -73,9 +73,9 @@ def origins(form: str) -> Origins:
 
 
 def right_weights(case: Case) -> tuple[Tensor, Tensor]:
-    """All numbers of the model, one official tensor after the other, and how far off they may be.
+    """All numbers of the model, one official tensor after the other, and their tolerances.
 
-    Raises ``Violation`` if there is no such model.
+    Raises ``Violation`` if the files hold no such model.
     """
     sound = origins(case.form)
     try:
@@ -86,7 +86,7 @@ def right_weights(case: Case) -> tuple[Tensor, Tensor]:
         if name not in found:
             raise Violation(f"loaded without {name}")
         pair = [tuple(found[name].shape), shape]
-        if re.search("attn_1|mid_block.attentions", name):  # a matrix or a convolution in the VAE
+        if re.search("attn_1|mid_block.attentions", name):  # in the VAE these are matrices or 1x1 convolutions
             pair = [tuple(each[: -2 if each[-2:] == (1, 1) else None]) for each in pair]
         if pair[0] != pair[1]:
             raise Violation(f"loaded {name} of shape {list(found[name].shape)}, expected {list(shape)}")
@@ -100,7 +100,7 @@ def right_weights(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def merge_lora(numbers: Tensor, found: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All numbers with alpha / rank * up @ down added to those of some, and how far off they may be."""
+    """All numbers with alpha / rank * up @ down added where the LoRA says so, and their tolerances."""
     margins = torch.zeros_like(numbers)
     sizes = [tensor.numel() for tensor in weights().values()]
     views = zip(torch.split(numbers, sizes), torch.split(margins, sizes), strict=True)
@@ -123,20 +123,20 @@ def merge_lora(numbers: Tensor, found: Mapping[str, Tensor], dtype: torch.dtype)
 
 @cache
 def vae_mask() -> Tensor:
-    """Which numbers are of the VAE."""
+    """Mask of the numbers that belong to the VAE."""
     prefix = PARTS["vae"].prefix
     return flat(torch.full_like(tensor, name.startswith(prefix)) for name, tensor in weights().items()).bool()
 
 
 def may_be_added(form: str, name: str) -> bool:
-    """Whether a tensor beyond those of the model does no harm."""
+    """Whether a tensor that is not of the model is ignored."""
     given = form.removeprefix("--").partition(" ")[0]
     unused = [part.prefix for key, part in PARTS.items() if given in ("vae", "unet") and key != given]
     harmless = ("model_ema.", "denoiser.", *unused)
     return name.startswith(harmless) or name.endswith(("position_ids", "logit_scale"))
 
 
-# Fields that say nothing of the model, or what the shapes of its tensors say too.
+# Fields that do not describe the model, or that repeat the shapes of its tensors.
 FREE = {
     "model": {*COMPONENTS, "_name_or_path"},
     "scheduler": {"_class_name", "timestep_spacing"},
@@ -154,9 +154,9 @@ FREE = {
     },
 }
 FREE["text_encoder_2"] = FREE["text_encoder"]
-# Fields without which diffusers would take something else than SDXL has.
+# Fields whose defaults in diffusers differ from SDXL.
 NEEDED = {"unet": {"addition_embed_type", "use_linear_projection"}, "scheduler": {"beta_schedule"}}
-# What diffusers and transformers take for a field that is not there; 128 is ours.
+# Defaults of diffusers and transformers for missing fields; 128 is the default of this package.
 DEFAULTS = {
     **{"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "norm_num_groups": 32, "sample_size": 128},
     **{"attention_head_dim": 8, "scaling_factor": 0.18215, "num_attention_heads": 8, "hidden_act": "quick_gelu"},
@@ -165,7 +165,7 @@ DEFAULTS = {
 
 
 def put_field(config: dict[str, Any], part: str, key: str, value: Any) -> bool:
-    """Puts the value of a field of a folder's JSON in its place in a config; whether it has one."""
+    """Sets the field of a config that a field of a folder's JSON stands for. Returns whether there is one."""
     text = config["text"][part == "text_encoder_2"]
     match part, key:
         case "model", "_name_or_path":
@@ -174,7 +174,7 @@ def put_field(config: dict[str, Any], part: str, key: str, value: Any) -> bool:
             config["noise"]["steps"] = value
         case "scheduler", "beta_start" | "beta_end":
             config["noise"][key] = float(value)
-        case "unet", "attention_head_dim":  # the number of heads, whose width is a number of the config
+        case "unet", "attention_head_dim":  # the number of heads; the config has their width
             config["unet"]["head_channels"] = 8 // (value[-1] if isinstance(value, list) else value)
         case "unet" | "vae", "norm_num_groups":
             config[part]["norm_groups"] = value
@@ -187,7 +187,7 @@ def put_field(config: dict[str, Any], part: str, key: str, value: Any) -> bool:
         case "text_encoder" | "text_encoder_2", "hidden_act":
             text["activation"] = value
         case "text_encoder" | "text_encoder_2", "eos_token_id":
-            end = IDS["vocabulary"] - 1 if value == 2 else value  # 2 is known to be wrong in published files
+            end = IDS["vocabulary"] - 1 if value == 2 else value  # published files have 2, which is wrong
             text |= {"end_token": end, "start_token": end - 1}
             text["pad_token"] = end if part == "text_encoder" else 0
         case _:
@@ -196,7 +196,7 @@ def put_field(config: dict[str, Any], part: str, key: str, value: Any) -> bool:
 
 
 def right_config(case: Case, folder: Path) -> dict[str, Any]:
-    """The config that the files say. Raises ``Violation`` if they say of no such model."""
+    """The config in the files. Raises ``Violation`` if they describe no such model."""
     config: dict[str, Any] = json.loads(json.dumps(CONFIG.to_dict()))
     form = forms()[case.form]
     if form.weights.endswith(".safetensors"):
@@ -217,12 +217,12 @@ def right_config(case: Case, folder: Path) -> dict[str, Any]:
             known = put_field(config, part, key, new.get(key, DEFAULTS.get(key)))
             passed_over = key in old if key in new else key in NEEDED.get(part, ())
             if not known and passed_over and key not in FREE[part]:
-                raise Violation(f"passed over {key}, which is {new.get(key)!r:.100}, expected {old[key]!r:.100}")
+                raise Violation(f"ignored {key}, which is {new.get(key)!r:.100}, expected {old[key]!r:.100}")
     return config
 
 
 def merged(sound: Any, found: Any) -> Any:
-    """``found``, with what is sound for the fields that are not there: the defaults are those of ``CONFIG``."""
+    """``found`` with missing fields from ``sound``, because the defaults are those of ``CONFIG``."""
     if isinstance(sound, dict) and isinstance(found, dict):
         return found | {key: merged(value, found[key]) if key in found else value for key, value in sound.items()}
     if isinstance(sound, list) and isinstance(found, list) and len(sound) == len(found):
@@ -231,7 +231,7 @@ def merged(sound: Any, found: Any) -> Any:
 
 
 def right_tokens(case: Case, pad: int) -> list[tuple[str, list[int]]]:
-    """Some words, and what the files make of them by byte-pair encoding at its simplest."""
+    """Some words and their token ids, by the simplest form of byte-pair encoding."""
     folder = next(path for path in forms()[case.form].files if path.endswith("tokenizer/vocab.json")).rpartition("/")[0]
     vocabulary = json.loads(bytes_of(case.files[f"{folder}/vocab.json"]))
     lines = bytes_of(case.files[f"{folder}/merges.txt"]).decode().split("\n")

@@ -1,7 +1,7 @@
-"""Batches of drawn pictures, drawn while they are needed, by worker processes where a GPU waits for them.
+"""Batches of drawn pictures, drawn while training needs them, by worker processes for a GPU.
 
-A batch comes from its training's name, a seed and its step, so it does not depend on who draws it, and a run that goes
-on where it was sees the batches that it would have seen.
+A batch depends only on the training's name, a seed and its step. So it does not matter which process draws it, and a
+run that was stopped continues with the same batches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Batch = tuple[Picture, list[str]]  # pictures (count, side, side, 3), and their 
 
 @dataclass(frozen=True)
 class BatchSize:
-    """``count`` pictures of ``side`` pixels, each a random part of a picture of ``whole`` pixels, if that is larger."""
+    """``count`` pictures of ``side`` pixels, each a random crop of a picture of ``whole`` pixels."""
 
     count: int
     side: int
@@ -33,7 +33,7 @@ class BatchSize:
 
 
 def draw_batch(rng: random.Random, size: BatchSize, split: str = "train", world: str = "mixed") -> Batch:
-    """Fresh pictures of a world, one of ``WORLDS``, and their captions, which do not know what was cut off."""
+    """New pictures of a world, one of ``WORLDS``, and the captions of the whole pictures."""
     pictures, captions = [], []
     for _ in range(size.count):
         scene = WORLDS[world](rng, split)
@@ -44,13 +44,13 @@ def draw_batch(rng: random.Random, size: BatchSize, split: str = "train", world:
 
 
 def to_images(pictures: Picture, device: torch.device | str = "cpu") -> Tensor:
-    """Pictures (B, side, side, 3) as a model takes them, (B, 3, side, side) in [-1, 1]."""
+    """Pictures (B, side, side, 3) to tensors (B, 3, side, side) in [-1, 1]."""
     images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     return images.contiguous(memory_format=torch.channels_last)
 
 
 class DrawnBatches(Dataset[Batch]):
-    """Batch ``step`` of the training ``name``, with ``sizes[step]``, of a world of ``WORLDS``."""
+    """The batches of the training ``name``: batch ``step`` has size ``sizes[step]`` and shows a world of ``WORLDS``."""
 
     def __init__(self, name: str, seed: int, sizes: Sequence[BatchSize], world: str = "mixed") -> None:
         self.name, self.seed, self.sizes, self.world = name, seed, sizes, world
@@ -61,7 +61,7 @@ class DrawnBatches(Dataset[Batch]):
 
 def draw_ahead(batches: DrawnBatches, first: int, workers: int) -> Iterator[Batch]:
     """The batches from step ``first`` on, drawn ahead by ``workers`` processes (0: drawn here, when asked for)."""
-    # Batches travel as arrays through pipes: as tensors they would need more shared memory than containers have.
+    # Batches are sent as arrays through pipes. Tensors would need more shared memory than containers have.
     return iter(
         DataLoader(
             batches,

@@ -1,8 +1,8 @@
-"""Self-attention that looks for tokens like the query: how training starts it, and how much a model has of it.
+"""Self-attention between similar tokens: a start for training, and measurements of how much of it remains.
 
-A large model's self-attention gives most weight to tokens that resemble the query; G-WPR and the similarity-based copy
-of AT-EDM build on that (section 3.2). A small model trained on plain pictures does not learn it by itself, so training
-starts from it: :func:`similarity_kernel`. :func:`watch` measures during training whether it stays.
+In a large model self-attention gives most weight to tokens similar to the query. G-WPR and the similarity-based copy of
+AT-EDM rely on that (section 3.2). A small model trained on plain pictures does not learn it, so training starts from it
+with :func:`similarity_kernel`. :func:`watch` measures during training whether it remains.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def similarity_kernel(
 
 
 def watch(sdxl: SDXL, pictures: int = 8) -> dict[str, float]:
-    """How a model uses its self-attention, on ``pictures`` plain and as many open pictures of the test split.
+    """Measures self-attention on ``pictures`` plain and as many open pictures of the test split.
 
-    Each figure of :func:`watch_scenes`, named ``plain_error``, ``open_error`` and so on.
+    Returns each number of :func:`watch_scenes`, named ``plain_error``, ``open_error`` and so on.
     """
     kinds = {"plain": random_scene, "open": random_open_scene}
     return {
@@ -66,14 +66,18 @@ def watch(sdxl: SDXL, pictures: int = 8) -> dict[str, float]:
 
 @torch.no_grad()
 def watch_scenes(sdxl: SDXL, drawn: Pictures) -> dict[str, float]:
-    """How a model uses its self-attention on drawn pictures.
+    """Measures the self-attention of a model on drawn pictures.
 
-    At t = 500: ``error`` of the predicted noise; ``uniform``, the error when every self-attention is uniform, over
-    ``error``; ``source``, the mean cosine (values after the first layer of each attention block, centered) between a
-    token and the other token that gives it most attention, and ``likest``, between a token and the other token most
-    like it; ``entropy`` of the rows of the maps over ln N; ``objects`` and ``rest``, the shares of tokens that `at-edm`
-    keeps where objects are and elsewhere. ``change_800``, ``change_500``, ``change_200``: what `at-edm` changes, as in
-    ``tools.single_step``.
+    At t = 500:
+
+    - ``error`` of the predicted noise, and ``uniform``, the error with uniform self-attention over ``error``.
+    - ``source``, the mean cosine between a token and the other token that gives it most attention, and ``likest``,
+      between a token and the other token most similar to it. Cosines are of centered values after the first layer of
+      each attention block.
+    - ``entropy`` of the rows of the maps over ln N.
+    - ``objects`` and ``rest``, the shares of tokens that `at-edm` keeps where objects are and elsewhere.
+
+    ``change_800``, ``change_500`` and ``change_200`` are the change by `at-edm` as in ``tools.single_step``.
     """
     timestep = TIMESTEPS[1]
     noise = torch.randn(drawn.latents.shape, generator=torch.Generator().manual_seed(timestep)).to(sdxl.device)
@@ -124,7 +128,7 @@ def attention_map(inputs: AttentionInputs) -> Tensor:
 
 
 def measure(maps: Tensor, values: Tensor, found: dict[str, list[float]]) -> None:
-    """Adds what one attention block shows: ``maps`` (B, heads, N, N), ``values`` (B, N, C) after its first layer."""
+    """Adds the numbers of one block to ``found``: from its ``maps`` (B, heads, N, N) and first ``values`` (B, N, C)."""
     tokens = values.shape[1]
     entropy = torch.special.entr(maps).sum(dim=-1).mean() / torch.log(torch.tensor(float(tokens)))
     centered = F.normalize(values.float() - values.float().mean(dim=1, keepdim=True), dim=-1)

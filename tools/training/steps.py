@@ -1,4 +1,4 @@
-"""What the trainings of the bundled model's parts share: rates, noise levels, the optimizer, states and logs."""
+"""Shared parts of all trainings: learning rates, noise levels, loss balance, optimizer, saved states and logs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from torch import Tensor, nn
 
 
 def warm_then_decay(step: int, steps: int, warm: int, decay: float) -> float:
-    """Learning-rate factor: a linear warm-up, a plateau, and a linear way down to 0 over the last share ``decay``."""
+    """Learning-rate factor: linear warm-up, plateau, and linear decay to 0 over the last ``decay`` of the steps."""
     return min((step + 1) / warm, 1.0, (steps - step) / (steps * decay))
 
 
 class Balance:
-    """Divides every error by what is typical of its noise level, so that all levels teach alike.
+    """Divides every error by the typical error of its noise level, so that all levels count the same.
 
-    By itself the error of predicted noise says that only low noise matters, and the error of the predicted latent only
-    the highest, where a caption leaves the picture open anyway; in between objects get their outlines. Karras et al.
-    2024 (EDM2) learn what is typical by a small network; here it is a running geometric mean in ``BANDS`` bands.
+    Otherwise the error of the predicted noise gives weight to low noise alone, and the error of the predicted latent to
+    the highest noise alone, where the caption does not determine the picture. Objects get their outlines in between.
+    Karras et al. 2024 (EDM2) learn the typical error with a small network. Here it is a running geometric mean in
+    ``BANDS`` bands of noise levels.
     """
 
     BANDS = 20
-    RATE = 0.03  # of a new error in the mean of its band
-    LEAST = 1e-8  # an error of 0, as of a model that is its own teacher, has no logarithm
+    RATE = 0.03  # weight of a new error in the mean of its band
+    LEAST = 1e-8  # an error of 0 has no logarithm; a model that is its own teacher has it
 
     def __init__(self) -> None:
         self.typical = torch.full((self.BANDS,), torch.nan)  # logarithms; nan before the first error
 
     def __call__(self, errors: Tensor, share: Tensor) -> Tensor:
-        """Errors (B,), divided; ``share`` (B,) in [0, 1) has their places among the noise levels, lowest first."""
+        """Balanced errors (B,). ``share`` (B,) in [0, 1) is the position of each in the noise levels, lowest first."""
         bands = (share * self.BANDS).long()
         ones = torch.ones_like(errors)
         count = torch.zeros(self.BANDS, device=errors.device).index_add(0, bands, ones)
@@ -41,22 +42,22 @@ class Balance:
         mean = torch.zeros_like(count).index_add(0, bands, logarithms) / count  # nan where there is none
         self.typical = self.typical.to(errors.device)
         before = torch.where(self.typical.isnan(), mean, self.typical)
-        # As much of the new mean as if its errors came one after the other.
+        # The new mean has the weight that its errors would have one after the other.
         self.typical = torch.where(count > 0, before.lerp(mean, 1 - (1 - self.RATE) ** count), self.typical)
         return errors / self.typical[bands].exp()
 
 
 def noise_levels(count: int) -> Tensor:
-    """Places (count,) in [0, 1) among the noise levels, spread evenly over them all, in random order.
+    """Positions (count,) in [0, 1) among the noise levels, evenly spread, in random order.
 
-    One in eight is in the lowest quarter, where pictures are all but finished and little is left to learn.
+    One in eight lies in the lowest quarter, where pictures are nearly finished and little is left to learn.
     """
     share = (torch.randperm(count) + torch.rand(count)) / count
     return torch.where(share < 1 / 8, 2 * share, 0.25 + (share - 1 / 8) * (6 / 7))
 
 
 class Optimizer:
-    """Muon for the matrices of transformer layers, where it needs fewer steps than AdamW, and AdamW for the rest.
+    """An optimizer: Muon for matrices of transformer layers, where it needs fewer steps, and AdamW for the rest.
 
     ``attention_rate`` scales the learning rate of the query and key maps of self-attention.
     """
@@ -88,11 +89,11 @@ class Optimizer:
             part.step()
 
     def state(self) -> list[dict[str, Any]]:
-        """What :meth:`load_state` takes."""
+        """The state of the optimizer, for :meth:`load_state`."""
         return [part.state_dict() for part in self.parts]
 
     def load_state(self, state: list[dict[str, Any]]) -> None:
-        """Goes on where :meth:`state` was taken."""
+        """Restores a :meth:`state`."""
         for part, saved in zip(self.parts, state, strict=True):
             part.load_state_dict(saved)
 
@@ -106,7 +107,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def log(path: Path, **values: float) -> None:
-    """One line on the terminal, one row in a CSV file."""
+    """Prints one line, and appends one row to a CSV file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     print(path.stem, " ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
     new = not path.exists()

@@ -1,8 +1,8 @@
-"""Teaches the bundled model's text encoders to see before a U-Net listens: the second part of ``tools.train_shapes``.
+"""Trains the bundled model's text encoders before the U-Net: the second part of ``tools.train_shapes``.
 
-From a caption alone they are to predict a thumbnail of the picture, on average over all pictures that obey it. That is
-what a U-Net has to know at the highest noise, and it needs thousands of steps to ask for it: without this, where an
-object is to be stayed unknown to the words. SDXL's own text encoders were trained on pictures too, as CLIP.
+From a caption alone they learn to predict a thumbnail: the average over all pictures that the caption describes. A
+U-Net needs this at the highest noise, but takes thousands of steps to teach it to the text encoders. Without this part
+the embeddings did not tell where objects are. SDXL's own text encoders were trained on pictures too, as CLIP.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SIDE = 8  # pixels of a thumbnail
 
 
 class Thumbnails(nn.Module):
-    """Two guesses at a thumbnail (B, 3, 8, 8): of each pixel by attention to the context, of all by pooled text.
+    """Two predictions of a thumbnail (B, 3, 8, 8): one by attention to the context, one from the pooled embedding.
 
-    The first brings the words into the form that a U-Net's cross-attention asks for: which color belongs here?
+    The first has the form of a U-Net's cross-attention: each pixel attends to the words to find its color.
     """
 
     def __init__(self, context_channels: int, pooled_channels: int, width: int = 128) -> None:
@@ -39,14 +39,14 @@ class Thumbnails(nn.Module):
         self.of_pooled = _two_layers(pooled_channels, 3 * SIDE * SIDE)
 
     def forward(self, words: TextEmbeddings) -> tuple[Tensor, Tensor]:
-        """Both guesses, in [-1, 1]."""
+        """Both predictions, for pixels in [-1, 1]."""
         positions = self.positions.expand(len(words.context), -1, -1)
         found, _ = self.attention(positions, words.context, words.context, need_weights=False)
         by_position = rearrange(self.of_position(positions + found), "b (h w) c -> b c h w", h=SIDE)
         return by_position, rearrange(self.of_pooled(words.pooled), "b (c h w) -> b c h w", c=3, h=SIDE)
 
     def loss(self, words: TextEmbeddings, images: Tensor) -> Tensor:
-        """Squared error of both guesses, for pictures (B, 3, H, W) in [-1, 1]."""
+        """Squared error of both predictions, for pictures (B, 3, H, W) in [-1, 1]."""
         target = F.adaptive_avg_pool2d(images, SIDE)
         by_position, by_pooled = self(words)
         return F.mse_loss(by_position.float(), target) + F.mse_loss(by_pooled.float(), target)
@@ -57,7 +57,7 @@ def _two_layers(channels: int, out: int) -> nn.Sequential:
 
 
 class SeeingText(nn.Module):
-    """Text encoders, and the guesses that teach them."""
+    """Text encoders, with the thumbnail predictions that train them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,9 +68,9 @@ class SeeingText(nn.Module):
 
 
 def train_text(options: argparse.Namespace, tokenizer: Tokenizer) -> SeeingText:
-    """Trains text encoders on captions and thumbnails, or returns those that a finished run left.
+    """Trains text encoders on captions and thumbnails, or returns those of a finished run.
 
-    They start from ``options.init``, if there is one.
+    They start from ``options.init``, if it is given.
     """
     state_file = options.run / "text.pt"
     torch.manual_seed(options.seed)

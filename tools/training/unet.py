@@ -45,13 +45,13 @@ def zero(module: nn.Module) -> None:
 
 
 class Model(nn.Module):
-    """What the last part trains: the U-Net and the text encoders, together."""
+    """The U-Net and the text encoders, which the last part trains together."""
 
     def __init__(self, seeing: SeeingText) -> None:
         super().__init__()
         self.unet = UNet(SHAPES.unet)
         self.text, self.thumbnails = seeing.text, seeing.thumbnails
-        for module in self.unet.modules():  # the official start: every residual branch adds nothing at first
+        for module in self.unet.modules():  # official initialization: every residual branch starts at 0
             if isinstance(module, ResBlock):
                 zero(module.out_layers[3])
             elif isinstance(module, AttentionBlock):
@@ -59,17 +59,18 @@ class Model(nn.Module):
         zero(self.unet.out[2])
 
     def forward(self, latents: Tensor, timestep: Tensor, words: TextEmbeddings, side: int) -> Tensor:
-        """Predicted noise of latents (B, 4, h, w) of pictures of ``side`` pixels."""
+        """Predicts the noise in latents (B, 4, h, w) of pictures with ``side`` pixels."""
         sizes = torch.tensor([[side, side, 0, 0, side, side]], device=latents.device).expand(len(latents), -1)
         predicted: Tensor = self.unet(latents, timestep, words.context, words.vector(sizes, SHAPES.size_channels))
         return predicted
 
 
 class Teacher:
-    """A trained model whose predictions a student learns in place of the noise (Hinton et al. 2015): no chance in them.
+    """A trained model whose predictions are the student's target instead of the noise (Hinton et al. 2015).
 
-    The student has its layout and most of its weights; here, all but self-attention, which starts from a similarity
-    kernel. :meth:`hint` also compares what the attention blocks give (Romero et al. 2015, "FitNets").
+    Unlike the noise, this target has no randomness. The student starts from the teacher's weights, with some replaced:
+    here self-attention starts from a similarity kernel. :meth:`hint` also compares the outputs of the attention blocks
+    (Romero et al. 2015, "FitNets").
     """
 
     HINT = 10.0  # weight of :meth:`hint` in the loss
@@ -103,7 +104,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, timestep: Tensor, ids: Tensor, ids_2: Tensor, drop: Tensor, side: int) -> Tensor:
-        """Its prediction (B, 4, h, w) for the same noisy latents and captions."""
+        """The teacher's prediction (B, 4, h, w) for the same noisy latents and captions."""
         words = self.text(ids, ids_2).zeroed(drop)
         sizes = torch.tensor([[side, side, 0, 0, side, side]], device=x.device).expand(len(x), -1)
         predicted: Tensor = self.unet(x, timestep, words.context, words.vector(sizes, SHAPES.size_channels))
@@ -111,12 +112,12 @@ class Teacher:
 
 
 class ProductAttention(TorchFunctionMode):
-    """While active, attention without a mask is two matrix products and a softmax, where the map is small.
+    """A context in which attention with a small map runs as two matrix products and a softmax.
 
-    For training on a CPU: the fused kernel's bfloat16 backward pass is up to five times slower there.
+    It is for training on a CPU, where the backward pass of the fused bfloat16 kernel is up to five times slower.
     """
 
-    LARGEST_MAP = 512 * 512  # queries x keys; beyond it the map no longer fits the caches, and the fused kernel wins
+    LARGEST_MAP = 512 * 512  # queries x keys; larger maps do not fit the caches, and the fused kernel is faster
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,11 +131,11 @@ class ProductAttention(TorchFunctionMode):
 
 
 def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokenizer: Tokenizer) -> None:
-    """Trains U-Net and text encoders on latents of fresh pictures, small pictures first, then full-size ones.
+    """Trains U-Net and text encoders on latents of new pictures, first small ones, then full-size ones.
 
-    The loss is the squared error of the predicted noise (epsilon prediction) or, with ``options.teacher``, of what the
-    teacher predicts; balanced over noise levels. To it is added that of the text encoders' thumbnails. An exponential
-    moving average of the weights is kept, a short one, because weights from before a change of picture size do harm.
+    The target is the noise (epsilon prediction) or, with ``options.teacher``, the teacher's prediction. The loss is the
+    squared error, balanced over noise levels, plus the loss of the text encoders' thumbnails. The saved weights are an
+    exponential moving average over few steps, because weights from before a change of picture size do harm.
     """
     state_file = options.run / "unet.pt"
     torch.manual_seed(options.seed)
@@ -177,8 +178,8 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
             latents = vae.encode(images).float()
         share = noise_levels(count).to(device)
         timestep = (share * config.noise.steps).long()
-        # Offset noise (as in SDXL's own training, twice as strong): without it even the noisiest latent shows its mean,
-        # the model reads the background off that, and at sampling, where the mean is 0, no caption makes it white.
+        # Offset noise, as in SDXL's own training but twice as strong. Without it the noisiest latent still shows its
+        # mean. The model then takes the background from it, and at sampling, where it is 0, no caption makes it white.
         noise = (torch.randn(latents.shape) + 0.1 * torch.randn(count, latents.shape[1], 1, 1)).to(device)
         sigma = levels[timestep]
         noisy = (latents + sigma[:, None, None, None] * noise) / (1 + sigma.square()).sqrt()[:, None, None, None]
@@ -219,13 +220,13 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
 
 
 def _due(step: int, every: int, steps: int) -> bool:
-    """Whether something is done after ``step`` of ``steps`` that is done every so many steps, 0 for never."""
+    """Whether ``step`` of ``steps`` is a multiple of ``every``, or the last one; never for ``every`` 0."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
 @torch.no_grad()
 def sample_grid(options: argparse.Namespace, step: int, sdxl: SDXL, side: int) -> float:
-    """Draws unseen captions of all kinds with 20 steps, writes them as one picture; the share that is right."""
+    """Samples unseen captions in 20 steps, writes them as one picture, and returns the caption accuracy."""
     captions = unseen_captions(options.grid_pictures)
     with torch.autocast(sdxl.device.type, torch.bfloat16, enabled=options.bf16):
         images = sdxl.generate(captions, sampling="euler", steps=20, cfg=options.cfg, seed=0, size=(side, side))

@@ -22,14 +22,15 @@ from tools.training.steps import log, save_state, warm_then_decay
 
 
 def train_vae(options: argparse.Namespace) -> VAE:
-    """Trains the autoencoder, or returns the one that a finished run left.
+    """Trains the autoencoder, or returns the one of a finished run.
 
-    The loss is L1 + L2, with noise on the latent, because the decoder has to forgive what a U-Net gets wrong. Three
-    latent channels are held to the picture at its size: a free latent of so small a VAE puts all colors on one curve,
-    where what blurs between two colors is a third. The Kullback-Leibler term only keeps variances in bounds.
+    The loss is L1 + L2, with noise on the latent, because the decoder must tolerate errors of the U-Net. Three latent
+    channels are pulled towards the picture at latent size. Otherwise so small a VAE puts all colors on one curve, where
+    a blur between two colors is a third color. The Kullback-Leibler term only bounds the variances.
 
-    Of the autoencoder of ``options.init``, if there is one, only the decoder is trained: its U-Net knows the latents.
-    With ``options.teach``, a color or "open", the encoder is too, and held to what it was on pictures without it.
+    With ``options.init`` only the decoder of that model is trained, because its U-Net depends on the latents. With
+    ``options.teach``, a color or "open", the encoder is trained too, and pulled towards its old latents on
+    pictures that show neither.
     """
     state_file = options.run / "vae.pt"
     vae = VAE(SHAPES.vae)
@@ -38,7 +39,7 @@ def train_vae(options: argparse.Namespace) -> VAE:
     if options.init is not None:
         vae.load_state_dict(load(options.init)[1].vae.state_dict())
         known = copy.deepcopy(vae).requires_grad_(False).to(options.device)
-        noise = 0.3  # a decoder that is there can be taught to forgive more
+        noise = 0.3  # a trained decoder can learn to tolerate more noise
         if options.teach is None:
             trained = nn.ModuleList([vae.requires_grad_(False).post_quant_conv, vae.decoder]).requires_grad_(True)
     vae.to(options.device)
@@ -95,9 +96,9 @@ def train_vae(options: argparse.Namespace) -> VAE:
 
 
 def _batch_size(step: int, batch: int) -> BatchSize:
-    """Mostly small parts of pictures, for time; the middle attention sees more positions in larger ones.
+    """The batch size of a step: mostly small crops, to save time, and some larger ones for the middle attention.
 
-    Parts of full-size pictures, because patterns of smaller pictures are finer than a latent can show.
+    They are crops of full-size pictures, because patterns of smaller pictures are too fine for a latent.
     """
     if step % 16 == 15:
         return BatchSize(max(1, batch // 8), SHAPES.size, SHAPES.size)
@@ -106,16 +107,16 @@ def _batch_size(step: int, batch: int) -> BatchSize:
 
 
 def _shows(taught: str | None, caption: str) -> bool:
-    """Whether a picture may show what is taught: a color that its caption names or leaves open, or an open scene."""
+    """Whether a picture can show ``taught``: its caption names that color, or is open."""
     return taught is not None and (taught in caption.split() or parse_caption(caption).open)
 
 
 @torch.no_grad()
 def balance_latents(vae: VAE, images: Tensor) -> None:
-    """Gives every latent channel of ``images`` mean 0 and variance 1, by the 1x1 convolutions on either side of it.
+    """Scales every latent channel to mean 0 and variance 1 on ``images``, in the 1x1 convolutions before and after it.
 
-    What the VAE makes of a picture stays the same. Diffusion adds the same noise to all channels: one of small variance
-    would be settled late and count for little.
+    Decoded pictures do not change. Diffusion adds the same noise to all channels, so a channel of small variance would
+    appear late in sampling and have little weight.
     """
     latents = vae.moments(images)[0]
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
