@@ -57,8 +57,8 @@ def find_scales(files: WeightFiles) -> tuple[dict[str, Scale], set[str]]:
         elif UNUSED.fullmatch(name):
             names.add(name)
         elif match := ABOUT.fullmatch(name):
-            weight = files.entries.get(f"{match[1]}.weight")
-            if weight and _format(files.file_of(name).raw(name)) == weight.dtype:
+            weight, scale = (files.entries.get(f"{match[1]}.{kind}") for kind in ("weight", "weight_scale"))
+            if weight and scale and _format(files.file_of(name).raw(name)) == weight.dtype:
                 names.add(name)
     return scales, names
 

@@ -248,7 +248,7 @@ def _expected(target: Target, tensors: Mapping[str, str], shapes: Mapping[str, S
     if not {"down", "up"} & tensors.keys():
         return {}
     down = tensors.get("down") or partner(tensors["up"])
-    up = tensors.get("up") or partner(tensors["down"])
+    up = partner(down)  # the other half of another adapter is unexpected
     rank = (shapes.get(down, ())[:1] or shapes.get(up, ())[1:2] or (1,))[0] or 1  # rank 0 is mis-shaped
     out, *inner = target.shape
     wanted: dict[str, Shape] = {down: (rank, *inner), up: (out, rank, *[1] * len(inner[1:]))}

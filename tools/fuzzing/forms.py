@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.modules import file_metadata, official_shapes, open_source, without_memory
+from minisdxl.checkpoint.weight_files import LORA_FILE
 from minisdxl.config import Level, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from minisdxl.convert import write_folder
 from minisdxl.tokenizer import END, START, Vocabulary
@@ -47,16 +48,55 @@ CONFIG = ModelConfig(
 )
 
 LORA = "lora.safetensors"
+<<<<<<< HEAD
 # Official names of the weights that the LoRA changes, by its module names.
 LORA_MODULES = {
     "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q": (
         "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+=======
+LORA_FOLDER = "lora"
+# What the LoRAs change.
+_CHANGED = (
+    "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight",
+    "conditioner.embedders.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight",
+    "conditioner.embedders.1.model.transformer.resblocks.1.mlp.c_fc.weight",
+)
+LORA_KINDS = ("down", "up", "alpha")
+
+
+def _lora_names(modules: tuple[str, str, str], kinds: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The names of the tensors that change a weight, in the order of ``LORA_KINDS``."""
+    return {
+        weight: tuple(f"{module}.{kind}" for kind in kinds) for weight, module in zip(_CHANGED, modules, strict=True)
+    }
+
+
+# Those of kohya's scripts, and those of PEFT with a named adapter, in a folder of diffusers and as ComfyUI has them.
+LORAS = {
+    "--lora file": _lora_names(
+        (
+            "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q",
+            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+            "lora_te2_text_model_encoder_layers_1_mlp_fc1",
+        ),
+        ("lora_down.weight", "lora_up.weight", "alpha"),
+>>>>>>> h-inputs
     ),
-    "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (
-        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
+    "--lora folder": _lora_names(
+        (
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+            "text_encoder_2.text_model.encoder.layers.1.mlp.fc1",
+        ),
+        ("lora_A.default.weight", "lora_B.default.weight"),
     ),
-    "lora_te2_text_model_encoder_layers_1_mlp_fc1": (
-        "conditioner.embedders.1.model.transformer.resblocks.1.mlp.c_fc.weight"
+    "--lora of ComfyUI": _lora_names(
+        (
+            "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q",
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+            "text_encoders.clip_g.transformer.text_model.encoder.layers.1.mlp.fc1",
+        ),
+        ("lora_A.weight", "lora_B.weight", "alpha"),
     ),
 }
 
@@ -69,10 +109,18 @@ class Form:
     """A model in one file form."""
 
     files: Files
+<<<<<<< HEAD
     weights: str  # the path for load
     options: Mapping[str, str] = field(default_factory=dict)  # the paths for vae, unet or lora
     damaged: str = ""  # prefix of the paths that can be damaged
     official: bool = False  # whether the model is known only by names and shapes
+=======
+    weights: str  # the path that is given to load
+    options: Mapping[str, str] = field(default_factory=dict)  # and those for vae, unet or lora
+    damaged: str = ""  # how the paths begin of the files that get damaged
+    official: bool = False  # whether nothing but names and shapes says which model it is
+    like: str | None = None  # the form with the same names whose numbers tell where they come from
+>>>>>>> h-inputs
 
     @property
     def subject(self) -> str:
@@ -160,7 +208,24 @@ def forms() -> dict[str, Form]:
     vae, unet = "vae.safetensors", "unet.safetensors"
     vae_file = file_bytes({name: t.float() for name, t in official.items() if name.startswith(PARTS["vae"].prefix)})
     vae_folder = {path.removeprefix("model/"): folder[path] for path in folder if path.startswith("model/vae/")}
+    lora_names = {form: f"{LORA_FOLDER}/{LORA_FILE}" if form == "--lora folder" else LORA for form in LORAS}
+    loras = {
+        form: Form(
+            {single: file_bytes(official, metadata), **tokenizer, name: lora_file(form)},
+            single,
+            {"lora": role(name)},
+            role(name),
+        )
+        for form, name in lora_names.items()
+    }
     return {
+        "converted file": Form({single: file_bytes(converted(official), metadata), **tokenizer}, single, {}, single),
+        "fp8 file": Form(
+            {single: file_bytes(in_fp8(mixed), metadata), **tokenizer}, single, {}, single, like="official file"
+        ),
+        "scaled fp8 file": Form(
+            {single: file_bytes(with_scales(official), metadata), **tokenizer}, single, {}, single, like="official file"
+        ),
         "single file": Form({single: file_bytes(mixed | extras, metadata), **tokenizer}, single, {}, single),
         "official file": Form({single: file_bytes(official | extras), **tokenizer}, single, {}, single, True),
         "folder": Form(folder, "model", {}, "model/"),
@@ -169,22 +234,58 @@ def forms() -> dict[str, Form]:
         "--vae file": Form({**beside("vae"), vae: vae_file}, single, {"vae": vae}, vae),
         "--vae folder": Form({**beside("vae"), **vae_folder}, single, {"vae": "vae"}, "vae/"),
         "--unet file": Form({**beside("unet"), unet: file_bytes(parts["unet"])}, single, {"unet": unet}, unet),
-        "--lora file": Form(
-            {single: file_bytes(official, metadata), **tokenizer, LORA: lora_file()}, single, {"lora": LORA}, LORA
-        ),
+        **loras,
     }
 
 
+<<<<<<< HEAD
 def lora_file() -> bytes:
     """A LoRA of rank 2 in the format of kohya's scripts."""
+=======
+def role(path: str) -> str:
+    """The folder of a file, or the file if it is in none."""
+    return path.rpartition("/")[0] or path
+
+
+def lora_file(form: str) -> bytes:
+    """A LoRA of rank 2 in one of the forms of ``LORAS``, one of them with an embedding beside it."""
+>>>>>>> h-inputs
     generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for name, official in LORA_MODULES.items():
+    tensors: dict[str, Tensor] = {}
+    for official, names in LORAS[form].items():
         rows, columns = weights()[official].shape
-        tensors[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator).half()
-        tensors[f"{name}.alpha"] = torch.tensor(1.5)
+        down, up = torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator).half()
+        tensors |= dict(zip(names, (down, up, torch.tensor(1.5)), strict=False))
+    if form == "--lora of ComfyUI":
+        tensors |= {"bundle_emb.style.clip_l": torch.ones(1, 4), "bundle_emb.style.clip_g": torch.ones(1, 8)}
     return file_bytes(tensors, {"ss_network_dim": "2"})
+
+
+def converted(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model as diffusers' script ``convert_diffusers_to_original_sdxl.py`` writes it."""
+    projection = f"{PARTS['text_encoder_2'].prefix}text_projection"
+    kept = {name: tensor for name, tensor in official.items() if name != projection}
+    return kept | {f"{projection}.weight": official[projection].T.contiguous()}
+
+
+def in_fp8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every second tensor in one of the two kinds of fp8."""
+    kinds = (torch.float8_e4m3fn, None, torch.float8_e5m2, None)
+    return {
+        name: tensor if kinds[index % 4] is None else (1000 * tensor).to(kinds[index % 4])
+        for index, (name, tensor) in enumerate(tensors.items())
+    }
+
+
+def with_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Linear maps of the U-Net in fp8 with a scale each, as ComfyUI stores them."""
+    stored = dict(tensors)
+    for name in (name for name in tensors if name.startswith(PARTS["unet"].prefix) and tensors[name].ndim == 2):
+        layer, scale = name.removesuffix(".weight"), tensors[name].abs().max().float() / 448
+        stored[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        stored[f"{layer}.weight_scale"] = scale
+        stored[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    return stored
 
 
 def bytes_of(content: bytes | Node) -> bytes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from minisdxl.checkpoint.folder_writer import COMPONENTS
 from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.modules import CONFIG_KEY
 from tools.fuzzing.damage import Case
-from tools.fuzzing.forms import CONFIG, IDS, LORA, LORA_MODULES, Files, bytes_of, forms, weights
+from tools.fuzzing.forms import CONFIG, IDS, LORAS, Files, bytes_of, forms, role, weights
 
 
 class Violation(Exception):
@@ -37,11 +37,14 @@ def stored(files: Files, variant: bool) -> dict[str, Tensor]:
     return tensors
 
 
+<<<<<<< HEAD
 def role(path: str) -> str:
     """The folder of a file, or the file itself if it has none."""
     return path.rpartition("/")[0] or path
 
 
+=======
+>>>>>>> h-inputs
 def flat(tensors: Iterable[Tensor]) -> Tensor:
     """All numbers in float64, which represents all other types exactly."""
     return torch.cat([tensor.reshape(-1).double() for tensor in tensors])
@@ -60,10 +63,13 @@ class Origins:
 def origins(form: str) -> Origins:
     """Where the sound model stores its weights in one of its forms."""
     found = stored(forms()[form].files, variant=False)
+    if (like := forms()[form].like) is not None:
+        return replace(origins(like), names=set(found))
+    lora = f"{forms()[form].options.get('lora')}: "
     tensors = {
         name: tensor
         for name, tensor in found.items()
-        if tensor.any() and not name.startswith(LORA) and not name.endswith("position_ids")
+        if tensor.any() and not name.startswith(lora) and not name.endswith("position_ids")
     }
     numbers, order = flat(tensors.values()).sort()
     wanted = flat(weights().values())
@@ -90,28 +96,52 @@ def right_weights(case: Case) -> tuple[Tensor, Tensor]:
             pair = [tuple(each[: -2 if each[-2:] == (1, 1) else None]) for each in pair]
         if pair[0] != pair[1]:
             raise Violation(f"loaded {name} of shape {list(found[name].shape)}, expected {list(shape)}")
+    scales = {name: scale_of(name, found, sound.names) for name in sound.shapes}
     new = [name for name in found if name not in sound.names and not may_be_added(case.form, name.partition(": ")[2])]
     if new:
         raise Violation(f"loaded with {new[0][:100]!r}, a tensor that is not of the model")
-    numbers = flat(found[name] for name in sound.shapes)[sound.places]
+    numbers = flat(found[name].double() * scales[name] for name in sound.shapes)[sound.places]
     # The VAE is fp32 always.
     numbers = torch.where(vae_mask(), numbers.float().double(), numbers.to(case.dtype).double())
-    return merge_lora(numbers, found, case.dtype) if LORA in case.files else (numbers, torch.zeros_like(numbers))
+    if case.form in LORAS:
+        return merge_lora(case.form, numbers, found, case.dtype)
+    # A scale is fp32, and no other changes a number.
+    scaled = flat(torch.full(found[name].shape, scales[name] != 1) for name in sound.shapes)[sound.places]
+    limits = torch.finfo(case.dtype)
+    return numbers, scaled * limits.eps * (numbers.abs().nan_to_num(0, 0) + limits.tiny)
 
 
+<<<<<<< HEAD
 def merge_lora(numbers: Tensor, found: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """All numbers with alpha / rank * up @ down added where the LoRA says so, and their tolerances."""
+=======
+def scale_of(name: str, found: Mapping[str, Tensor], sound: Collection[str]) -> float:
+    """By what a weight is to be multiplied. Raises ``Violation`` for a lost scale, and for what is no scale."""
+    of_scale = f"{name.removesuffix('weight')}weight_scale"
+    scale = found.get(of_scale)
+    if scale is None:
+        if of_scale in sound:
+            raise Violation(f"loaded {name} without its scale")
+        return 1.0
+    if scale.numel() != 1 or not scale.double().isfinite().all():
+        raise Violation(f"loaded {name} with a scale of {scale.flatten()[:5].tolist()}")
+    return float(scale)
+
+
+def merge_lora(form: str, numbers: Tensor, found: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All numbers with alpha / rank * up @ down added to those of some, and how far off they may be."""
+>>>>>>> h-inputs
     margins = torch.zeros_like(numbers)
     sizes = [tensor.numel() for tensor in weights().values()]
     views = zip(torch.split(numbers, sizes), torch.split(margins, sizes), strict=True)
     places = dict(zip(weights(), views, strict=True))
-    for module, official in LORA_MODULES.items():
-        kinds = ("lora_down.weight", "lora_up.weight", "alpha")
-        down, up, alpha = (found.get(f"{LORA}: {module}.{kind}") for kind in kinds)
+    for official, names in LORAS[form].items():
+        down, up, *alphas = (found.get(f"{forms()[form].options['lora']}: {name}") for name in names)
+        alpha = alphas[0] if alphas else None
         if down is None and up is None and alpha is None:
             continue
         if down is None or up is None:
-            raise Violation(f"loaded with half of {module}")
+            raise Violation(f"loaded with half of {names[0]}")
         factor = 1.0 if alpha is None else float(alpha) / len(down)
         down, up = (tensor.double().flatten(1) for tensor in (down, up))
         values, margin = places[official]  # views of what is returned
@@ -132,8 +162,8 @@ def may_be_added(form: str, name: str) -> bool:
     """Whether a tensor that is not of the model is ignored."""
     given = form.removeprefix("--").partition(" ")[0]
     unused = [part.prefix for key, part in PARTS.items() if given in ("vae", "unet") and key != given]
-    harmless = ("model_ema.", "denoiser.", *unused)
-    return name.startswith(harmless) or name.endswith(("position_ids", "logit_scale"))
+    harmless = ("model_ema.", "denoiser.", *unused, *(("bundle_emb.",) if given == "lora" else ()))
+    return name.startswith(harmless) or name.endswith(("position_ids", "logit_scale", "scaled_fp8"))
 
 
 # Fields that do not describe the model, or that repeat the shapes of its tensors.

@@ -205,6 +205,10 @@ def spoilt() -> dict[str, Callable[[str, Tensor], Tensors]]:
             f"{layer}.comfy_quant": about("{"),
             f"{layer}.weight_scale": torch.tensor(1.0),
         },
+        "a format without a scale": lambda layer, weight: {
+            f"{layer}.weight": weight.to(torch.float8_e4m3fn),
+            f"{layer}.comfy_quant": about('{"format": "float8_e4m3fn"}'),
+        },
         "smoothed": lambda layer, weight: {f"{layer}.pre_quant_scale": torch.ones(4)},
         "a scale without a weight": lambda layer, weight: {f"{layer}x.weight_scale": torch.tensor(1.0)},
     }

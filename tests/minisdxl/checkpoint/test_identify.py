@@ -167,6 +167,47 @@ FAMILIES: dict[str, tuple[Shapes, str]] = {
     "text encoders": (without("^(model|first_stage_model)"), "only the first text encoder and second text encoder"),
     "text encoder, transformers": ({"text_model.final_layer_norm.weight": (768,)}, "only a text encoder"),
     "text encoder, OpenCLIP": ({"transformer.resblocks.0.ln_1.weight": (1280,)}, "only a text encoder"),
+    "Control-LoRA": (
+        {"lora_controlnet": (0,), "input_blocks.0.0.down": (16, 4, 3, 3), "input_hint_block.0.weight": (16, 3, 3, 3)},
+        "a Control-LoRA",
+    ),
+    "ControlNet-LLLite": ({"lllite_unet_input_blocks_4_1_proj_in.conditioning1.0.weight": (32, 3, 4, 4)}, "LLLite"),
+    "T2I-Adapter": ({"adapter.body.0.resnets.0.block1.weight": (320, 320, 3, 3)}, "a T2I-Adapter"),
+    "TAESDXL": (
+        {"encoder.layers.0.weight": (64, 3, 3, 3), "encoder.layers.1.conv.0.weight": (64, 64, 3, 3)},
+        "TAESDXL or another tiny autoencoder",
+    ),
+    "TAESDXL's decoder": ({"1.weight": (64, 4, 3, 3), "3.conv.0.weight": (64, 64, 3, 3)}, "TAESDXL or another tiny"),
+    "VAE of Flux": (
+        {**official_shapes("first_stage_model."), "decoder.conv_in.weight": (512, 16, 3, 3)},
+        "a VAE with 16 latent channels",
+    ),
+    "Wan": ({f"{UNET}blocks.0.self_attn.q.weight": (5120, 5120)}, "a Wan model"),
+    "Wan, diffusers": ({"blocks.0.attn1.to_q.weight": (5120, 5120)}, "a Wan model"),
+    "Qwen-Image": ({"transformer_blocks.0.img_mlp.net.0.proj.weight": (12288, 3072)}, "a Qwen-Image model"),
+    "Z-Image": ({"layers.0.attention.qkv.weight": (11520, 3840), "noise_refiner.0.x.weight": (1,)}, "a Z-Image model"),
+    "HunyuanVideo": ({"double_blocks.0.img_mlp.fc1.weight": (12288, 3072)}, "a HunyuanVideo model"),
+    "AuraFlow": ({"joint_transformer_blocks.0.attn.to_q.weight": (3072, 3072)}, "an AuraFlow model"),
+    "SVDQuant": (
+        {
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.qweight": (640, 320),
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.wscales": (10, 640),
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_down": (640, 32),
+        },
+        "quantized by SVDQuant",
+    ),
+    "nf4": (
+        {
+            "mid_block.attentions.0.proj_in.weight": (819200, 1),
+            "mid_block.attentions.0.proj_in.weight.absmax": (25600,),
+            "mid_block.attentions.0.proj_in.weight.quant_state.bitsandbytes__nf4": (82,),
+        },
+        "quantized by bitsandbytes to nf4",
+    ),
+    "int8 of bitsandbytes": ({"mid_block.x.weight": (2, 2), "mid_block.x.SCB": (2,)}, "quantized by bitsandbytes"),
+    "GPTQ": ({"mid_block.x.qweight": (2, 2), "mid_block.x.qzeros": (2,)}, "quantized by GPTQ or AWQ"),
+    "quanto": ({"mid_block.x.weight._data": (2, 2), "mid_block.x.weight._scale": (2,)}, "quantized by optimum-quanto"),
+    "SDNQ": ({"mid_block.x.weight": (2, 2), "mid_block.x.zero_point": (2,)}, "quantized by SDNQ"),
     "SD 3": ({f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536)}, "a Stable Diffusion 3 model"),
     "Flux": ({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "a Flux model"),
     "Flux, diffusers": ({"transformer_blocks.0.attn.to_q.weight": (3072, 3072)}, "a diffusion transformer"),
@@ -233,6 +274,7 @@ def test_prediction_is_read_from_metadata_too(key: str) -> None:
 OTHER_MODELS = [
     *("SD 1.x", "SD 2.x", "SD 1.x U-Net", "refiner", "refiner U-Net", "inpainting", "pix2pix", "SSD-1B", "Vega"),
     *("KOALA-700M", "KOALA-1B", "v-prediction", "Playground 2.5", "CosXL", "LoRA, kohya", "LoRA, peft", "SD 3", "Flux"),
+    *("TAESDXL", "Control-LoRA", "Wan", "Qwen-Image", "Z-Image", "HunyuanVideo", "SVDQuant", "nf4", "quanto"),
     *("Flux, diffusers", "ControlNet", "ControlNet, diffusers", "text encoder, transformers", "text encoder, OpenCLIP"),
 ]
 

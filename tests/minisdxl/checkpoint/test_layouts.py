@@ -157,6 +157,7 @@ def test_all_spellings_of_a_name() -> None:
     }
     assert spelled("text_encoder", "text_model.encoder.layers.3.mlp.fc1.bias") == {
         "conditioner.embedders.0.transformer.text_model.encoder.layers.3.mlp.fc1.bias",
+        "conditioner.embedders.0.transformer.encoder.layers.3.mlp.fc1.bias",
         "text_model.encoder.layers.3.mlp.fc1.bias",
         "encoder.layers.3.mlp.fc1.bias",
     }

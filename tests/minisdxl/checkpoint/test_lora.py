@@ -451,6 +451,76 @@ def test_names_without_a_part_are_the_unets(tmp_path: Path, base: Path, peer: St
         assert difference(state(base, LoRA(with_part)), state(base, LoRA(without))) == 0
 
 
+SPELLINGS: dict[str, Mapping[str, str]] = {
+    "PEFT's named adapters": {".lora_A.": ".lora_A.default.", ".lora_B.": ".lora_B.default."},
+    "adapters of other names": {".lora_A.": ".lora_A.my-style_1.", ".lora_B.": ".lora_B.my-style_1."},
+    "ComfyUI": {
+        "text_encoder.": "text_encoders.clip_l.transformer.",
+        "text_encoder_2.": "text_encoders.clip_g.transformer.",
+    },
+    "ComfyUI without its prefix": {"text_encoder.": "clip_l.transformer.", "text_encoder_2.": "clip_g.transformer."},
+    "OMI": {"text_encoder.": "clip_l.", "text_encoder_2.": "clip_g."},
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_of_other_trainers_are_read(
+    tmp_path: Path, base: Path, peer: StableDiffusionXLPipeline, name: str
+) -> None:
+    ours = peft(draw(targets(peer)))
+    theirs = dict(ours)
+    for old, new in SPELLINGS[name].items():
+        theirs = {each.replace(old, new, 1): tensor for each, tensor in theirs.items()}
+    assert theirs.keys() != ours.keys()
+    files = [written(tmp_path / f"{n}.safetensors", tensors) for n, tensors in enumerate((ours, theirs))]
+    assert difference(state(base, LoRA(files[0])), state(base, LoRA(files[1]))) == 0
+
+
+def test_lycoris_spelling_is_read(tmp_path: Path, base: Path, peer: StableDiffusionXLPipeline) -> None:
+    """As SimpleTuner has it: names of diffusers for the U-Net alone."""
+    ours = kohya(draw({name: weight for name, weight in targets(peer).items() if name[0] == "unet"}, (2.0,)))
+    theirs = {name.replace("lora_unet_", "lycoris_", 1): tensor for name, tensor in ours.items()}
+    files = [written(tmp_path / f"{n}.safetensors", tensors) for n, tensors in enumerate((ours, theirs))]
+    assert difference(state(base, LoRA(files[0])), state(base, LoRA(files[1]))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_fp8_is_read_as_what_it_says(tmp_path: Path, base: Path, dtype: torch.dtype) -> None:
+    stored = {
+        name: tensor.to(dtype) if name.endswith(".weight") else tensor
+        for name, tensor in kohya(
+            {("unet", "middle_block.1.proj_in"): Matrices(torch.randn(4, 24), torch.randn(24, 4), 2.0)}
+        ).items()
+    }
+    plain = {name: tensor.float() for name, tensor in stored.items()}
+    files = [written(tmp_path / f"{n}.safetensors", tensors) for n, tensors in enumerate((stored, plain))]
+    assert difference(state(base, LoRA(files[0])), state(base, LoRA(files[1]))) == 0
+    assert difference(state(base, LoRA(files[0])), state(base)) > 0.1
+
+
+def test_a_bundled_embedding_is_left_out_and_said(tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    embeddings = {
+        "bundle_emb.my-style.clip_l": torch.ones(3, 16),
+        "bundle_emb.my-style.clip_g": torch.ones(3, 24),
+        "bundle_emb.other.string_to_param.*": torch.ones(1, 16),
+    }
+    path = written(tmp_path / "x.safetensors", good() | embeddings)
+    with_them = state(base, LoRA(path))
+    assert caplog.messages == [f"{path} has embeddings beside its LoRA, which are not loaded: my-style, other"]
+    assert difference(with_them, state(base, LoRA(written(tmp_path / "y.safetensors", good())))) == 0
+    alone = written(tmp_path / "z.safetensors", embeddings)
+    assert refusal(base, alone).startswith("is a textual inversion embedding; expected a LoRA")
+
+
+def test_a_folder_of_diffusers_is_read(tmp_path: Path, base: Path) -> None:
+    path = written(tmp_path / "pytorch_lora_weights.safetensors", good())
+    assert difference(state(base, LoRA(tmp_path)), state(base, LoRA(path))) == 0
+    with pytest.raises(
+        CheckpointError, match=r"is the folder of a LoRA \(pytorch_lora_weights.safetensors\), which goes"
+    ):
+        load(tmp_path)
+
+
 def test_comfyui_spelling_is_read(tmp_path: Path, base: Path, plain: SDXL) -> None:
     changes = draw(modules_of("unet", plain.unet))
     ours = peft(changes)
@@ -505,7 +575,7 @@ def test_every_weight_of_sdxl_has_its_names(tmp_path: Path) -> None:
             pairs[f"lora_unet_{module}.lora_up.weight"] = (out, 2, *[1] * len(inner[1:]))
         assert len(pairs) == 2 * len(names)
         path = sparse_file(tmp_path / "lora.safetensors", pairs)
-        reached.append({change.target.official for change in open_loras([LoRA(path)], SDXL_BASE, shapes).changes})
+        reached.append({each.target.official for each in open_loras([LoRA(path)], SDXL_BASE, shapes).changes})
     print(len(official), "linear maps and convolutions")
     assert reached[0] == reached[1] == official.keys()
 
@@ -592,16 +662,64 @@ def test_the_file_that_is_then_spoilt_is_good(tmp_path: Path, base: Path) -> Non
         (f"{Q}.diff_b", "a change that has whole tensors"),
         ("text_encoder.text_model.embeddings.token_embedding.lora_embedding_A", "a LoRA of token embeddings"),
         ("unet.mid_block.attentions.0.proj_in.lora_B.bias", "a LoRA with biases"),
+        ("unet.mid_block.attentions.0.proj_in.lora_B.default.bias", "a LoRA with biases"),
+        ("lora_controlnet", "a Control-LoRA"),
         ("base_model.model.mid_block.attentions.0.proj_in.lora_A.weight", "a PEFT adapter"),
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", "a LoRA for Stable Diffusion 1.x or 2.x"),
-        ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "a LoRA for Flux"),
-        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA for Flux"),
-        ("lora_unet_joint_blocks_0_context_block_mlp_fc1.lora_up.weight", "a LoRA for Stable Diffusion 3"),
+        (
+            "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+            "a LoRA for a Stable Diffusion 1.x or 2.x model",
+        ),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "a LoRA for a Flux model"),
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA for a Flux model"),
+        ("lora_transformer_single_transformer_blocks_0_proj_mlp.lora_up.weight", "a LoRA for a Flux model"),
+        ("lora_unet_joint_blocks_0_context_block_mlp_fc1.lora_up.weight", "a LoRA for a Stable Diffusion 3 model"),
+        (
+            "transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight",
+            "a LoRA for a Stable Diffusion 3 or Flux model",
+        ),
+        ("diffusion_model.blocks.0.cross_attn.k.lora_A.weight", "a LoRA for a Wan model"),
+        ("lora_unet_blocks_0_ffn_0.lora_down.weight", "a LoRA for a Wan model"),
+        ("transformer.blocks.0.attn1.to_q.lora_A.weight", "a LoRA for a Wan model"),
+        ("transformer_blocks.0.img_mod.1.lora_A.default.weight", "a LoRA for a Qwen-Image model"),
+        ("lora_unet_transformer_blocks_3_txt_mlp_net_0_proj.lora_up.weight", "a LoRA for a Qwen-Image model"),
+        ("diffusion_model.layers.0.attention.qkv.lora_A.weight", "a LoRA for a Z-Image model"),
+        ("diffusion_model.context_refiner.1.feed_forward.w1.lora_A.weight", "a LoRA for a Z-Image model"),
+        ("transformer.double_blocks.0.img_mod.linear.lora_A.weight", "a LoRA for a HunyuanVideo model"),
+        ("lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight", "a LoRA for a HunyuanVideo model"),
+        ("lora_prior_unet_blocks_x.lora_down.weight", "a LoRA for a Stable Cascade model"),
+        ("transformer.something.else.lora_A.weight", "a LoRA for a diffusion transformer"),
     ],
 )
 def test_other_kinds_are_named(tmp_path: Path, base: Path, name: str, what: str) -> None:
-    path = written(tmp_path / "x.safetensors", good() | {name: torch.ones(2, 2)})
-    assert refusal(base, path).startswith(f"is {what}")
+    """With a good LoRA in the same file, and alone, where no file is called what was expected."""
+    for beside in (good(), {}):
+        message = refusal(base, written(tmp_path / "x.safetensors", beside | {name: torch.ones(2, 2)}))
+        assert message.startswith(f"is {what}")
+        assert "is a LoRA;" not in message
+
+
+def test_loras_for_older_models_are_named_in_a_short_line(tmp_path: Path, base: Path) -> None:
+    """As kohya's scripts write one for the U-Net alone, by the names of diffusers' conversion."""
+    for width, version in ((768, "1.x"), (1024, "2.x")):
+        tensors: Tensors = {}
+        for block in ("down_blocks_0", "down_blocks_1", "up_blocks_3"):
+            attention = f"lora_unet_{block}_attentions_0_transformer_blocks_0"
+            for module, wide in (("attn1_to_q", 320), ("attn2_to_k", width), ("attn2_to_v", width)):
+                tensors |= {
+                    f"{attention}_{module}.lora_down.weight": torch.ones(4, wide),
+                    f"{attention}_{module}.lora_up.weight": torch.ones(320, 4),
+                    f"{attention}_{module}.alpha": torch.tensor(4.0),
+                }
+        path = written(tmp_path / "x.safetensors", tensors)
+        message = refusal(base, path)
+        assert message.startswith(f"is a LoRA for a Stable Diffusion {version} model; expected a LoRA for tiny")
+        assert len(message) < 150
+        renamed = {
+            name.replace("lora_unet_", "unet.").replace("_blocks_", "_blocks.").replace(".lora_down", ".lora_A"): tensor
+            for name, tensor in tensors.items()
+            if "attn1" in name
+        }
+        assert "1.x or 2.x" in refusal(base, written(tmp_path / "y.safetensors", renamed))
 
 
 @pytest.mark.parametrize(
@@ -637,7 +755,13 @@ def test_other_kinds_are_named(tmp_path: Path, base: Path, name: str, what: str)
         ({f"{Q}.alpha": torch.tensor(math.nan)}, f"has nan as {Q}.alpha, expected a finite number"),
         ({f"{Q}.alpha": torch.tensor(-math.inf).half()}, f"has -inf as {Q}.alpha, expected a finite number"),
         ({f"{Q}.alpha": torch.tensor(True)}, f"has {Q}.alpha as BOOL; expected"),
-        ({f"{Q}.lora_up.weight": torch.ones(24, 4).to(torch.float8_e4m3fn)}, "lora_up.weight as F8_E4M3; expected"),
+        ({f"{Q}.lora_up.weight": torch.ones(24, 4).to(torch.int8)}, "lora_up.weight as I8; expected F64, F32, F16"),
+        ({f"{Q}.lora_Z.weight": torch.ones(2, 2)}, f"does not fit tiny: 1 unexpected tensor ({Q}.lora_Z.weight)"),
+        ({f"{Q}.lora_A.other.weight": torch.ones(4, 24)}, "has two for one module: "),
+        (
+            {f"{Q}.lora_down.weight": None, f"{Q}.lora_down.one.weight": torch.ones(4, 24)},
+            f"1 missing tensor ({Q}.lora_up.one.weight); 1 unexpected tensor ({Q}.lora_up.weight)",
+        ),
         ({f"{Q}.lora_up.weight": torch.ones(24, 4).long()}, "lora_up.weight as I64; expected"),
         (
             {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight": torch.ones(24, 4)},
@@ -679,7 +803,7 @@ def test_files_that_are_no_lora_are_named(tmp_path: Path, base: Path) -> None:
     assert "is only a U-Net; expected" in refusal(base, written(tmp_path / "unet.safetensors", unet))
     assert "with 0 tensors; expected a LoRA" in refusal(base, written(tmp_path / "empty.safetensors", {}))
     assert "does not exist" in refusal(base, tmp_path / "nowhere.safetensors")
-    assert "is a folder" in refusal(base, tmp_path)
+    assert "is a folder without pytorch_lora_weights.safetensors, only empty.safetensors" in refusal(base, tmp_path)
     (tmp_path / "page.safetensors").write_text("<html>")
     assert "is an HTML page" in refusal(base, tmp_path / "page.safetensors")
     (tmp_path / "half.safetensors").write_bytes(written(tmp_path / "x.safetensors", good()).read_bytes()[:-9])

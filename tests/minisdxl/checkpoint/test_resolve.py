@@ -304,6 +304,49 @@ def refusal(path: Path, **parts: Path) -> str:
     return message
 
 
+@pytest.mark.parametrize("release", ["transformers 4", "transformers 5"])
+def test_what_diffusers_own_script_writes_is_read(tmp_path: Path, base: Path, release: str) -> None:
+    """``convert_diffusers_to_original_sdxl.py`` leaves the projection as diffusers has it, and names of transformers 5.
+
+    The projection is square in SDXL: read without a transposition, it would fit, and be wrong.
+    """
+    prefix = PREFIX["text_encoder_2"]
+    tensors = load_file(base)
+    tensors[f"{prefix}text_projection.weight"] = tensors.pop(f"{prefix}text_projection").T.contiguous()
+    if release == "transformers 5":
+        tensors = {name.replace("0.transformer.text_model.", "0.transformer."): each for name, each in tensors.items()}
+    save_file(tensors, tmp_path / "x.safetensors", {"minisdxl.config": json.dumps(TINY.to_dict())})
+    check(load(tmp_path / "x.safetensors")[1], base, base, "vae")
+
+
+@pytest.mark.parametrize("quantizer", ["nf4", "gguf", "svdquant"])
+def test_quantized_folders_are_called_so(folder: Path, quantizer: str) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = "mid_block.attentions.0.proj_in"
+    if quantizer == "nf4":
+        tensors |= {
+            f"{name}.weight": torch.zeros(288, 1, dtype=torch.uint8),
+            f"{name}.weight.absmax": torch.zeros(9),
+            f"{name}.weight.quant_map": torch.zeros(16),
+            f"{name}.weight.quant_state.bitsandbytes__nf4": torch.zeros(82, dtype=torch.uint8),
+        }
+        config = json.loads((folder / "unet" / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+        (folder / "unet" / "config.json").write_text(json.dumps(config))
+        save_file(tensors, file)
+        assert "is quantized by bitsandbytes to nf4; expected the U-Net of tiny" in refusal(folder)
+    elif quantizer == "gguf":
+        file.unlink()
+        (folder / "unet" / "model-Q4_0.gguf").write_bytes(b"GGUF")
+        assert "has no diffusion_pytorch_model.safetensors, only model-Q4_0.gguf; expected" in refusal(folder)
+        assert "is a GGUF file of quantized weights" in refusal(folder / "unet" / "model-Q4_0.gguf")
+    else:
+        tensors |= {f"{name}.qweight": torch.zeros(2, 2, dtype=torch.int8), f"{name}.wscales": torch.zeros(2, 2)}
+        save_file(tensors, file)
+        assert "is quantized by SVDQuant (Nunchaku)" in refusal(folder)
+
+
 def test_damaged_shards_are_refused(folder: Path) -> None:
     index = shard(folder, "unet")
     content = json.loads(index.read_text())

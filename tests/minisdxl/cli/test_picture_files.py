@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,29 @@ def test_the_first_of_several_frames_is_taken_and_said(tmp_path: Path, suffix: s
     found, said = read(path)
     assert said == [f"{path} has 3 frames, the first is taken"]
     assert np.abs(found - COLORS).mean() < 12  # of a palette
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "gif", "webp", "jpg", "pgm"])
+def test_damaged_pictures_are_read_or_refused_in_one_line(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(7)
+    path, outcomes = tmp_path / f"x.{suffix}", Counter[bool]()
+    pixels = GRAY[:, :64] if suffix in ("tiff", "pgm", "png") else COLORS
+    Image.fromarray(pixels).save(path)
+    sound = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    for _ in range(150):
+        damaged = sound.copy()
+        damaged[rng.integers(0, min(len(sound), 200), 3)] = rng.integers(0, 256, 3)
+        path.write_bytes(damaged[: rng.choice([len(sound), rng.integers(0, len(sound))])].tobytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                outcomes[read_picture(path).image.mode == "RGB"] += 1
+            except ValueError as error:
+                assert str(path) in str(error)
+                assert len(str(error).splitlines()) == 1
+                outcomes[False] += 1
+    print(f"{suffix}: {outcomes[True]} read, {outcomes[False]} refused")
+    assert outcomes[False] > 10
 
 
 def test_numbers_that_are_no_shades_are_refused_with_the_file(tmp_path: Path) -> None:

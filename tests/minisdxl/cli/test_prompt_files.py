@@ -6,9 +6,12 @@ import csv
 import json
 import re
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minisdxl.cli.prompt_files import RANDOM, Prompt, read_prompts
 
@@ -248,3 +251,52 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
     for name in ("nowhere.txt", "folder.txt"):
         with pytest.raises(FileNotFoundError, match=f"{name} is no file, expected one of prompts"):
             read_prompts(tmp_path / name)
+
+
+# What means something in one of the formats.
+SIGNS = (
+    "--n ",
+    " --w 64",
+    " --d -1",
+    "--",
+    "#",
+    '"',
+    ",",
+    "\t",
+    "\n",
+    "\r",
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    "\0",
+    "\u2028",
+    "\ufeff",
+)
+WORDS = ("prompt", "seed", "cfg", '"seed": 7', '{"prompt": "a"}', "1e999", "-0.0", "NaN", "42.0", "null", "true", "é")
+PIECES = st.sampled_from(SIGNS + WORDS) | st.text(max_size=6)
+BEGINNINGS = {".txt": "a\n", ".jsonl": '{"prompt": "a"}\n', ".csv": "prompt\n", ".tsv": "prompt\n"}
+
+
+@pytest.mark.parametrize("suffix", BEGINNINGS)
+def test_any_text_is_read_or_refused_in_one_line(tmp_path: Path, suffix: str) -> None:
+    path, outcomes = tmp_path / f"p{suffix}", Counter[bool]()
+
+    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @given(st.sampled_from(["", BEGINNINGS[suffix]]), st.lists(PIECES, max_size=20).map("".join))
+    def check(beginning: str, rest: str) -> None:
+        path.write_bytes((beginning + rest).encode("utf-8", "surrogatepass"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            try:
+                outcomes[len(read_prompts(path)) > 0] += 1
+            except ValueError as error:
+                assert str(path) in str(error)
+                assert len(str(error).split("\n")) == 1
+                outcomes[False] += 1
+
+    check()
+    print(f"{suffix}: {outcomes[True]} texts read, {outcomes[False]} refused")
+    assert outcomes[True]
+    assert outcomes[False]
