@@ -18,16 +18,11 @@ from PIL.PngImagePlugin import PngInfo
 from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.images import to_rgb
 
-<<<<<<< HEAD
 # Exceptions of Pillow's decoders for damaged files, beyond OSError.
-DAMAGED = (ValueError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, Image.DecompressionBombError)
-=======
-# What Pillow's decoders raise for damaged files of one kind or another, beyond OSError.
 DAMAGED = (
     *(ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError, AttributeError, RuntimeError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
->>>>>>> h-inputs
 
 # Pixels of a PNG in 2, 4 and 16 bits come in 8 from Pillow, its transparent shade as the file has it.
 SHADES_OF_8_BITS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}

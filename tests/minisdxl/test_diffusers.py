@@ -34,12 +34,12 @@ from minisdxl.text import TextEmbeddings
 from tests.minisdxl.peers import diffusers_unet
 from tests.minisdxl.test_pipeline import PROMPT, diffusers_picture, diffusers_pipeline, pixels
 from tests.minisdxl.test_samplings import scheduler
-from tests.minisdxl.test_unet import SMALL, random_unet
+from tests.minisdxl.tiny import SMALL_UNET, random_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 
 SIZE_CHANNELS, POOLED = 8, 16
-SMALL_XL = replace(SMALL, vector_channels=POOLED + 6 * SIZE_CHANNELS)
+SMALL_XL = replace(SMALL_UNET, vector_channels=POOLED + 6 * SIZE_CHANNELS)
 SITES = list(SMALL_XL.attention_sites())
 
 

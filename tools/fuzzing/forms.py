@@ -48,12 +48,6 @@ CONFIG = ModelConfig(
 )
 
 LORA = "lora.safetensors"
-<<<<<<< HEAD
-# Official names of the weights that the LoRA changes, by its module names.
-LORA_MODULES = {
-    "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q": (
-        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
-=======
 LORA_FOLDER = "lora"
 # What the LoRAs change.
 _CHANGED = (
@@ -80,7 +74,6 @@ LORAS = {
             "lora_te2_text_model_encoder_layers_1_mlp_fc1",
         ),
         ("lora_down.weight", "lora_up.weight", "alpha"),
->>>>>>> h-inputs
     ),
     "--lora folder": _lora_names(
         (
@@ -109,18 +102,11 @@ class Form:
     """A model in one file form."""
 
     files: Files
-<<<<<<< HEAD
-    weights: str  # the path for load
-    options: Mapping[str, str] = field(default_factory=dict)  # the paths for vae, unet or lora
-    damaged: str = ""  # prefix of the paths that can be damaged
-    official: bool = False  # whether the model is known only by names and shapes
-=======
     weights: str  # the path that is given to load
     options: Mapping[str, str] = field(default_factory=dict)  # and those for vae, unet or lora
     damaged: str = ""  # how the paths begin of the files that get damaged
     official: bool = False  # whether nothing but names and shapes says which model it is
     like: str | None = None  # the form with the same names whose numbers tell where they come from
->>>>>>> h-inputs
 
     @property
     def subject(self) -> str:
@@ -238,10 +224,6 @@ def forms() -> dict[str, Form]:
     }
 
 
-<<<<<<< HEAD
-def lora_file() -> bytes:
-    """A LoRA of rank 2 in the format of kohya's scripts."""
-=======
 def role(path: str) -> str:
     """The folder of a file, or the file if it is in none."""
     return path.rpartition("/")[0] or path
@@ -249,7 +231,6 @@ def role(path: str) -> str:
 
 def lora_file(form: str) -> bytes:
     """A LoRA of rank 2 in one of the forms of ``LORAS``, one of them with an embedding beside it."""
->>>>>>> h-inputs
     generator = torch.Generator().manual_seed(1)
     tensors: dict[str, Tensor] = {}
     for official, names in LORAS[form].items():

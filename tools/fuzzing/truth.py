@@ -37,14 +37,6 @@ def stored(files: Files, variant: bool) -> dict[str, Tensor]:
     return tensors
 
 
-<<<<<<< HEAD
-def role(path: str) -> str:
-    """The folder of a file, or the file itself if it has none."""
-    return path.rpartition("/")[0] or path
-
-
-=======
->>>>>>> h-inputs
 def flat(tensors: Iterable[Tensor]) -> Tensor:
     """All numbers in float64, which represents all other types exactly."""
     return torch.cat([tensor.reshape(-1).double() for tensor in tensors])
@@ -111,10 +103,6 @@ def right_weights(case: Case) -> tuple[Tensor, Tensor]:
     return numbers, scaled * limits.eps * (numbers.abs().nan_to_num(0, 0) + limits.tiny)
 
 
-<<<<<<< HEAD
-def merge_lora(numbers: Tensor, found: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All numbers with alpha / rank * up @ down added where the LoRA says so, and their tolerances."""
-=======
 def scale_of(name: str, found: Mapping[str, Tensor], sound: Collection[str]) -> float:
     """By what a weight is to be multiplied. Raises ``Violation`` for a lost scale, and for what is no scale."""
     of_scale = f"{name.removesuffix('weight')}weight_scale"
@@ -130,7 +118,6 @@ def scale_of(name: str, found: Mapping[str, Tensor], sound: Collection[str]) -> 
 
 def merge_lora(form: str, numbers: Tensor, found: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """All numbers with alpha / rank * up @ down added to those of some, and how far off they may be."""
->>>>>>> h-inputs
     margins = torch.zeros_like(numbers)
     sizes = [tensor.numel() for tensor in weights().values()]
     views = zip(torch.split(numbers, sizes), torch.split(margins, sizes), strict=True)
