@@ -14,7 +14,7 @@ from typing import Any
 
 from atedm.plan import Site
 
-LARGEST_SIDE = 4096  # pixels; a larger picture is a slip of the pen
+LARGEST_SIDE = 4096  # pixels; a larger picture is taken for a typing error
 
 
 def _require(condition: bool, message: str) -> None:
@@ -24,7 +24,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the U-Net; each level halves height and width of the one before."""
+    """One resolution of the U-Net. Each level has half the height and width of the one before."""
 
     multiplier: int  # channels = model_channels * multiplier; official: channel_mult
     depth: int  # transformer layers in each attention block, 0 = no attention; official: transformer_depth
@@ -43,7 +43,7 @@ class AttentionSite(Site):
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The denoising U-Net. Raises ``ValueError`` for numbers that cannot be built."""
+    """The denoising U-Net. Raises ``ValueError`` for numbers that do not fit together."""
 
     model_channels: int
     levels: tuple[Level, ...]
@@ -115,13 +115,13 @@ class VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Picture pixels per latent pixel, on a side."""
+        """Pixels of the picture per latent pixel, along each side."""
         return int(2 ** (len(self.multipliers) - 1))
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """One text encoder. ``projection`` is the width of its pooled output, ``None`` where it has none."""
+    """One text encoder. ``projection`` is the width of its pooled output, ``None`` if it has none."""
 
     width: int
     layers: int
@@ -154,7 +154,7 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class Defaults:
-    """A model's own best settings: used where nothing else is asked for. Raises ``ValueError`` for impossible ones."""
+    """A model's best settings, used unless others are given. Raises ``ValueError`` for values out of range."""
 
     sampling: str = "euler"  # a name in minisdxl.samplings.SAMPLINGS
     steps: int = 50
@@ -170,16 +170,14 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: U-Net, VAE, two text encoders, noise levels, the picture size and settings it is best at."""
+    """A complete model: U-Net, VAE, two text encoders, noise levels, picture size and default settings."""
 
     name: str
     unet: UNetConfig
     vae: VAEConfig
     text: tuple[TextConfig, TextConfig]
     size: int  # side of a picture in pixels, when none is asked for
-    size_channels: int = (
-        256  # sinusoidal embedding of each of six size numbers; official: ConcatTimestepEmbedderND.outdim
-    )
+    size_channels: int = 256  # embedding of each of six size numbers; official: ConcatTimestepEmbedderND.outdim
     noise: NoiseConfig = NoiseConfig()
     buckets: tuple[tuple[int, int], ...] = ()  # (width, height) of all pictures it was trained on; () if not recorded
     defaults: Defaults = Defaults()
@@ -209,7 +207,7 @@ class ModelConfig:
         )
 
     def picture_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """The (width, height) of a picture in pixels, ``None`` standing for the size that the model was made for.
+        """The (width, height) of a picture in pixels; ``None`` is the size that the model was made for.
 
         Raises ``ValueError`` unless both are multiples of 8, no smaller than one pixel of the deepest level, and no
         larger than ``LARGEST_SIDE``.
@@ -224,7 +222,7 @@ class ModelConfig:
         return width, height
 
     def nearest_bucket(self, size: tuple[int, int]) -> tuple[int, int] | None:
-        """The training bucket nearest in shape, width by height, to ``size``; ``None`` where there are no buckets."""
+        """The training bucket with the aspect ratio nearest to ``size``; ``None`` if there are no buckets."""
 
         def distance(bucket: tuple[int, int]) -> float:
             return abs(math.log(bucket[0] / bucket[1]) - math.log(size[0] / size[1]))
@@ -256,12 +254,12 @@ class ModelConfig:
 
 
 def known_defaults(name: str) -> Defaults:
-    """Those of the model called ``name`` in ``MODELS``, or SDXL's."""
+    """The defaults of the model ``name`` in ``MODELS``, or SDXL's for another name."""
     return MODELS.get(name, SDXL_BASE).defaults
 
 
 def _defaults(data: dict[str, Any]) -> Defaults:
-    """Those in a config's ``data``; files from before version 0.2 have none."""
+    """The defaults in a config's ``data``. Files from before version 0.2 have none."""
     if "defaults" not in data:
         return known_defaults(data["name"])
     values = data["defaults"]

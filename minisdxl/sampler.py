@@ -71,8 +71,8 @@ def initial_noise(generators: Sequence[torch.Generator], shape: Sequence[int], s
 
 def denoise(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: float, levels: Tensor) -> Tensor:
     """D(x; sigma) of a ``network(c_in x, c_noise (B,))`` that predicts noise, trained at ``levels``: EDM equation 7."""
-    # NOTE: the official code rounds sigma itself to the nearest level, so in c_in and c_out too. This differs only with
-    # churn: there sigma may lie between levels or above the last, and c_in must fit the noise that x has.
+    # NOTE: the official code rounds sigma itself to the nearest level, so in c_in and c_out too. This differs where
+    # sigma lies between levels or above the last, with churn or Karras levels: c_in must fit the noise that x has.
     c_skip = 1.0
     c_out = -sigma
     c_in = 1 / math.sqrt(sigma**2 + 1)
