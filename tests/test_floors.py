@@ -98,6 +98,13 @@ def test_no_package_imports_tools() -> None:
     assert users == []
 
 
+def test_no_command_of_tools_is_imported() -> None:
+    """What several commands share lies in the folders of tools, which may be skipped."""
+    commands = {name for name, path in MODULES.items() if path.parent == ROOT / "tools" and name != "tools"}
+    assert len(commands) > 10
+    assert [f"{name} imports {other}" for name in IMPORTS for other in IMPORTS[name] & commands] == []
+
+
 def test_no_import_runs_upwards_in_minisdxl() -> None:
     ours = {name: {other for other in IMPORTS[name] if package(other) == "minisdxl"} for name in IMPORTS}
     upwards = [

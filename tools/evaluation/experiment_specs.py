@@ -57,16 +57,15 @@ _ITERATIONS = ("at-edm", "at-edm:iterations=1", "at-edm:iterations=3", "at-edm:g
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table-1": Experiment(
-        "Table 1, by cost: each budget d to a is the share of the dense FLOPs that the paper's is, 4.5, 4.1, 3.6 and "
-        "2.9 of 6.7 T.",
+        "Table 1, by cost: budgets d to a are the paper's shares of the dense FLOPs, 4.5, 4.1, 3.6 and 2.9 of 6.7 T.",
         presets=_COMPARED,
         claims=_RIVALS,
         budgets=(4.5 / 6.7, 4.1 / 6.7, 3.6 / 6.7, 2.9 / 6.7),
         axis="flops_share",
     ),
     "table-1-ratios": Experiment(
-        "Table 1, by ratio: each budget d to a is what AT-EDM costs with the rho that the paper's needs, 0.52, 0.63, "
-        "0.75 and 0.94. For models whose attention blocks take too small a share for the budgets of table-1.",
+        "Table 1, by ratio: budgets d to a are the cost of AT-EDM with the paper's rho, 0.52, 0.63, 0.75 and 0.94. "
+        "For models whose attention blocks have too small a share of the FLOPs for the budgets of table-1.",
         presets=_COMPARED,
         claims=_RIVALS,
         budgets=("at-edm:d", "at-edm:c", "at-edm:b", "at-edm:a"),
@@ -88,7 +87,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "figure-9": Experiment(
-        "Figure 9: what pruned tokens come back as.",
+        "Figure 9: recoveries of pruned tokens.",
         presets=("at-edm", "direct", "bicubic", "zeros"),
         claims=tuple(
             Claim(f"similarity copy beats {name} (figure 9)", "at-edm", recovery)
@@ -111,26 +110,27 @@ EXPERIMENTS: dict[str, Experiment] = {
         claims=(Claim("before the feed-forward beats after it at equal FLOPs", "at-edm:place=before-ff", "at-edm"),),
     ),
     "iterations": Experiment(
-        "How often G-WPR votes: until it settles, once, three times; and with the votes of every fifth query only.",
+        "Iterations of G-WPR: until it converges, one, three; and with the votes of every fifth query only.",
         presets=_ITERATIONS,
         claims=tuple(
             Claim(f"settled G-WPR beats {other.partition(':')[2]}", "at-edm", other) for other in _ITERATIONS[1:]
         ),
     ),
     "rankings": Experiment(
-        "Which tokens stay, at equal FLOPs and with the paper's recovery: the sign of the ranking, and coverage.",
+        "Rankings at equal FLOPs, with the paper's recovery: G-WPR, its reverse, its best token of each window, "
+        "and others.",
         presets=("at-edm", *_RANKINGS),
         claims=tuple(Claim(f"G-WPR beats {other.partition('=')[2] or other}", "at-edm", other) for other in _RANKINGS),
     ),
     "recoveries": Experiment(
-        "What pruned tokens come back as, at equal FLOPs, where the tokens stay that are unlike the rest.",
+        "Recoveries of pruned tokens at equal FLOPs, with a ranking that keeps the tokens unlike the rest.",
         presets=("at-edm", "dissimilarity", *_RECOVERIES),
         claims=tuple(
             Claim(f"nearest-change beats {other.partition('=')[2]}", "dissimilarity", other) for other in _RECOVERIES
         ),
     ),
     "rankings-with-change": Experiment(
-        "Which tokens stay, at equal FLOPs, where pruned tokens take on the change of the nearest one that stayed.",
+        "Rankings at equal FLOPs, where a pruned token adds the change of its nearest kept token.",
         presets=("at-edm", "dissimilarity", *_RANKED_WITH_CHANGE),
         claims=(
             *(
@@ -152,8 +152,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "better-method": Experiment(
-        "The presets dissimilarity and moving-grid, with an ablation of each, beside AT-EDM and ToMe. Each budget is "
-        "what AT-EDM costs with rho 0.3, 0.5, 0.63, 0.75.",
+        "The presets dissimilarity and moving-grid, with an ablation of each, beside AT-EDM and ToMe. Budgets are "
+        "the cost of AT-EDM with rho 0.3, 0.5, 0.63 and 0.75.",
         presets=(
             *("at-edm", "tome", "tome-dsap", "dissimilarity:tau=0"),
             *("dissimilarity", "dissimilarity:recovery=nearest-two-change", "moving-grid", "moving-grid:ranking=grid"),
@@ -174,7 +174,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         axis="flops_share",
     ),
     "few-steps": Experiment(
-        "Sampling in 10 and 20 steps, against the dense model in as many.",
+        "Sampling in 10, 20 and 50 steps, each compared with the dense model in as many steps.",
         presets=("at-edm", "dissimilarity", "tome"),
         claims=(
             Claim("AT-EDM beats ToMe", "at-edm", "tome"),
