@@ -14,8 +14,8 @@ from minisdxl.config import SDXL_BASE, Level
 V_PREDICTION = "a v-prediction model, not one that predicts epsilon"
 REFINER = "the SDXL refiner, which finishes pictures of the base model"
 
-# Diffusion transformers by the names of their blocks, with underscores for dots: those of LoRAs have them anyway. Most
-# telling first.
+# Diffusion transformers by the names of their blocks, as they are and with underscores for dots, as kohya's scripts
+# have them. Most telling first.
 TRANSFORMERS = (
     (r"(?<!single_)transformer_blocks_\d+_(img|txt)_(mlp|mod)_", "a Qwen-Image model"),
     (r"double_blocks_\d+_(img|txt)_(mlp_fc|mod_linear)|individual_token_refiner_", "a HunyuanVideo model"),
@@ -27,7 +27,10 @@ TRANSFORMERS = (
         r"(noise|context)_refiner_\d+_|(^|_)layers_\d+_(attention_(qkv|to_[qkv]|out)|feed_forward_w\d)",
         "a Z-Image model",
     ),
-    (r"(?<!transformer_)(?<!down_)(?<!up_)blocks_\d+_(self_attn|cross_attn|attn[12]|ffn)_", "a Wan model"),
+    (
+        r"(?<!transformer_)blocks_\d+_(self_attn|cross_attn|ffn)_|^(transformer\.)?blocks\.\d+\.attn[12]\.",
+        "a Wan model",
+    ),
     (r"adaln_single|caption_projection", "a PixArt or LTX-Video model"),
     (r"^lora_prior_", "a Stable Cascade model"),
     (r"^(lora_)?transformer[_-](?!resblocks)", "a diffusion transformer"),
@@ -100,7 +103,7 @@ def family(shapes: Mapping[str, Shape], parts: Collection[str] = tuple(PARTS)) -
 
 def transformer_family(names: Collection[str]) -> str | None:
     """The diffusion transformer to which these tensor names, or the names in its LoRA, belong; else ``None``."""
-    return _first(TRANSFORMERS, [name.replace(".", "_") for name in names])
+    return _first(TRANSFORMERS, [*names, *(name.replace(".", "_") for name in names)])
 
 
 def _first(table: Iterable[tuple[str, str]], names: Collection[str]) -> str | None:
