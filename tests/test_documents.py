@@ -71,6 +71,9 @@ COMMANDS = sorted(
 )
 
 
+LONG = pytest.mark.timeout(900)  # seconds; a document starts up to ten programs, which all import torch
+
+
 def run_marked_blocks(document: str, folder: Path) -> None:
     paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     for language, block in MARKED.findall(TEXTS[document]):
@@ -79,6 +82,7 @@ def run_marked_blocks(document: str, folder: Path) -> None:
         assert ran.returncode == 0, f"{document}:\n{block}\n{ran.stdout}{ran.stderr}"
 
 
+@LONG
 def test_the_example_of_the_readme_draws_what_it_says(tmp_path: Path) -> None:
     run_marked_blocks("README.md", tmp_path)
     (caption,) = re.findall(r'generate\(\["(.+)"\]\)', TEXTS["README.md"])
@@ -88,6 +92,7 @@ def test_the_example_of_the_readme_draws_what_it_says(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+@LONG
 @pytest.mark.parametrize("document", [name for name in TEXTS if name != "README.md" and MARKED.search(TEXTS[name])])
 def test_marked_blocks_run(document: str, tmp_path: Path) -> None:
     run_marked_blocks(document, tmp_path)
