@@ -211,7 +211,7 @@ def test_missing_tensors_are_counted_and_named(tmp_path: Path, small: Path) -> N
     assert "does not fit tiny: 1 missing tensor (model.diffusion_model.out.2.bias)" in message
     message = refusal(changed(small, tmp_path / "model.safetensors", without="resblocks"))
     assert "36 missing tensors (" in message
-    assert message.count("resblocks") == 5
+    assert message.count("resblocks") == 2  # names are long
     assert ", ...)" in message
 
 
