@@ -10,7 +10,7 @@ sample: .venv/installed
 	$(BIN)/python -m minisdxl.sample "$(PROMPT)" --prune --compare
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

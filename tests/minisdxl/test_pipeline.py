@@ -202,8 +202,8 @@ def test_picture_from_a_picture_equals_diffusers(
 
 def test_less_strength_stays_nearer_to_the_picture(sdxl: SDXL) -> None:
     drawn = replace(parse_caption(PROMPT), places=(Place(0.5, 0.2, 0.12), Place(0.5, 0.7, 0.2)))
-    image = Image.fromarray(draw(drawn, 64))
-    settings: dict[str, Any] = {"steps": 20, "cfg": 1.0, "size": (64, 64), "image": image}
+    image = Image.fromarray(draw(drawn, 128))
+    settings: dict[str, Any] = {"steps": 20, "cfg": 1.0, "size": (128, 128), "image": image}
     away = [
         np.abs(pixels(sdxl.generate([PROMPT], **settings, strength=strength)[0]) - pixels(image)).mean()
         for strength in (0.05, 0.5, 1.0)
@@ -285,7 +285,7 @@ def test_a_step_can_stop_the_run(sdxl: SDXL) -> None:
 def test_pruning_goes_with_every_sampling(sdxl: SDXL, name: str, steps: int) -> None:
     # DSAP's share of the steps, 15 of 50, is prune-less: 3 of the 7 attention blocks; both calls of a step are alike.
     prune_less = {1: 0, 2: 1, 4: 1, 5: 2}[steps]
-    settings: dict[str, Any] = {"sampling": name, "steps": steps, "size": (64, 64), "seed": 2}
+    settings: dict[str, Any] = {"sampling": name, "steps": steps, "size": (128, 128), "seed": 2}
     calls: list[int] = []
     with sdxl.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[4]))):
         pruned = sdxl.generate([PROMPT], prune="at-edm", **settings)[0]

@@ -92,7 +92,7 @@ def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = 
     for name, shape in shapes.items():
         code = "I64" if name.endswith("position_ids") else dtype
         start = stop
-        stop += torch.Size(shape).numel() * {"I64": 8, "F16": 2, "F32": 4, "F8_E4M3": 1}[code]
+        stop += torch.Size(shape).numel() * {"I64": 8, "F16": 2, "F32": 4, "I8": 1}[code]
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, stop]}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)

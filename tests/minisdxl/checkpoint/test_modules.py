@@ -211,7 +211,7 @@ def test_missing_tensors_are_counted_and_named(tmp_path: Path, small: Path) -> N
     assert "does not fit tiny: 1 missing tensor (model.diffusion_model.out.2.bias)" in message
     message = refusal(changed(small, tmp_path / "model.safetensors", without="resblocks"))
     assert "36 missing tensors (" in message
-    assert message.count("resblocks") == 5
+    assert message.count("resblocks") == 2  # names are long
     assert ", ...)" in message
 
 
@@ -240,12 +240,12 @@ def test_all_differences_are_in_one_line(tmp_path: Path, small: Path) -> None:
         assert part in message
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool], ids=str)
 def test_quantized_weights_are_refused(tmp_path: Path, small: Path, dtype: torch.dtype) -> None:
     name = "model.diffusion_model.out.2.bias"
     message = refusal(changed(small, tmp_path / "model.safetensors", {name: torch.ones(4).to(dtype)}))
     assert f"has 1 quantized or integer tensor ({name} is " in message
-    assert "expected F64, F32, F16 or BF16" in message
+    assert "expected F64, F32, F16, BF16, F8_E4M3" in message
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_an_official_file_is_compared_strictly(tmp_path: Path) -> None:
     )
     sparse_file(path, {**official, "model.diffusion_model.out.2.bias": (8,)})
     assert "1 mis-shaped tensor (model.diffusion_model.out.2.bias is [8], expected [4])" in refusal(path)
-    sparse_file(path, official, "F8_E4M3")
+    sparse_file(path, official, "I8")
     assert "2513 quantized or integer tensors" in refusal(path)
     sparse_file(path, official)
     os.truncate(path, path.stat().st_size - 1_234_567)
