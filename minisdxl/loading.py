@@ -56,7 +56,8 @@ def load(
             or beside the weights, or else CLIP's own vocabulary.
 
     Raises:
-        CheckpointError: if a file is damaged, or is not an SDXL model, or a LoRA or embedding for one. The message says what it is.
+        CheckpointError: if a file is damaged, or is not an SDXL model, or a LoRA or embedding for one. The message
+            says what it is.
         ValueError: if the scale of a LoRA is not a finite number, a prompt cannot hold the name of an embedding or two
             have it, or a vocabulary is not the model's.
         FileNotFoundError: if a file is missing.

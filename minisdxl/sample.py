@@ -295,8 +295,8 @@ def _settings(
 ) -> dict[str, Any]:
     """The settings that all pictures of a run share, enough to make them again, under the names of the options.
 
-    ``sha256`` is that of all weight files read, one after the other; each LoRA and embedding has its own. ``image_sha256`` is that of
-    the file to start from.
+    ``sha256`` is that of all weight files read, one after the other; each LoRA and embedding has its own.
+    ``image_sha256`` is that of the file to start from.
     """
     digest = hashlib.sha256()
     for path in files:

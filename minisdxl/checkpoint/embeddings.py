@@ -9,6 +9,7 @@ and ``bundle_emb.NAME.clip_g`` beside a LoRA, or as one tensor under its name in
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def _find(asked: EmbeddingFile) -> tuple[str, Sequence[Place]]:
 
 
 def _bundled(path: Path) -> list[tuple[str, Sequence[Place]]]:
-    """The names and tensors of all embeddings in a LoRA's file. Raises ``CheckpointError``."""
+    """The names and tensors of all embeddings in a LoRA's file. Warns of those in other forms."""
     file = open_tensors(path)
     bundles: dict[str, list[str]] = {}  # the tensors of each embedding
     for match in filter(None, map(EMBEDDING.fullmatch, file.entries)):
@@ -92,8 +93,12 @@ def _bundled(path: Path) -> list[tuple[str, Sequence[Place]]]:
     for name, tensors in bundles.items():
         expected = [f"bundle_emb.{name}.{encoder}" for encoder in PAIRS[0]]
         if set(tensors) != set(expected):
-            raise CheckpointError(f"{path} has the embedding {name!r} as {tensors}, expected {expected}")
-        found.append((name, [(file, tensor) for tensor in expected]))
+            warnings.warn(
+                f"{path} has the embedding {name!r} as {tensors}, which is not loaded; expected {expected}",
+                stacklevel=2,
+            )
+        else:
+            found.append((name, [(file, tensor) for tensor in expected]))
     return found
 
 

@@ -46,7 +46,7 @@ ALPHA = re.compile(r"(?P<module>.+?)(?P<style>\.lora|_lora|\.lora_linear_layer)?
 OLDEST_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 OLDEST = {"unet": {"to_out": "to_out.0"}, "text_encoder": OLDEST_TEXT, "text_encoder_2": OLDEST_TEXT}
 ROLES = {"down": "down", "A": "down", "up": "up", "B": "up", "alpha": "alpha"}
-EMBEDDING = re.compile(r"bundle_emb\.(.+)\.([^.]+)")  # a textual inversion that a file holds beside its LoRA
+EMBEDDING = re.compile(r"bundle_emb\.([^.]+)\..+")  # a textual inversion that a file holds beside its LoRA
 PARTNERS = {"down": "up", "A": "B", "up": "down", "B": "A"}
 
 # Changes of other kinds, and those for other models, by names that only they have.
