@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from minisdxl.checkpoint import modules
+from minisdxl.checkpoint.embeddings import EmbeddingFile, read_embeddings
 from minisdxl.checkpoint.lora import LoRA
 from minisdxl.checkpoint.published import find_weights
 from minisdxl.pipeline import SDXL
+from minisdxl.prompting.encoders import PromptEncoders
 from minisdxl.tokenizer import Tokenizer, load_vocabulary
 
 WEIGHTS = Path(str(files("minisdxl.weights")))  # the folder `weights` of the repository, package data of the wheel
@@ -28,6 +30,7 @@ def load(
     vae: str | Path | None = None,
     unet: str | Path | None = None,
     loras: Sequence[str | Path | LoRA] = (),
+    embeddings: Sequence[str | Path | EmbeddingFile] = (),
     tokenizer: str | Path | None = None,
 ) -> SDXL:
     """Loads a model.
@@ -47,12 +50,16 @@ def load(
         loras: files of LoRAs, in the format of kohya's scripts or diffusers, or diffusers' folders. They are merged
             into U-Net and text encoders in order: ``"FILE"``, ``"FILE:SCALE"``, or a
             :class:`minisdxl.checkpoint.lora.LoRA`.
+        embeddings: files of textual inversions, ``"FILE"`` or ``"FILE:NAME"``. Prompts use one by its name, or by
+            ``embedding:NAME``. Those that a LoRA's file bundles are loaded with it.
         tokenizer: folder with the model's ``vocab.json`` and ``merges.txt``. ``None`` takes the folder ``tokenizer`` in
             or beside the weights, or else CLIP's own vocabulary.
 
     Raises:
-        CheckpointError: if a file is damaged, or is not an SDXL model or a LoRA for one. The message says what it is.
-        ValueError: if the scale of a LoRA is not a finite number, or a vocabulary is not the model's.
+        CheckpointError: if a file is damaged, or is not an SDXL model, or a LoRA or embedding for one. The message
+            says what it is.
+        ValueError: if the scale of a LoRA is not a finite number, a prompt cannot hold the name of an embedding or two
+            have it, or a vocabulary is not the model's.
         FileNotFoundError: if a file is missing.
     """
     path = weights_path(weights)
@@ -60,7 +67,10 @@ def load(
     with _no_garbage_collection():
         vocabulary = load_vocabulary(path, tokenizer)
         config, parts = modules.load(path, device, dtype, vae=vae, unet=unet, loras=merged)
-        return SDXL(config, *parts, Tokenizer(*vocabulary, config.text))
+        known = read_embeddings(embeddings, [lora.file for lora in merged], config)
+        return SDXL(
+            config, parts.unet, parts.vae, PromptEncoders(parts.text, known), Tokenizer(*vocabulary, config.text)
+        )
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from minisdxl.config import ModelConfig
 from minisdxl.images import check_finite, to_image, to_pixels
+from minisdxl.prompting.encoders import PromptEncoders, same_length
 from minisdxl.runtime.allocator import freed_memory_kept
 from minisdxl.runtime.compiled import CompiledUNet
 from minisdxl.runtime.encoded import EncodedPrompts, encode_each
 from minisdxl.runtime.strips import decode_in_strips
 from minisdxl.sampler import UNetInputs, draw_noise, guided_denoiser, image_generators, initial_noise
 from minisdxl.settings import Settings, check_prompts, check_settings
-from minisdxl.text import TextEmbeddings, TextEncoders
+from minisdxl.text import TextEmbeddings
 from minisdxl.tokenizer import Tokenizer
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
@@ -36,7 +37,7 @@ class SDXL:
     config: ModelConfig
     unet: UNet
     vae: VAE
-    text: TextEncoders | EncodedPrompts
+    text: PromptEncoders | EncodedPrompts
     tokenizer: Tokenizer
     compiled: CompiledUNet | None = None  # runs instead of ``unet``, with the same weights
 
@@ -57,7 +58,7 @@ class SDXL:
         """Generates a picture of each prompt, all in one batch. Picture i starts from the noise of seed ``seed + i``.
 
         Args:
-            prompts: what to draw.
+            prompts: what to draw, of any length, in the syntax of :mod:`minisdxl.prompting.syntax`: ``(word:1.3)``.
             settings: how to draw it; ``None`` for the model's own. :class:`Settings` lists all of them.
             on_step: called after each step with its number and the latent (B, 4, h, w). Steps count from 0; with an
                 image, from the first step that is run. If it returns true, sampling stops and this latent is decoded.
@@ -75,6 +76,8 @@ class SDXL:
         # Text encoders: prompts and negative prompts to what the U-Net is conditioned on.
         positive = self.text.encode(prompts, self.tokenizer)
         negative = self.text.encode_negative([asked.negative] * len(prompts), self.tokenizer)
+        if run.cfg != 1:  # both go through the U-Net in one batch
+            positive, negative = same_length([positive, negative], lambda: self.text.encode([""], self.tokenizer))
         conditional, unconditional = (
             self._unet_inputs(text, run.micro_conditioning, asked.images_per_prompt) for text in (positive, negative)
         )

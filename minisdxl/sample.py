@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from minisdxl.checkpoint.atomic import atomic_path
+from minisdxl.checkpoint.embeddings import EmbeddingFile, read_embeddings
 from minisdxl.checkpoint.lora import LoRA, open_loras
 from minisdxl.checkpoint.modules import open_source
 from minisdxl.checkpoint.published import is_hub_id
@@ -50,9 +51,11 @@ def _sample(options: argparse.Namespace) -> None:
     weights = open_source(weights_path(options.weights), dtype, vae=options.vae, unet=options.unet)
     options.lora = [LoRA.parse(text) for text in options.lora]
     open_loras(options.lora, weights.config, weights.shapes)
+    options.embedding = [EmbeddingFile.parse(text) for text in options.embedding]
+    embeddings = read_embeddings(options.embedding, [lora.file for lora in options.lora], weights.config)
     sampling = _settle(options, weights.config)
     options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets
-    jobs = find_jobs(options, weights.config)
+    jobs = find_jobs(options, weights.config, embeddings)
     reports = [] if options.json in (None, "-") else [Path(options.json)]
     _check_writable([job.target for job in jobs] + reports)
     source = _source(options, {job.size for job in jobs})
@@ -66,6 +69,7 @@ def _sample(options: argparse.Namespace) -> None:
         vae=options.vae,
         unet=options.unet,
         loras=options.lora,
+        embeddings=options.embedding,
         tokenizer=options.tokenizer,
     )
     if options.low_memory:  # frees the text encoders: nothing else refers to them
@@ -76,7 +80,7 @@ def _sample(options: argparse.Namespace) -> None:
     settings = _settings(options, sdxl, source, weights.files)
     run = Run(sdxl, sampling, options, source, settings)
     made = []
-    for batch in batches(jobs, options.batch):
+    for batch in batches(jobs, options.batch, run.context_length):
         for picture in run.make(batch):
             line = "{path}  seed {seed}  {seconds:.1f} s  {share:.1%} of dense FLOPs".format(**picture)
             print(line, file=sys.stderr if options.json == "-" else sys.stdout, flush=True)
@@ -98,7 +102,12 @@ def _sample(options: argparse.Namespace) -> None:
 def _parser() -> Parser:
     parser = Parser(prog="python -m minisdxl.sample", description="Draws pictures from prompts.")
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="what to draw, one picture of each")
+    add(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help=r"what to draw, one picture of each; (word:1.3) and [word] weigh words, \( is a bracket",
+    )
     add(
         "--prompts",
         dest="file",
@@ -124,6 +133,13 @@ def _parser() -> Parser:
         default=[],
         metavar="FILE|DIR[:SCALE]",
         help="merge this LoRA of kohya's scripts or diffusers into the weights; may be given several times",
+    )
+    add(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:NAME]",
+        help="a textual inversion, used in prompts by its name (default: the file's); may be given several times",
     )
     add(
         "--tokenizer",
@@ -279,8 +295,8 @@ def _settings(
 ) -> dict[str, Any]:
     """The settings that all pictures of a run share, enough to make them again, under the names of the options.
 
-    ``sha256`` is that of all weight files read, one after the other; each LoRA has its own. ``image_sha256`` is that of
-    the file to start from.
+    ``sha256`` is that of all weight files read, one after the other; each LoRA and embedding has its own.
+    ``image_sha256`` is that of the file to start from.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -301,7 +317,10 @@ def _settings(
     weights = options.weights if is_hub_id(options.weights) else weights_path(options.weights).name
     model = {"weights": weights, **others, "sha256": digest.hexdigest()}
     loras = [{"file": lora.path.name, "scale": lora.scale, "sha256": _sha256(lora.file)} for lora in options.lora]
-    changes = {"lora": loras} if loras else {}
+    embeddings = [
+        {"file": each.path.name, "name": each.name, "sha256": _sha256(each.path)} for each in options.embedding
+    ]
+    changes = {key: files for key, files in (("lora", loras), ("embedding", embeddings)) if files}
     made_with = {"model": sdxl.config.name, "torch": torch.__version__, "device": str(sdxl.device)}
     return {**shared, **sizes, **image, **model, **changes, **made_with}
 

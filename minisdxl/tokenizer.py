@@ -74,7 +74,7 @@ class Tokenizer:
         if configs[0].context_length != configs[1].context_length:
             raise ValueError(f"text encoders take {[c.context_length for c in configs]} tokens, expected one length")
         self.configs = configs
-        self._encoder = byte_pair_encoder(vocabulary, merges)
+        self.encoder = byte_pair_encoder(vocabulary, merges)
 
     @classmethod
     def from_directory(cls, directory: str | Path, configs: tuple[TextConfig, TextConfig]) -> Tokenizer:
@@ -96,11 +96,11 @@ class Tokenizer:
         if isinstance(prompts, str):
             raise TypeError(f"prompts is the string {prompts!r}, expected a list of strings")
         rows = list(map(self._encode, prompts))
-        first, second = (self._pad(rows, config) for config in self.configs)
+        first, second = (self.pad(rows, config) for config in self.configs)
         return first, second
 
     def _encode(self, prompt: str) -> list[int]:
-        encoded = self._encoder.encode(prompt, add_special_tokens=False)
+        encoded = self.encoder.encode(prompt, add_special_tokens=False)
         ids, offsets = encoded.ids, encoded.offsets
         room = self.configs[0].context_length - 2
         if len(ids) > room:
@@ -109,7 +109,8 @@ class Tokenizer:
         return [self.configs[0].start_token, *ids[:room], self.configs[0].end_token]
 
     @staticmethod
-    def _pad(rows: list[list[int]], config: TextConfig) -> Tensor:
+    def pad(rows: list[list[int]], config: TextConfig) -> Tensor:
+        """Rows of at most ``context_length`` ids, as one tensor (B, context_length) for that encoder."""
         padded = torch.full((len(rows), config.context_length), config.pad_token)
         for target, row in zip(padded, rows, strict=True):
             target[: len(row)] = torch.tensor(row)

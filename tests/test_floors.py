@@ -23,6 +23,7 @@ FLOORS = (
     ("operators",),
     ("images", "tokenizer", "clip", "text", "transformer", "unet", "vae_decoder", "vae"),
     ("sampler", "solvers", "samplings", "settings", "cost", "budget"),
+    ("prompting",),
     ("runtime", "checkpoint"),
     ("pipeline",),
     ("loading",),

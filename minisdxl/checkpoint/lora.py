@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,14 +137,7 @@ def merge(changes: Iterable[Change], tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-class Opened(NamedTuple):
-    """What LoRAs change in a model, and lines for the log."""
-
-    changes: list[Change]
-    notes: list[str]
-
-
-def open_loras(loras: Sequence[LoRA], config: ModelConfig, shapes: Mapping[str, Shape]) -> Opened:
+def open_loras(loras: Sequence[LoRA], config: ModelConfig, shapes: Mapping[str, Shape]) -> list[Change]:
     """Finds what LoRAs change in a model; reads headers and alphas only.
 
     Args:
@@ -158,16 +150,7 @@ def open_loras(loras: Sequence[LoRA], config: ModelConfig, shapes: Mapping[str, 
             model, or has half of a pair, a mis-shaped tensor, or an alpha that is not a finite number.
     """
     targets = _targets(config, shapes)
-    opened = Opened([], [])
-    for lora in loras:
-        file = open_tensors(lora.file)
-        opened.changes.extend(_changes(lora.scale, file, config, targets))
-        embeddings = dict.fromkeys(match[1] for name in file.entries if (match := EMBEDDING.fullmatch(name)))
-        if embeddings:
-            opened.notes.append(
-                f"{file.path} has embeddings beside its LoRA, which are not loaded: {', '.join(embeddings)}"
-            )
-    return opened
+    return [change for lora in loras for change in _changes(lora.scale, open_tensors(lora.file), config, targets)]
 
 
 def _targets(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], Target]:

@@ -76,11 +76,11 @@ def load(
     :func:`minisdxl.checkpoint.lora.merge`.
     """
     source, modules = _open(Path(path), dtype, vae, unet)
-    opened = open_loras(loras, source.config, source.shapes)
-    for note in (*source.notes, *opened.notes):
+    changes = open_loras(loras, source.config, source.shapes)
+    for note in source.notes:
         logger.warning(note)
     tensors = source.load({name: part_dtype(name, dtype) for name in source.shapes}, device)
-    merge(opened.changes, tensors)
+    merge(changes, tensors)
     for module in modules:
         module.eval()
     modules.unet.load_state_dict(_part(tensors, UNET_PREFIX), strict=True, assign=True)

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from minisdxl.cli.previews import preview_path
 from minisdxl.cli.prompt_files import RANDOM, Prompt, read_prompts
-from minisdxl.cli.prompt_syntax import warn_of_syntax
+from minisdxl.cli.prompt_syntax import check_syntax
 from minisdxl.config import ModelConfig
 from minisdxl.seeds import check_seed
 from minisdxl.settings import Settings, check_settings, first_step
@@ -41,10 +41,11 @@ class Job(NamedTuple):
         return self.negative, self.steps, self.cfg, self.size
 
 
-def find_jobs(options: argparse.Namespace, config: ModelConfig) -> list[Job]:
+def find_jobs(options: argparse.Namespace, config: ModelConfig, embeddings: Collection[str] = ()) -> list[Job]:
     """What the options of ``minisdxl.sample`` ask for, prompt by prompt; they are settled, so no number is ``None``.
 
-    Picture i has seed ``--seed`` + i, unless its prompt has a seed in the file. Warns of web-UI syntax. Raises
+    Picture i has seed ``--seed`` + i, unless its prompt has a seed in the file. Warns of web-UI syntax that has no
+    effect; ``embeddings`` are the names of those that are loaded. Raises
     ``ValueError`` for options that contradict each other or do not fit the model, and as
     :func:`minisdxl.cli.prompt_files.read_prompts`.
     """
@@ -65,7 +66,7 @@ def find_jobs(options: argparse.Namespace, config: ModelConfig) -> list[Job]:
             jobs.append(Job(prompt.prompt, negative, seed, target, steps, cfg, size))
     if _is_file(options.out) and len(jobs) > 1:
         raise ValueError(f"--out is the file {options.out} for {len(jobs)} pictures, expected a folder")
-    warn_of_syntax(text for job in jobs for text in (job.prompt, job.negative))
+    check_syntax([text for job in jobs for text in (job.prompt, job.negative)], embeddings)
     return jobs
 
 
@@ -120,11 +121,18 @@ def _shortened(text: str, most: int) -> str:
     return text.encode()[:most].decode(errors="ignore")
 
 
-def batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
-    """Up to ``size`` neighbours at a time that one call can make: all but the prompt shared, seeds that count up."""
+def batches(jobs: Iterable[Job], size: int, length: Callable[[Job], int]) -> Iterator[list[Job]]:
+    """Up to ``size`` neighbours at a time that one call can make: all but the prompt shared, seeds that count up.
+
+    They have one context ``length``: a shorter context would be padded, which changes its picture.
+    """
     batch: list[Job] = []
     for job in jobs:
-        if batch and (len(batch) == size or (job.shared, job.seed) != (batch[-1].shared, batch[-1].seed + 1)):
+        if batch and (
+            len(batch) == size
+            or (job.shared, job.seed) != (batch[-1].shared, batch[-1].seed + 1)
+            or length(job) != length(batch[-1])
+        ):
             yield batch
             batch = []
         batch.append(job)

@@ -43,6 +43,7 @@ class Run:
     def make(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         """Makes a batch, writes one picture after the other, and yields what the report says of each.
 
+        All jobs have one :meth:`context_length`.
         With ``--compare`` FLOPs are those of the pruned half, and seconds those of both. Raises as
         :meth:`SDXL.generate`, and ``OSError``.
         """
@@ -67,10 +68,15 @@ class Run:
         own |= {key: size for key in ("original_size", "target_size") if getattr(self.options, key) is None}
         return {key: value for key, value in own.items() if value != self.settings[key]}
 
+    def context_length(self, job: Job) -> int:
+        """Text tokens that the U-Net attends to: those of the longer of prompt and negative prompt."""
+        prompts = [job.prompt] if job.cfg == 1 else [job.prompt, job.negative]
+        return self.sdxl.text.context_length(prompts, self.sdxl.tokenizer)
+
     def step_flops(self, prune: str | None, job: Job) -> list[int]:
         """What the U-Net costs for a job's picture in each step that is run, both halves of guidance together."""
         config, strength = self.sdxl.config, self.options.strength
-        f, text = config.vae.downscale, config.text[0].context_length
+        f, text = config.vae.downscale, self.context_length(job)
         width, height = job.size
 
         def cost(plan: TokenPlan) -> int:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from minisdxl.prompting.encoders import stack
 from minisdxl.settings import check_prompts
 from minisdxl.text import TextEmbeddings
 from minisdxl.tokenizer import Tokenizer
@@ -22,21 +23,36 @@ class Encoder(Protocol):
     def encode_negative(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
         """As :meth:`minisdxl.text.TextEncoders.encode_negative`."""
 
+    def context_length(self, prompts: Sequence[str], tokenizer: Tokenizer) -> int:
+        """As :meth:`minisdxl.prompting.encoders.PromptEncoders.context_length`."""
+
 
 @dataclass(frozen=True)
 class EncodedPrompts:
     """The embeddings of some prompts, one row each, used instead of the text encoders."""
 
-    positive: Mapping[str, TextEmbeddings]
+    positive: Mapping[str, TextEmbeddings]  # with that of "", which fills up contexts
     negative: Mapping[str, TextEmbeddings]
 
     def encode(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
         """As :meth:`minisdxl.text.TextEncoders.encode`. Raises ``ValueError`` for a prompt that was not encoded."""
-        return _rows(self.positive, prompts, "prompt")
+        return self._rows(self.positive, prompts, "prompt")
 
     def encode_negative(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
         """As :meth:`encode`, for negative prompts."""
-        return _rows(self.negative, prompts, "negative prompt")
+        return self._rows(self.negative, prompts, "negative prompt")
+
+    def context_length(self, prompts: Sequence[str], tokenizer: Tokenizer) -> int:
+        """Tokens of the context of the longest of ``prompts``, which may be negative ones."""
+        encoded = {**self.positive, **self.negative}
+        return max(encoded[prompt].context.shape[1] for prompt in prompts)
+
+    def _rows(self, encoded: Mapping[str, TextEmbeddings], prompts: Sequence[str], kind: str) -> TextEmbeddings:
+        """The embeddings of ``prompts`` as one batch."""
+        for prompt in prompts:
+            if prompt not in encoded:
+                raise ValueError(f"{kind} {prompt!r} was not encoded ahead, and the text encoders have been dropped")
+        return stack([encoded[prompt] for prompt in prompts], lambda: self.positive[""])
 
 
 @torch.no_grad()
@@ -51,15 +67,6 @@ def encode_each(
     for texts in (prompts, negatives):
         check_prompts(texts)
     return EncodedPrompts(
-        {prompt: text.encode([prompt], tokenizer) for prompt in prompts},
+        {prompt: text.encode([prompt], tokenizer) for prompt in ["", *prompts]},
         {prompt: text.encode_negative([prompt], tokenizer) for prompt in negatives},
     )
-
-
-def _rows(encoded: Mapping[str, TextEmbeddings], prompts: Sequence[str], kind: str) -> TextEmbeddings:
-    """The embeddings of ``prompts`` as one batch."""
-    for prompt in prompts:
-        if prompt not in encoded:
-            raise ValueError(f"{kind} {prompt!r} was not encoded ahead, and the text encoders have been dropped")
-    rows = [encoded[prompt] for prompt in prompts]
-    return TextEmbeddings(torch.cat([row.context for row in rows]), torch.cat([row.pooled for row in rows]))

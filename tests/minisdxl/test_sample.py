@@ -18,11 +18,12 @@ import pytest
 import tokenizers
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import minisdxl
 from atedm import PRESETS
 from minisdxl.checkpoint.modules import open_source
+from minisdxl.config import SHAPES
 from minisdxl.cost import count
 from minisdxl.loading import BUNDLED
 from minisdxl.pipeline import SDXL
@@ -520,9 +521,47 @@ def test_budget_sets_the_ratio_for_the_steps_of_the_sampling_and_is_recorded(
     assert 89 <= float(out.rsplit("  ", 1)[1].split("%")[0]) <= 90
 
 
-def test_long_prompt_warns_and_shows_what_was_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([" ".join(["circle"] * 75) + " triangle", *QUICK, "--out", str(tmp_path / "long.png")])
-    assert "cut off 'triangle'" in capsys.readouterr().err
+def test_long_prompts_are_read_to_their_end_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = unet_flops(monkeypatch)
+    full = " ".join(["circle"] * 75)
+    prompts = [PROMPT, f"{full} triangle", f"{full} square", full, "a [small] circle BREAK a (square:1.2)"]
+    main([*prompts, *QUICK, "--batch", "3", "--json", "-", "--out", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    pictures = json.loads(out)["pictures"]
+    assert "warning" not in err and sum(found) == sum(picture["flops"] for picture in pictures)
+    assert [picture["flops"] > pictures[0]["flops"] for picture in pictures] == [False, True, True, False, True]
+    triangle, square = (Image.open(picture["path"]).tobytes() for picture in pictures[1:3])
+    assert triangle != square
+
+
+def test_prompts_of_other_lengths_in_a_batch_change_no_picture(tmp_path: Path) -> None:
+    for name, prompts in {"alone": [PROMPT], "batch": [PROMPT, "a BREAK b"]}.items():
+        main([*prompts, *QUICK, "--batch", "2", "--negative", "x BREAK y BREAK z", "--out", str(tmp_path / name)])
+    (alone,) = (tmp_path / "alone").iterdir()
+    assert Image.open(tmp_path / "batch" / alone.name).tobytes() == Image.open(alone).tobytes()
+
+
+def test_embeddings_are_loaded_and_recorded(tmp_path: Path, plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(3, config.width, generator=generator) for config in SHAPES.text]
+    file, lora = tmp_path / "gloop.safetensors", lora_file(tmp_path / "lora.safetensors")
+    save_file(dict(zip(("clip_l", "clip_g"), vectors, strict=True)), file)
+    bundle = {f"bundle_emb.floop.{end}": vector for end, vector in zip(("clip_l", "clip_g"), vectors, strict=True)}
+    save_file({**load_file(lora), **bundle}, lora)
+    alone, options = tmp_path / "alone.png", [*QUICK, "--seed", "7", "--low-memory"]
+    main([f"{PROMPT}, gloop", *options, "--embedding", str(file), "--out", str(alone)])
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert record_of(alone)["embedding"] == [{"file": file.name, "name": None, "sha256": sha256}]
+    for word, given in {"x": ["--embedding", f"{file}:x"], "floop": ["--lora", f"{lora}:0"]}.items():
+        prompt = f"{PROMPT}, embedding:{word}"
+        main([prompt, *options, *given, "--out", str(tmp_path / f"{word}.png")])
+        assert Image.open(tmp_path / f"{word}.png").tobytes() == Image.open(alone).tobytes()
+    assert "warning" not in capsys.readouterr().err
+    main([f"{PROMPT}, embedding:gloop", *options, "--out", str(tmp_path / "without.png")])
+    assert "no effect and is drawn as words: embedding:gloop" in capsys.readouterr().err
+    assert Image.open(tmp_path / "without.png").tobytes() != Image.open(alone).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -537,6 +576,10 @@ def test_long_prompt_warns_and_shows_what_was_lost(tmp_path: Path, capsys: pytes
         (["--size", "100x64"], "width is 100 pixels"),
         (["--seed", "-2"], "seed is -2, expected 0 to 18446744073709551615"),
         (["--batch", "0"], "--batch is 0"),
+        (["a (clock:12)"], "prompt weight of 'clock' is 12, expected -10 to 10"),
+        (["--negative", "(x:-99)"], "prompt weight of 'x' is -99"),
+        (["--embedding", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+        (["--embedding", "page.png:x"], "page.png"),
         (["--sampling", "lcm", "--steps", "51"], "steps is 51"),
         (["--strength", "0.5"], "--strength is 0.5 without --image"),
         (["--image", "drawings/drawing.png", "--strength", "0.1"], "strength 0.1 leaves none of 2 steps"),

@@ -24,6 +24,7 @@ from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.checkpoint.modules import Modules, load, save
 from minisdxl.config import SHAPES
 from minisdxl.pipeline import SDXL
+from minisdxl.prompting.encoders import PromptEncoders
 from minisdxl.sampler import discrete_sigmas
 from minisdxl.text import TextEmbeddings
 from minisdxl.tokenizer import Tokenizer
@@ -166,7 +167,7 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
         for _ in range(count)
     ]
     steps = len(sizes)
-    sdxl = SDXL(config, average.unet, vae, average.text, tokenizer)
+    sdxl = SDXL(config, average.unet, vae, PromptEncoders(average.text), tokenizer)
     began, first, losses = time.time(), step, list[Tensor]()
     for pictures, captions in draw_ahead(
         DrawnBatches("unet", options.seed, sizes, options.world), step, options.workers

@@ -80,9 +80,15 @@ def test_settings_that_do_not_fit_are_named_with_their_line(
 
 def test_a_batch_shares_all_but_the_prompt(tmp_path: Path) -> None:
     made = from_file(tmp_path, "a\nb\nc --w 128\nd --w 128\ne --s 2\nf --s 2 --l 1\ng --s 2 --l 1 --n x\nh")
-    groups = list(batches(made, 4))
+    groups = list(batches(made, 4, lambda job: 77))
     assert ["".join(job.prompt for job in group) for group in groups] == ["ab", "cd", "e", "f", "g", "h"]
     assert all(len({job.shared for job in group}) == 1 for group in groups)
+
+
+def test_a_batch_has_one_context_length(tmp_path: Path) -> None:
+    made = from_file(tmp_path, "a\nb\ncc\ndd\ne")
+    groups = list(batches(made, 4, lambda job: 77 * len(job.prompt)))
+    assert ["".join(job.prompt for job in group) for group in groups] == ["ab", "ccdd", "e"]
 
 
 def test_a_random_seed_is_drawn_once_and_counted_up(tmp_path: Path) -> None:
@@ -145,8 +151,8 @@ def test_a_name_that_is_too_long_is_refused_before_sampling(letters: int, change
 
 
 def test_web_ui_syntax_is_named_once(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"drawn as words: \(red:1\.3\), \[ugly\], BREAK") as caught:
-        jobs("a (red:1.3) cat", "a cat BREAK a dog", negative="[ugly]", images_per_prompt=3)
+    with pytest.warns(UserWarning, match=r"drawn as words: \{red\|blue\}, <lora:x:1>, AND$") as caught:
+        jobs("a {red|blue} cat", "a (cat:1.3) AND a dog", negative="<lora:x:1>", images_per_prompt=3)
     assert len(caught) == 1
 
 
