@@ -33,7 +33,7 @@ from minisdxl.config import NoiseConfig, UNetConfig
 from minisdxl.embedding import sinusoidal_embedding
 from minisdxl.operators import attention
 from minisdxl.transformer import Attention, ContextKV, TransformerLayer
-from minisdxl.unet import Text, UNet
+from minisdxl.unet import PromptKV, UNet
 
 PAPER_STEPS = 50  # the run whose steps are counted where there is no scheduler: tau is given for every 50
 
@@ -114,10 +114,10 @@ class SteeredUNet(UNet):
         ]
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, embedding: Tensor, text: Text, plan: TokenPlan, residuals: Residuals
+        self, x: Tensor, embedding: Tensor, text: PromptKV, plan: TokenPlan, residuals: Residuals
     ) -> Tensor:
         """The predicted noise (B, 4, h, w), of an embedding (B, 4 * model_channels) of timestep and vector."""
-        plan.check(list(self.config.attention_sites()))
+        plan.check(self.config.attention_sites())
         levels = list(residuals.levels)
         skips = []
         for index, block in enumerate(self.input_blocks):
