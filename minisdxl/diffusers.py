@@ -117,7 +117,7 @@ class SteeredUNet(UNet):
         self, x: Tensor, embedding: Tensor, text: PromptKV, plan: TokenPlan, residuals: Residuals
     ) -> Tensor:
         """The predicted noise (B, 4, h, w), of an embedding (B, 4 * model_channels) of timestep and vector."""
-        plan.check(list(self.config.attention_sites()))
+        plan.check(self.config.attention_sites())
         levels = list(residuals.levels)
         skips = []
         for index, block in enumerate(self.input_blocks):
