@@ -24,7 +24,7 @@ FLOORS = (
     ("images", "tokenizer", "clip", "text", "transformer", "unet", "vae_decoder", "vae"),
     ("sampler", "solvers", "samplings", "settings", "cost", "budget"),
     ("prompting",),
-    ("runtime", "checkpoint"),
+    ("runtime", "checkpoint", "diffusers"),
     ("pipeline",),
     ("loading",),
     ("cli",),
