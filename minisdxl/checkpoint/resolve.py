@@ -275,7 +275,8 @@ def _wanted(files: WeightFiles, config: ModelConfig) -> str:
     if len(files.parts) < len(PARTS):
         return f"the {' and '.join(PARTS[part].label for part in files.parts)} of {config.name}"
     return (
-        "a whole SDXL base model in one file or in a diffusers folder; a U-Net or VAE goes beside one (--unet, --vae)"
+        "a whole SDXL base model in one file or in a diffusers folder; "
+        "a U-Net, VAE or LoRA goes beside one (--unet, --vae, --lora)"
     )
 
 

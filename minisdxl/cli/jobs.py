@@ -86,7 +86,7 @@ def _own_settings(
     if (steps, cfg, size) == (options.steps, options.cfg, options.size):
         return steps, cfg, size
     try:
-        if options.budget is not None:
+        if options.budget is not None and (steps, size) != (options.steps, options.size):
             raise ValueError(f"--budget is {options.budget}, which is for pictures of one size and number of steps")
         check_settings(Settings(sampling=options.sampling, steps=steps, cfg=cfg, size=size), config)
         if options.strength is not None:
