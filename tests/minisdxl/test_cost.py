@@ -132,13 +132,12 @@ def fixed(preset: str, iterations: int = 3) -> str:
 
 
 PRUNING = tuple(name for name, preset in PRESETS.items() if isinstance(preset.schedule.method, Pruning))
-SIZES = ((128, 128), (75, 101), (33, 21))
-ON_SDXL = [(name, 49, *SIZES[index % 3]) for index, name in enumerate(PRESETS)] + [
+ON_SDXL = [
+    ("at-edm", 49, 128, 128),
     ("at-edm", 0, 33, 21),
-    ("tome-dsap", 0, 33, 21),
+    ("tome-dsap", 0, 75, 101),
     ("at-edm:rho=0.001", 49, 33, 21),  # removes tokens of some blocks only
     ("at-edm:graph=streamed", 49, 75, 101),  # in several pieces
-    ("ca-wpr:graph=subsampled", 49, 33, 21),
 ]
 
 
@@ -156,6 +155,7 @@ def test_presets_on_sdxl_to_the_flop(sdxl: UNet, preset: str, step: int, height:
 
 SMALL_SITES = list(SMALL_UNET.attention_sites())
 SETTINGS = [
+    *((name, 49) for name in PRESETS),
     ("at-edm:layers=0+1+2", 49),
     ("at-edm:layers=1+2,rho=0.4", 49),
     ("at-edm:place=before-ff", 49),
