@@ -28,9 +28,7 @@ def attention(shapes: SDXL) -> dict[str, AttentionInputs]:
         for name, module in shapes.unet.named_modules():
             if name.endswith("transformer_blocks.0.attn1"):
                 hooks.enter_context(module.register_forward_hook(lambda *call, name=name: keep(name, call[-1])))
-        shapes.generate(
-            ["a small red circle above a big blue square on a white background"], steps=3, cfg=7.0, size=(192, 192)
-        )
+        shapes.generate(["a small red circle above a big blue square on a white background"], steps=3, cfg=7.0, seed=0)
     return {f"{name}, step {step}": calls[step] for name, calls in seen.items() for step in (0, 2)}
 
 

@@ -30,7 +30,7 @@ from minisdxl.config import SDXL_BASE, SHAPES, Level, UNetConfig
 from minisdxl.cost import Work, count, format_flops, summary, tokens_seen
 from minisdxl.transformer import Attention, AttentionBlock, TransformerLayer
 from minisdxl.unet import UNet
-from tests.minisdxl.tiny import SMALL_UNET
+from tests.minisdxl.tiny import DEEP_UNET
 
 SDXL_SITES = list(SDXL_BASE.unet.attention_sites())
 
@@ -132,13 +132,12 @@ def fixed(preset: str, iterations: int = 3) -> str:
 
 
 PRUNING = tuple(name for name, preset in PRESETS.items() if isinstance(preset.schedule.method, Pruning))
-SIZES = ((128, 128), (75, 101), (33, 21))
-ON_SDXL = [(name, 49, *SIZES[index % 3]) for index, name in enumerate(PRESETS)] + [
+ON_SDXL = [
+    ("at-edm", 49, 128, 128),
     ("at-edm", 0, 33, 21),
-    ("tome-dsap", 0, 33, 21),
+    ("tome-dsap", 0, 75, 101),
     ("at-edm:rho=0.001", 49, 33, 21),  # removes tokens of some blocks only
     ("at-edm:graph=streamed", 49, 75, 101),  # in several pieces
-    ("ca-wpr:graph=subsampled", 49, 33, 21),
 ]
 
 
@@ -154,8 +153,9 @@ def test_presets_on_sdxl_to_the_flop(sdxl: UNet, preset: str, step: int, height:
     assert counted.total == measured.total() - beside
 
 
-SMALL_SITES = list(SMALL_UNET.attention_sites())
+SMALL_SITES = list(DEEP_UNET.attention_sites())
 SETTINGS = [
+    *((name, 49) for name in PRESETS if name not in PRUNING),
     ("at-edm:layers=0+1+2", 49),
     ("at-edm:layers=1+2,rho=0.4", 49),
     ("at-edm:place=before-ff", 49),
@@ -179,7 +179,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def small() -> UNet:
-    return on_meta(SMALL_UNET)
+    return on_meta(DEEP_UNET)
 
 
 @pytest.mark.parametrize(("preset", "step"), SETTINGS)
@@ -187,7 +187,7 @@ def test_settings_to_the_flop(small: UNet, preset: str, step: int) -> None:
     plan = parse_preset(fixed(preset, iterations=4)).plan(step, 50, SMALL_SITES)
     # Of the second, 35 text tokens are as many as there are image tokens at the deepest level.
     for height, width, text in ((36, 20, 77), (25, 18, 35)):
-        assert table(count(SMALL_UNET, height, width, plan, text).works) == measure(small, height, width, plan, text)
+        assert table(count(DEEP_UNET, height, width, plan, text).works) == measure(small, height, width, plan, text)
 
 
 def test_other_mergings_to_the_flop(small: UNet) -> None:
@@ -199,7 +199,7 @@ def test_other_mergings_to_the_flop(small: UNet) -> None:
             "up.1.1": BlockPlan.merging(Merging(0.01), depth=2),
         }
     )
-    assert table(count(SMALL_UNET, 31, 42, plan).works) == measure(small, 31, 42, plan)
+    assert table(count(DEEP_UNET, 31, 42, plan).works) == measure(small, 31, 42, plan)
 
 
 def test_fixed_iterations_are_the_ones_asked_for(small: UNet) -> None:

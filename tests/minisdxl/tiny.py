@@ -53,6 +53,8 @@ SMALL_UNET = UNetConfig(
     context_channels=48,
     vector_channels=40,
 )
+# SDXL's levels, less deep and less wide; as deep as pruning in three layers asks for.
+DEEP_UNET = UNetConfig(32, (Level(1, 0), Level(2, 2), Level(4, 4)), 4, 1, 16, 24, 40, norm_groups=8)
 # Three attention blocks, for what takes long on each.
 SHALLOW_UNET = UNetConfig(16, (Level(1, 2),), 0, 1, 16, 24, 40, norm_groups=8)
 SMALL_VAE = VAEConfig(channels=32, multipliers=(1, 2, 2), res_blocks=2, scale_factor=0.13025)

@@ -211,7 +211,7 @@ def test_missing_tensors_are_counted_and_named(tmp_path: Path, small: Path) -> N
     assert "does not fit tiny: 1 missing tensor (model.diffusion_model.out.2.bias)" in message
     message = refusal(changed(small, tmp_path / "model.safetensors", without="resblocks"))
     assert "36 missing tensors (" in message
-    assert message.count("resblocks") == 2  # names are long
+    assert message.count("resblocks") == 2
     assert ", ...)" in message
 
 
@@ -219,7 +219,7 @@ def test_unexpected_tensors_are_counted_and_named(tmp_path: Path, small: Path) -
     extra = {f"model.diffusion_model.more.{i}": torch.ones(1) for i in range(7)}
     message = refusal(changed(small, tmp_path / "model.safetensors", extra))
     assert "7 unexpected tensors (model.diffusion_model.more.0, " in message
-    assert message.count("more.") == 5
+    assert message.count("more.") == 2
 
 
 def test_mis_shaped_tensors_are_counted_and_named(tmp_path: Path, small: Path) -> None:
