@@ -522,15 +522,14 @@ def test_budget_sets_the_ratio_for_the_steps_of_the_sampling_and_is_recorded(
 
 
 def test_long_prompts_are_read_to_their_end_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unet_flops: list[int]
 ) -> None:
-    found = unet_flops(monkeypatch)
     full = " ".join(["circle"] * 75)
     prompts = [PROMPT, f"{full} triangle", f"{full} square", full, "a [small] circle BREAK a (square:1.2)"]
     main([*prompts, *QUICK, "--batch", "3", "--json", "-", "--out", str(tmp_path / "out")])
     out, err = capsys.readouterr()
     pictures = json.loads(out)["pictures"]
-    assert "warning" not in err and sum(found) == sum(picture["flops"] for picture in pictures)
+    assert "warning" not in err and sum(unet_flops) == sum(picture["flops"] for picture in pictures)
     assert [picture["flops"] > pictures[0]["flops"] for picture in pictures] == [False, True, True, False, True]
     triangle, square = (Image.open(picture["path"]).tobytes() for picture in pictures[1:3])
     assert triangle != square
