@@ -55,7 +55,7 @@ class SDXL:
         on_step: StepCallback | None = None,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Generates a picture of each prompt, all in one batch. Picture i starts from the noise of seed ``seed + i``.
+        """Generates pictures of ``prompts``, all in one batch. Picture i starts from the noise of seed ``seed + i``.
 
         Args:
             prompts: what to draw, of any length, in the syntax of :mod:`minisdxl.prompting.syntax`: ``(word:1.3)``.
