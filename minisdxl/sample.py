@@ -19,7 +19,16 @@ from minisdxl.checkpoint.lora import LoRA, open_loras
 from minisdxl.checkpoint.modules import open_source
 from minisdxl.checkpoint.published import is_hub_id
 from minisdxl.cli.jobs import batches, find_jobs
-from minisdxl.cli.options import DEVICES, DTYPES, Parser, add_pruning, parse_point, parse_size, plain_warnings
+from minisdxl.cli.options import (
+    DTYPES,
+    Parser,
+    add_device,
+    add_pruning,
+    find_device,
+    parse_point,
+    parse_size,
+    plain_warnings,
+)
 from minisdxl.cli.picture_files import InitImage, read_picture
 from minisdxl.cli.presets import preset_note, settle_preset
 from minisdxl.cli.reports import hardware, versions, write_report
@@ -64,7 +73,7 @@ def _sample(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     sdxl = load(
         options.weights,
-        device=_device(options.device),
+        device=find_device(options.device),
         dtype=dtype,
         vae=options.vae,
         unet=options.unet,
@@ -211,7 +220,7 @@ def _parser() -> Parser:
         help="compile the U-Net first, which takes minutes: use it for many pictures of one size",
     )
     add("--dtype", choices=DTYPES, default="fp32", help="of all weights but the VAE's (default: %(default)s)")
-    add("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
+    add_device(parser)
     return parser
 
 
@@ -279,15 +288,6 @@ def _source(options: argparse.Namespace, sizes: Collection[tuple[int, int]]) -> 
             stacklevel=2,
         )
     return source
-
-
-def _device(name: str) -> str:
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if available[device])
-    if not available[name]:
-        raise ValueError(f"--device is {name}, which this machine or this build of torch does not have")
-    return name
 
 
 def _settings(

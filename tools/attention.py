@@ -20,7 +20,7 @@ from torch import nn
 
 from atedm import gwpr
 from minisdxl.checkpoint.atomic import atomic_path
-from minisdxl.cli.options import DEVICES, Parser, parse_size, plain_warnings
+from minisdxl.cli.options import Parser, add_device, find_device, parse_size, plain_warnings
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
 from tools.evaluation.attention_maps import Settings, attention_spread, make
@@ -108,7 +108,7 @@ def _attention(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--captions is {options.captions} and --out {options.out}, expected 1 or more and a .png file"
         )
-    sdxl = load(options.weights, device=options.device, tokenizer=options.tokenizer)
+    sdxl = load(options.weights, device=find_device(options.device), tokenizer=options.tokenizer)
     prompts = list(drawn_captions(options.captions).texts)
     settings = {"prompts": prompts, "seed": 0, **{key: vars(options)[key] for key in ("steps", "cfg", "size")}}
     measured = np.concatenate([attention_spread(sdxl, settings), score_variance(sdxl, settings)[None]])
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add("--cfg", type=float, default=4.0, help="guidance scale (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
-    add("--device", choices=[name for name in DEVICES if name != "auto"], default="cpu", help="(default: %(default)s)")
+    add_device(parser)
     add("--out", type=Path, default="docs/results/attention.png", metavar="FILE.png", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     plain_warnings()

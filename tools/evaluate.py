@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minisdxl.checkpoint.atomic import atomic_path
-from minisdxl.cli.options import DTYPES, Parser, plain_warnings
+from minisdxl.cli.options import DTYPES, Parser, find_device, plain_warnings
 from minisdxl.cli.reports import versions, write_report
 from minisdxl.loading import load
 from minisdxl.settings import Settings, check_settings
@@ -81,7 +81,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.captions < 1:
         raise ValueError(f"--captions is {options.captions}, expected 1 or more")
     captions, source = _captions(options)
-    sdxl = load(options.weights, device=options.device, dtype=DTYPES[options.dtype], tokenizer=options.tokenizer)
+    sdxl = load(
+        options.weights, device=find_device(options.device), dtype=DTYPES[options.dtype], tokenizer=options.tokenizer
+    )
     asked = Settings(sampling=options.sampling, steps=options.steps, cfg=options.cfg, size=options.size)
     run = check_settings(asked, sdxl.config)
     options.sampling = run.sampling.name

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minisdxl.checkpoint.atomic import atomic_path
-from minisdxl.cli.options import DTYPES, Parser, plain_warnings
+from minisdxl.cli.options import DTYPES, Parser, find_device, plain_warnings
 from minisdxl.cli.reports import versions, write_report
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
@@ -153,7 +153,9 @@ def _experiment(options: argparse.Namespace) -> None:
     if options.captions < 1:
         raise ValueError(f"--captions is {options.captions}, expected 1 or more")
     name, experiment = options.name, EXPERIMENTS[options.name]
-    sdxl = load(options.weights, device=options.device, dtype=DTYPES[options.dtype], tokenizer=options.tokenizer)
+    sdxl = load(
+        options.weights, device=find_device(options.device), dtype=DTYPES[options.dtype], tokenizer=options.tokenizer
+    )
     options.sampling = options.sampling or sdxl.config.defaults.sampling
     size = sdxl.config.picture_size(options.size)
     parts, notes = plan(experiment, sdxl, size)

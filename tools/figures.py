@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
@@ -26,7 +25,7 @@ from atedm.recovery import RECOVERIES
 from atedm.schedule import Schedule
 from minisdxl.budget import with_budget
 from minisdxl.checkpoint.atomic import atomic_path
-from minisdxl.cli.options import Parser, parse_size, plain_warnings
+from minisdxl.cli.options import Parser, add_device, find_device, parse_size, plain_warnings
 from minisdxl.config import SDXL_BASE, ModelConfig
 from minisdxl.cost import Kind, format_flops, summary
 from minisdxl.flops import find_config
@@ -188,7 +187,7 @@ def _variants(preset: str, setting: str, values: Iterable[str]) -> dict[str, Sch
 
 
 def _prepare(options: argparse.Namespace) -> tuple[SDXL, Settings]:
-    sdxl = load(options.weights, device=options.device, tokenizer=options.tokenizer)
+    sdxl = load(options.weights, device=find_device(options.device), tokenizer=options.tokenizer)
     return sdxl, {"prompts": [options.prompt], **{key: vars(options)[key] for key in ("steps", "cfg", "seed", "size")}}
 
 
@@ -206,7 +205,6 @@ def _show(panel: Any, image: Image.Image | NDArray[np.uint8], xlabel: str, **lab
 def _parser() -> Parser:
     parser = Parser(prog="python -m tools.figures", description=__doc__)
     commands = parser.add_subparsers(metavar="FIGURE", required=True)
-    devices = [name for name in ("cpu", "mps", "cuda") if torch.get_device_module(name).is_available()]
     for draw in (draw_flops, draw_variance, draw_masks, draw_recoveries, draw_tau):
         name = draw.__name__.removeprefix("draw_")
         command = commands.add_parser(name, help=draw.__doc__, description=draw.__doc__)
@@ -230,7 +228,7 @@ def _parser() -> Parser:
         add("--prompt", default=PROMPT, help="what to draw (default: %(default)s)")
         add("--cfg", type=float, default=7.0, help="classifier-free guidance scale (default: %(default)s)")
         add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-        add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
+        add_device(command)
         if name != "variance":
             add("--prune", default="at-edm", metavar="PRESET", help="the preset that is varied (default: %(default)s)")
         if name == "tau":

@@ -64,6 +64,21 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that :func:`find_device` reads."""
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
+
+
+def find_device(name: str) -> str:
+    """The device of that name; the fastest there is for "auto". Raises ``ValueError`` for one that is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available[name]:
+        raise ValueError(f"--device is {name}, which this machine or this build of torch does not have")
+    return name
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """(width, height) of ``WxH``. Raises ``argparse.ArgumentTypeError`` for other texts."""
     match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)

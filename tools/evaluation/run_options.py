@@ -6,9 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from minisdxl.cli.options import DTYPES, Parser, parse_size
+from minisdxl.cli.options import DTYPES, Parser, add_device, parse_size
 from minisdxl.loading import weights_path
 from minisdxl.pipeline import SDXL
 from minisdxl.samplings import SAMPLINGS
@@ -18,7 +16,6 @@ from tools.evaluation.pictures import parse_shard, weights_sha256
 def model_options(parser: Parser, *, weights: str, out: Path) -> None:
     """Adds the options of the model, the captions, sampling and output."""
     add = parser.add_argument
-    devices = [name for name in ("cpu", "mps", "cuda") if torch.get_device_module(name).is_available()]
     add("--weights", default=weights, help="the bundled 'shapes', a checkpoint file or a folder (default: %(default)s)")
     add("--tokenizer", metavar="DIR", help="vocabulary folder (default: 'tokenizer' by the weights, else CLIP's)")
     add(
@@ -32,7 +29,7 @@ def model_options(parser: Parser, *, weights: str, out: Path) -> None:
     add("--sampling", choices=SAMPLINGS, help="(default: the model's best)")
     add("--batch", type=int, default=8, help="pictures at a time (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
-    add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
+    add_device(parser)
     add("--shard", type=parse_shard, default=(1, 1), metavar="i/n", help="make the i-th of n parts of the pictures")
     add("--table", action="store_true", help="make no pictures, only report on those that are there")
     add("--out", type=Path, default=out, metavar="DIR", help="(default: %(default)s)")
