@@ -6,40 +6,24 @@ import argparse
 import hashlib
 import sys
 import time
-import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minisdxl.checkpoint.atomic import atomic_path
-from minisdxl.checkpoint.embeddings import EmbeddingFile, read_embeddings
-from minisdxl.checkpoint.lora import LoRA, open_loras
-from minisdxl.checkpoint.modules import open_source
 from minisdxl.checkpoint.published import is_hub_id
 from minisdxl.cli.jobs import batches, find_jobs
-from minisdxl.cli.options import (
-    DTYPES,
-    Parser,
-    add_device,
-    add_pruning,
-    find_device,
-    parse_point,
-    parse_size,
-    plain_warnings,
-)
-from minisdxl.cli.picture_files import InitImage, read_picture
+from minisdxl.cli.models import add_model, load_model, open_model
+from minisdxl.cli.options import Parser, add_pruning, plain_warnings
+from minisdxl.cli.picture_files import InitImage
+from minisdxl.cli.pictures import add_picture, list_samplings, read_source, settle_picture
 from minisdxl.cli.presets import preset_note, settle_preset
 from minisdxl.cli.reports import hardware, versions, write_report
 from minisdxl.cli.runs import Run
-from minisdxl.config import ModelConfig
-from minisdxl.loading import load, weights_path
+from minisdxl.loading import weights_path
 from minisdxl.pipeline import SDXL
-from minisdxl.samplings import LEVELS, SAMPLINGS, Sampling
-from minisdxl.settings import Settings, check_settings, first_step
-
-STRENGTH = 0.6  # the default with --image
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,33 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _sample(options: argparse.Namespace) -> None:
     """Checks the options, loads the model and samples. Raises ``ValueError``, ``OSError`` or ``ArithmeticError``."""
     if options.sampling == "list":
-        print(_list_samplings())
+        print(list_samplings())
         return
-    dtype = DTYPES[options.dtype]
-    weights = open_source(weights_path(options.weights), dtype, vae=options.vae, unet=options.unet)
-    options.lora = [LoRA.parse(text) for text in options.lora]
-    open_loras(options.lora, weights.config, weights.shapes)
-    options.embedding = [EmbeddingFile.parse(text) for text in options.embedding]
-    embeddings = read_embeddings(options.embedding, [lora.file for lora in options.lora], weights.config)
-    sampling = _settle(options, weights.config)
+    weights, embeddings = open_model(options)
+    _check_counts(options)
+    sampling = settle_picture(options, weights.config)
+    if options.compare and options.prune is None:
+        options.prune = True
     options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets
     jobs = find_jobs(options, weights.config, embeddings)
     reports = [] if options.json in (None, "-") else [Path(options.json)]
     _check_writable([job.target for job in jobs] + reports)
-    source = _source(options, {job.size for job in jobs})
+    source = read_source(options, {job.size for job in jobs})
     if note := preset_note(weights.config, options.prune):
         print(f"note: {note}", file=sys.stderr)
     began = time.perf_counter()
-    sdxl = load(
-        options.weights,
-        device=find_device(options.device),
-        dtype=dtype,
-        vae=options.vae,
-        unet=options.unet,
-        loras=options.lora,
-        embeddings=options.embedding,
-        tokenizer=options.tokenizer,
-    )
+    sdxl = load_model(options)
     if options.low_memory:  # frees the text encoders: nothing else refers to them
         sdxl = sdxl.encode_ahead(list({job.prompt for job in jobs}), list({job.negative for job in jobs}))
     if options.compile:
@@ -127,78 +100,8 @@ def _parser() -> Parser:
     add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default: %(default)s)")
     add_pruning(parser)
     add("--compare", action="store_true", help="dense and pruned side by side in one picture, from the same noise")
-    add(
-        "--weights",
-        default="shapes",
-        metavar="NAME|PATH",
-        help="the bundled 'shapes' (default), an SDXL .safetensors file, a diffusers folder, a name of "
-        "minisdxl.download, or an id on the Hugging Face hub",
-    )
-    add("--vae", metavar="FILE|DIR", help="take the VAE from here, such as the fp16-fix one, in either layout")
-    add("--unet", metavar="FILE|DIR", help="take the U-Net from here, such as LCM-SDXL, in either layout")
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE|DIR[:SCALE]",
-        help="merge this LoRA of kohya's scripts or diffusers into the weights; may be given several times",
-    )
-    add(
-        "--embedding",
-        action="append",
-        default=[],
-        metavar="FILE[:NAME]",
-        help="a textual inversion, used in prompts by its name (default: the file's); may be given several times",
-    )
-    add(
-        "--tokenizer",
-        metavar="DIR",
-        help="folder of vocab.json and merges.txt (default: 'tokenizer' in or beside the weights, else CLIP's own)",
-    )
-    add(
-        "--sampling",
-        metavar="NAME",
-        help=f"{', '.join(SAMPLINGS)}, or 'DPM++ 2M Karras' (default: the model's best); 'list' describes them",
-    )
-    add("--steps", type=int, help="denoising steps (default: the model's or the sampling's own, 50 for euler)")
-    add(
-        "--cfg",
-        type=float,
-        help="classifier-free guidance scale; 1 is none (default: the model's or the sampling's own, 7 for SDXL)",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the first picture, up to 64 bits, -1 for a random one; picture i has seed + i (default: %(default)s)",
-    )
-    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the sampling's own, or else the model's)")
-    add(
-        "--original-size",
-        type=parse_size,
-        metavar="WxH",
-        help="size conditioning: before training resized the picture (default: --size)",
-    )
-    add(
-        "--crop",
-        type=parse_point,
-        default=(0, 0),
-        metavar="X,Y",
-        help="size conditioning: where training cropped the picture (default: 0,0)",
-    )
-    add(
-        "--target-size",
-        type=parse_size,
-        metavar="WxH",
-        help="size conditioning: after training resized the picture (default: --size)",
-    )
-    add("--negative", default="", metavar="TEXT", help="what to steer away from")
-    add("--image", metavar="FILE", help="a picture to start from, stretched to the size")
-    add(
-        "--strength",
-        type=float,
-        help=f"share of the steps to run on --image, above 0, up to 1 (default: {STRENGTH})",
-    )
+    add_model(parser)
+    add_picture(parser)
     add(
         "--out",
         type=Path,
@@ -219,47 +122,15 @@ def _parser() -> Parser:
         action="store_true",
         help="compile the U-Net first, which takes minutes: use it for many pictures of one size",
     )
-    add("--dtype", choices=DTYPES, default="fp32", help="of all weights but the VAE's (default: %(default)s)")
-    add_device(parser)
     return parser
 
 
-def _list_samplings() -> str:
-    lines = [f"{'sampling':<16} {'steps':>5} {'cfg':>4}"]
-    for name, each in SAMPLINGS.items():
-        cfg = "" if each.cfg is None else f"{each.cfg:g}"
-        lines.append(f"{name:<16} {each.steps:>5} {cfg:>4}   {each.about}")
-    ends = " or ".join(f"-{levels}" for levels in LEVELS)
-    lines.append(f"A name without cfg may end with {ends}, other noise levels for the same solver.")
-    return "\n".join(lines)
-
-
-def _settle(options: argparse.Namespace, config: ModelConfig) -> Sampling:
-    """The sampling. Fills in options that were not given. Raises ``ValueError`` for what does not fit the model."""
+def _check_counts(options: argparse.Namespace) -> None:
+    """Raises ``ValueError`` for numbers below 1."""
     for name in ("batch", "images_per_prompt", "preview"):
         number = getattr(options, name)
         if number is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {number}, expected 1 or more")
-    if options.image is not None:
-        options.strength = STRENGTH if options.strength is None else options.strength
-    elif options.strength is not None:
-        raise ValueError(f"--strength is {options.strength} without --image, expected both")
-    asked = Settings(
-        sampling=options.sampling,
-        steps=options.steps,
-        cfg=options.cfg,
-        size=options.size,
-        original_size=options.original_size,
-        crop=options.crop,
-        target_size=options.target_size,
-    )
-    run = check_settings(asked, config)
-    options.sampling, options.steps, options.cfg, options.size = run.sampling.name, run.steps, run.cfg, run.size
-    if options.strength is not None:
-        first_step(options.steps, options.strength)
-    if options.compare and options.prune is None:
-        options.prune = True
-    return run.sampling
 
 
 def _check_writable(targets: Sequence[Path]) -> None:
@@ -272,22 +143,6 @@ def _check_writable(targets: Sequence[Path]) -> None:
     for target in targets:
         if target.is_dir():
             raise IsADirectoryError(f"{target} is a folder, expected a file to write to")
-
-
-def _source(options: argparse.Namespace, sizes: Collection[tuple[int, int]]) -> InitImage | None:
-    """The picture to start from. Warns if one of ``sizes`` stretches it. Raises ``ValueError`` and ``OSError``."""
-    if options.image is None:
-        return None
-    source = read_picture(options.image)
-    width, height = source.image.size
-    others = [(to, up) for to, up in sizes if not 0.99 < width / height * up / to < 1.01]
-    if others:
-        stretched = "{}x{}".format(*others[0])
-        warnings.warn(
-            f"{options.image} of {width}x{height} is stretched to {stretched}; use --size to keep its shape",
-            stacklevel=2,
-        )
-    return source
 
 
 def _settings(

@@ -38,7 +38,7 @@ QUICK = ["--steps", "2", "--size", "64x64"]
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch, load_once: Callable[..., SDXL]) -> None:
-    monkeypatch.setattr("minisdxl.sample.load", load_once)
+    monkeypatch.setattr("minisdxl.cli.models.load", load_once)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -319,7 +319,7 @@ def test_low_memory_makes_the_same_pictures(tmp_path: Path, monkeypatch: pytest.
         assert (encoders[-1]() is None) == (settings.strip_rows is not None)
         return generate(self, prompts, settings, **more)
 
-    monkeypatch.setattr("minisdxl.sample.load", load)
+    monkeypatch.setattr("minisdxl.cli.models.load", load)
     monkeypatch.setattr(SDXL, "generate", watched)
     rows = [{"prompt": PROMPT}, {"prompt": "a big green triangle", "negative": "red"}, {"prompt": "a black square"}]
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

@@ -1,0 +1,76 @@
+"""The options that name a model, and the model that they name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+
+from minisdxl.checkpoint.embeddings import EmbeddingFile, read_embeddings
+from minisdxl.checkpoint.lora import LoRA, open_loras
+from minisdxl.checkpoint.modules import open_source
+from minisdxl.checkpoint.resolve import Source
+from minisdxl.cli.options import DTYPES, add_device, find_device
+from minisdxl.loading import load, weights_path
+from minisdxl.pipeline import SDXL
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that :func:`open_model` and :func:`load_model` read."""
+    add = parser.add_argument
+    add(
+        "--weights",
+        default="shapes",
+        metavar="NAME|PATH",
+        help="the bundled 'shapes' (default), an SDXL .safetensors file, a diffusers folder, a name of "
+        "minisdxl.download, or an id on the Hugging Face hub",
+    )
+    add("--vae", metavar="FILE|DIR", help="take the VAE from here, such as the fp16-fix one, in either layout")
+    add("--unet", metavar="FILE|DIR", help="take the U-Net from here, such as LCM-SDXL, in either layout")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE|DIR[:SCALE]",
+        help="merge this LoRA of kohya's scripts or diffusers into the weights; may be given several times",
+    )
+    add(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:NAME]",
+        help="a textual inversion, used in prompts by its name (default: the file's); may be given several times",
+    )
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder of vocab.json and merges.txt (default: 'tokenizer' in or beside the weights, else CLIP's own)",
+    )
+    add("--dtype", choices=DTYPES, default="fp32", help="of all weights but the VAE's (default: %(default)s)")
+    add_device(parser)
+
+
+def open_model(options: argparse.Namespace) -> tuple[Source, Collection[str]]:
+    """Where the model's tensors are, and the names of its embeddings; no weights are loaded.
+
+    In ``options``, LoRAs and embeddings are replaced by what they name. Raises ``ValueError`` or ``OSError`` for files
+    that are missing, damaged or not this model's.
+    """
+    weights = open_source(weights_path(options.weights), DTYPES[options.dtype], vae=options.vae, unet=options.unet)
+    options.lora = [LoRA.parse(text) for text in options.lora]
+    open_loras(options.lora, weights.config, weights.shapes)
+    options.embedding = [EmbeddingFile.parse(text) for text in options.embedding]
+    return weights, read_embeddings(options.embedding, [lora.file for lora in options.lora], weights.config)
+
+
+def load_model(options: argparse.Namespace) -> SDXL:
+    """The model of options that :func:`open_model` has read. Raises as :func:`minisdxl.loading.load`."""
+    return load(
+        options.weights,
+        device=find_device(options.device),
+        dtype=DTYPES[options.dtype],
+        vae=options.vae,
+        unet=options.unet,
+        loras=options.lora,
+        embeddings=options.embedding,
+        tokenizer=options.tokenizer,
+    )

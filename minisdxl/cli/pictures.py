@@ -1,0 +1,113 @@
+"""The options that say how a picture is drawn, and their check."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Collection
+
+from minisdxl.cli.options import parse_point, parse_size
+from minisdxl.cli.picture_files import InitImage, read_picture
+from minisdxl.config import ModelConfig
+from minisdxl.samplings import LEVELS, SAMPLINGS, Sampling
+from minisdxl.settings import Settings, check_settings, first_step
+
+STRENGTH = 0.6  # the default with --image
+
+
+def add_picture(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that :func:`settle_picture` and :func:`read_source` read."""
+    add = parser.add_argument
+    add(
+        "--sampling",
+        metavar="NAME",
+        help=f"{', '.join(SAMPLINGS)}, or 'DPM++ 2M Karras' (default: the model's best); 'list' describes them",
+    )
+    add("--steps", type=int, help="denoising steps (default: the model's or the sampling's own, 50 for euler)")
+    add(
+        "--cfg",
+        type=float,
+        help="classifier-free guidance scale; 1 is none (default: the model's or the sampling's own, 7 for SDXL)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first picture, up to 64 bits, -1 for a random one; picture i has seed + i (default: %(default)s)",
+    )
+    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the sampling's own, or else the model's)")
+    add(
+        "--original-size",
+        type=parse_size,
+        metavar="WxH",
+        help="size conditioning: before training resized the picture (default: --size)",
+    )
+    add(
+        "--crop",
+        type=parse_point,
+        default=(0, 0),
+        metavar="X,Y",
+        help="size conditioning: where training cropped the picture (default: 0,0)",
+    )
+    add(
+        "--target-size",
+        type=parse_size,
+        metavar="WxH",
+        help="size conditioning: after training resized the picture (default: --size)",
+    )
+    add("--negative", default="", metavar="TEXT", help="what to steer away from")
+    add("--image", metavar="FILE", help="a picture to start from, stretched to the size")
+    add(
+        "--strength",
+        type=float,
+        help=f"share of the steps to run on --image, above 0, up to 1 (default: {STRENGTH})",
+    )
+
+
+def list_samplings() -> str:
+    """One line for each sampling."""
+    lines = [f"{'sampling':<16} {'steps':>5} {'cfg':>4}"]
+    for name, each in SAMPLINGS.items():
+        cfg = "" if each.cfg is None else f"{each.cfg:g}"
+        lines.append(f"{name:<16} {each.steps:>5} {cfg:>4}   {each.about}")
+    ends = " or ".join(f"-{levels}" for levels in LEVELS)
+    lines.append(f"A name without cfg may end with {ends}, other noise levels for the same solver.")
+    return "\n".join(lines)
+
+
+def settle_picture(options: argparse.Namespace, config: ModelConfig) -> Sampling:
+    """The sampling. Fills in options that were not given. Raises ``ValueError`` for what does not fit the model."""
+    if options.image is not None:
+        options.strength = STRENGTH if options.strength is None else options.strength
+    elif options.strength is not None:
+        raise ValueError(f"--strength is {options.strength} without --image, expected both")
+    asked = Settings(
+        sampling=options.sampling,
+        steps=options.steps,
+        cfg=options.cfg,
+        size=options.size,
+        original_size=options.original_size,
+        crop=options.crop,
+        target_size=options.target_size,
+    )
+    run = check_settings(asked, config)
+    options.sampling, options.steps, options.cfg, options.size = run.sampling.name, run.steps, run.cfg, run.size
+    if options.strength is not None:
+        first_step(options.steps, options.strength)
+    return run.sampling
+
+
+def read_source(options: argparse.Namespace, sizes: Collection[tuple[int, int]]) -> InitImage | None:
+    """The picture to start from. Warns if one of ``sizes`` stretches it. Raises ``ValueError`` and ``OSError``."""
+    if options.image is None:
+        return None
+    source = read_picture(options.image)
+    width, height = source.image.size
+    others = [(to, up) for to, up in sizes if not 0.99 < width / height * up / to < 1.01]
+    if others:
+        stretched = "{}x{}".format(*others[0])
+        warnings.warn(
+            f"{options.image} of {width}x{height} is stretched to {stretched}; use --size to keep its shape",
+            stacklevel=2,
+        )
+    return source
