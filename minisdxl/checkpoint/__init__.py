@@ -2,6 +2,7 @@
 
 ``modules`` loads and saves models; start there. ``resolve`` finds every tensor, in ``weight_files`` made of
 ``tensorfile``, under the names of ``layouts`` and ``text_names``. ``folder_reader`` and ``folder_writer`` have the JSON
-files of a diffusers folder, ``identify`` and ``containers`` name files of other kinds. ``lora`` and ``lora_names`` read
-LoRAs, ``fp8_scales`` the scales of fp8 weights. ``published`` finds weights by name; ``atomic`` writes files.
+files of a diffusers folder, ``identify`` and ``containers`` name files of other kinds. ``lora``, ``lora_names`` and
+``adapters`` read LoRAs and LyCORIS, ``fp8_scales`` the scales of fp8 weights. ``published`` finds weights by name;
+``atomic`` writes files.
 """

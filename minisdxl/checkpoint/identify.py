@@ -50,7 +50,7 @@ QUANTIZED = (
 
 # Names that only one family of files has, most telling first.
 CONTROL_LORA = (r"^lora_controlnet$", "a Control-LoRA, a ControlNet that is stored as a change of SDXL's U-Net")
-LORA = r"lora_|[._]lora\.|\.hada_w\d|\.lokr_w\d|\.oft_blocks"
+LORA = r"lora_|[._]lora\.|\.hada_w\d|\.lokr_w\d|\.oft_blocks|\.(diff|diff_b|w_norm|b_norm|on_input)$"
 FAMILIES = (
     CONTROL_LORA,
     (r"^lllite_", "a ControlNet-LLLite"),

@@ -1,8 +1,9 @@
-"""LoRAs, merged into the weights of a model while it is loaded.
+"""LoRAs and their relatives (LyCORIS, DoRA), merged into the weights of a model while it is loaded.
 
-For some linear maps and convolutions W (out, in, ...) a LoRA has two small ones, ``down`` (rank, in, ...) and ``up``
-(out, rank, ...), and often a number alpha, which is the rank where it has none. Merged is
-W + scale * alpha / rank * up @ down (Hu et al. 2021, section 4.1).
+For some weights W of the model a file has small tensors, from which ``adapters`` makes a change D, and often a number
+alpha, which is the rank where it has none. Merged is W + scale * alpha / rank * D. With the lengths of a DoRA, it is
+W + scale * (R - W), where R is W + alpha / rank * D rescaled: any scale lies between W and R or beyond. What LyCORIS
+and PEFT do at scales other than 1 differs; ComfyUI and AUTOMATIC1111's web UI do this.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisdxl.checkpoint.adapters import MAGNITUDES, Kind, kind_of, magnitude_shapes, rescale
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.layouts import PARTS, TensorMapping, key_variants, layout
 from minisdxl.checkpoint.lora_names import (
@@ -22,16 +24,19 @@ from minisdxl.checkpoint.lora_names import (
     PREFIXES,
     Name,
     other_kind,
-    partner,
-    read_alphas,
     read_name,
+    read_numbers,
     read_settings,
+    sibling,
 )
 from minisdxl.checkpoint.published import find_weights
 from minisdxl.checkpoint.resolve import misfits
 from minisdxl.checkpoint.tensorfile import READABLE, Shape, TensorFile, open_tensors
 from minisdxl.checkpoint.weight_files import LORA_FILE
 from minisdxl.config import ModelConfig
+
+NUMBERS = ("alpha", "scalar", "on_input")  # roles of tensors that hold one number
+Place = tuple[str, str, str]  # part, module, and weight or bias
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Target:
-    """A linear map or convolution of the model: an official tensor, or one of those that are stacked in it."""
+    """A weight or bias of the model: an official tensor, or one of those that are stacked in it."""
 
     official: str
     mapping: TensorMapping
@@ -95,38 +100,53 @@ class Change:
 
     target: Target
     file: TensorFile
-    down: str
-    up: str
-    factor: float  # scale * alpha / rank
+    kind: Kind
+    tensors: Mapping[str, str]  # names by roles
+    factor: float  # alpha / rank
+    scale: float
 
-    def add_to(self, weight: Tensor) -> None:
-        """Adds it in place to the target's weight, of any strides. Raises ``CheckpointError``."""
-        down, up = (
-            torch.empty(self.file.entries[name].shape, dtype=weight.dtype, device=weight.device)
-            for name in (self.down, self.up)
-        )
-        self.file.read_into({self.down: down, self.up: up})
-        product = up.view(len(up), -1) @ down.view(len(down), -1)
-        weight.add_(product.view(weight.shape), alpha=self.factor)
+    @property
+    def lengths(self) -> str | None:
+        """The role of the lengths of a DoRA, if it is one."""
+        return next((role for role in MAGNITUDES if role in self.tensors), None)
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the change depends on the weight that it changes."""
+        return self.kind.reads_weight or self.lengths is not None
+
+    def add_to(self, weight: Tensor, base: Tensor) -> None:
+        """Adds the change of ``base`` in place to a weight, which may be the same. Raises ``CheckpointError``."""
+        tensors = {
+            role: torch.empty(self.file.entries[name].shape, dtype=weight.dtype, device=weight.device)
+            for role, name in self.tensors.items()
+        }
+        self.file.read_into({self.tensors[role]: tensor for role, tensor in tensors.items()})
+        product, factor = self.kind.product(tensors, base).reshape(weight.shape), self.factor
+        if self.lengths is not None:
+            product, factor = rescale(base + factor * product, tensors[self.lengths], self.lengths) - base, 1
+        weight.add_(product, alpha=self.scale * factor)
 
 
 def merge(changes: Iterable[Change], tensors: Mapping[str, Tensor]) -> None:
     """Adds changes in place to the weights of a model, which are given by official names.
 
-    Each weight is computed in fp32, or its own dtype if that is wider, and rounded once. What one file changes in one
-    weight is all that is held at a time, and a copy of that weight if it is narrower. A scale of 0 changes no bit.
+    Each weight is computed in fp32, or its own dtype if that is wider, and rounded once. Every change is made from the
+    weight as it was before all of them, so their order does not matter. What one file changes in one weight is all
+    that is held at a time, and up to two copies of that weight. A scale of 0 changes no bit.
 
     Raises:
         CheckpointError: if a file cannot be read, or makes a weight that is not finite in its dtype.
     """
     by_target: dict[Target, list[Change]] = {}
-    for change in (change for change in changes if change.factor != 0):
+    for change in (change for change in changes if change.scale != 0):
         by_target.setdefault(change.target, []).append(change)
     for target, group in by_target.items():
         weight = target.view(tensors[target.official])
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # no copy where it is that wide
+        base = wide.clone() if len(group) > 1 and any(change.reads_weight for change in group) else wide
         for change in group:
-            change.add_to(wide)
+            change.add_to(wide, base)
         if wide is not weight:
             weight.copy_(wide)
         if not weight.isfinite().all():
@@ -146,61 +166,74 @@ def open_loras(loras: Sequence[LoRA], config: ModelConfig, shapes: Mapping[str, 
         shapes: of all its tensors, by official names.
 
     Raises:
-        CheckpointError: if a file is damaged, something else, of a kind that is not a plain LoRA, or for another
-            model, or has half of a pair, a mis-shaped tensor, or an alpha that is not a finite number.
+        CheckpointError: if a file is damaged, something else, of a kind that cannot be merged, or for another model,
+            or has half of a pair, a mis-shaped tensor, or an alpha that is not a finite number.
     """
     targets = _targets(config, shapes)
-    return [change for lora in loras for change in _changes(lora.scale, open_tensors(lora.file), config, targets)]
+    return [change for lora in loras for change in _changes(lora, open_tensors(lora.file), config, targets)]
 
 
-def _targets(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], Target]:
+def _targets(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[Place, Target]:
     """All targets, by part and by each name that files have for the module, with underscores for dots."""
-    table: dict[tuple[str, str], Target] = {}
+    table: dict[Place, Target] = {}
     for part in dict.fromkeys(PREFIXES.values()):
         prefix, theirs, ways = PARTS[part].prefix, layout(part, config), key_variants(part, config)
-        for official in (name for name in shapes if name.startswith(prefix) and len(shapes[name]) > 1):
+        for official in (name for name in shapes if name.startswith(prefix)):
             name = official.removeprefix(prefix)
             mapping = theirs.mapping(name)
             views = mapping.split(torch.empty(shapes[official], device="meta"))
             targets = [Target(official, mapping, index, tuple(view.shape)) for index, view in enumerate(views)]
             for way in ways:
                 # What OpenCLIP stacks has one name officially, and that is not the name of a module's weight.
-                modules = [_module(part, weight) for weight in way(name).names if weight.endswith(".weight")]
-                table |= dict(zip(modules, targets, strict=False))
+                tensors = [each for each in way(name).names if each.endswith((".weight", ".bias"))]
+                table |= dict(zip([_place(part, *each.rsplit(".", 1)) for each in tensors], targets, strict=False))
     return table
 
 
-def _module(part: str, weight: str) -> tuple[str, str]:
-    return part, weight.removesuffix(".weight").replace(".", "_")
+def _place(part: str, module: str, of: str) -> Place:
+    return part, module.replace(".", "_"), of
 
 
-def _changes(
-    scale: float, file: TensorFile, config: ModelConfig, targets: Mapping[tuple[str, str], Target]
-) -> list[Change]:
-    """What one file changes at a scale."""
+def _changes(lora: LoRA, file: TensorFile, config: ModelConfig, targets: Mapping[Place, Target]) -> list[Change]:
+    """What one file changes."""
     found: dict[Target, dict[str, str]] = {}  # the names of its tensors by their roles
     spelled: dict[Target, Name] = {}
     for tensor in file.entries:
-        name = read_name(tensor)
-        target = targets.get(_module(name.part, name.module)) if name else None
-        if name and target:
+        name = read_name(tensor, file.entries)
+        target = targets.get(_place(name.part, name.module, name.of)) if name else None
+        if name and target and (len(target.shape) > 1 or name.role == "diff"):
             tensors = found.setdefault(target, {})
             if name.role in tensors:
                 raise CheckpointError(f"{file.path} has two for one module: {tensors[name.role]} and {tensor}")
             tensors[name.role], spelled[target] = tensor, name
     _check(file, config, found)
-    alphas = read_alphas(file, [tensors["alpha"] for tensors in found.values() if "alpha" in tensors])
-    settings = read_settings(file)
+    names = [tensors[role] for tensors in found.values() for role in NUMBERS if role in tensors]
+    numbers, settings = read_numbers(file, names), read_settings(file)
 
-    def factor(target: Target, tensors: Mapping[str, str]) -> float:
-        part, module, _ = spelled[target]
-        rank = file.entries[tensors["down"]].shape[0]
-        return alphas[tensors["alpha"]] / rank if "alpha" in tensors else settings[part].factor(module, rank)
+    def change(target: Target, tensors: dict[str, str]) -> Change:
+        part, module, _, _ = spelled[target]
+        read = {role: name for role, name in tensors.items() if role not in NUMBERS}
+        said = {role: numbers[tensors[role]] for role in NUMBERS if role in tensors}
+        kind = kind_of(tensors)
+        assert kind is not None  # _check has refused those without
+        if "on_input" in said:
+            read = {"inputs" if said["on_input"] else "outputs": read["weight"]}
+            _check_ia3(file, read, target.shape)
+        rank = kind.rank and kind.rank({role: file.entries[name].shape for role, name in read.items()})
+        factor = said.get("scalar", 1.0)
+        if rank is not None:
+            factor *= said["alpha"] / rank if "alpha" in said else settings[part].factor(module, rank)
+        return Change(target, file, kind, read, factor, lora.scale)
 
-    return [
-        Change(target, file, tensors["down"], tensors["up"], scale * factor(target, tensors))
-        for target, tensors in found.items()
-    ]
+    return [change(target, tensors) for target, tensors in found.items()]
+
+
+def _check_ia3(file: TensorFile, tensors: Mapping[str, str], shape: Shape) -> None:
+    """Raises ``CheckpointError`` if a vector for the inputs is as long as the outputs are many, or the reverse."""
+    for role, name in tensors.items():
+        found, wanted = math.prod(file.entries[name].shape), shape[1 if role == "inputs" else 0]
+        if found != wanted:
+            raise CheckpointError(f"{file.path} has {found} numbers in {name}, expected {wanted} for the {role}")
 
 
 def _check(file: TensorFile, config: ModelConfig, found: Mapping[Target, Mapping[str, str]]) -> None:
@@ -214,30 +247,34 @@ def _check(file: TensorFile, config: ModelConfig, found: Mapping[Target, Mapping
     problems = misfits(shapes, expected)
     what = other_kind(shapes) if problems or not found else None
     if what:
-        raise CheckpointError(
-            f"{file.path} is {what}; expected a LoRA for {config.name}, made of lora_down and lora_up"
-        )
+        raise CheckpointError(f"{file.path} is {what}; expected a LoRA for {config.name}")
     if problems:
         raise CheckpointError(f"{file.path} does not fit {config.name}: {problems}")
     for tensors in found.values():
         for role, tensor in tensors.items():
             dtype = file.entries[tensor].dtype
-            if dtype not in READABLE and (role, dtype) != ("alpha", "I64"):
+            if dtype not in READABLE and (role not in NUMBERS or dtype != "I64"):
                 raise CheckpointError(f"{file.path} has {tensor} as {dtype}; expected {', '.join(READABLE)}")
 
 
 def _expected(target: Target, tensors: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The shapes of a target's tensors. Without one of the pair nothing is expected, not even an alpha."""
-    if not {"down", "up"} & tensors.keys():
+    """The shapes of a target's tensors. Where only an alpha or the like is there, nothing is expected."""
+    kind = kind_of(tensors)
+    if kind is None:
         return {}
-    down = tensors.get("down") or partner(tensors["up"])
-    up = partner(down)  # the other half of another adapter is unexpected
-    rank = (shapes.get(down, ())[:1] or shapes.get(up, ())[1:2] or (1,))[0] or 1  # rank 0 is mis-shaped
-    out, *inner = target.shape
-    wanted: dict[str, Shape] = {down: (rank, *inner), up: (out, rank, *[1] * len(inner[1:]))}
-    if "alpha" in tensors:
-        wanted[tensors["alpha"]] = ()
-    return {name: shapes[name] if _fits(shapes.get(name), shape) else shape for name, shape in wanted.items()}
+    start = next(tensors[role] for role in kind.start if role in tensors)
+    forms: dict[str, list[Shape]] = {}
+    for role, shape in kind.shapes(target.shape, {role: shapes[name] for role, name in tensors.items()}).items():
+        # The other matrix of a LoRA is that of the same adapter; one of another adapter is unexpected.
+        name = sibling(start, role) if role not in tensors or "down" in kind.start else tensors[role]
+        forms[name] = [shape]
+    if kind.rank is not None:
+        others: dict[str, list[Shape]] = {"alpha": [()], "scalar": [()], **magnitude_shapes(target.shape)}
+        forms |= {tensors[role]: shapes_of for role, shapes_of in others.items() if role in tensors}
+    return {
+        name: next((shapes[name] for shape in allowed if _fits(shapes.get(name), shape)), allowed[0])
+        for name, allowed in forms.items()
+    }
 
 
 def _fits(found: Shape | None, wanted: Shape) -> bool:

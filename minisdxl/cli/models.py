@@ -31,7 +31,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE|DIR[:SCALE]",
-        help="merge this LoRA of kohya's scripts or diffusers into the weights; may be given several times",
+        help="merge this LoRA (also LyCORIS, DoRA) into the weights; may be given several times",
     )
     add(
         "--embedding",
