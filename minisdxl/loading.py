@@ -48,8 +48,8 @@ def load(
         vae: a file or folder with another VAE, in the official or the diffusers layout.
         unet: the same for the U-Net; LCM-SDXL and SDXL-Lightning are published so.
         loras: files of LoRAs, in the format of kohya's scripts, LyCORIS or diffusers, or diffusers' folders. They are
-            merged into U-Net and text encoders in order: ``"FILE"``, ``"FILE:SCALE"``, or a
-            :class:`minisdxl.checkpoint.lora.LoRA`.
+            merged into U-Net and text encoders: ``"FILE"``, ``"FILE:SCALE"``, ``"FILE:SCALE:SCALE"`` with a scale of
+            its own for the text encoders, or a :class:`minisdxl.checkpoint.lora.LoRA`.
         embeddings: files of textual inversions, ``"FILE"`` or ``"FILE:NAME"``. Prompts use one by its name, or by
             ``embedding:NAME``. Those that a LoRA's file bundles are loaded with it.
         tokenizer: folder with the model's ``vocab.json`` and ``merges.txt``. ``None`` takes the folder ``tokenizer`` in

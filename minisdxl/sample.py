@@ -171,7 +171,7 @@ def _settings(
     others = {key: Path(getattr(options, key)).name for key in ("vae", "unet") if getattr(options, key)}
     weights = options.weights if is_hub_id(options.weights) else weights_path(options.weights).name
     model = {"weights": weights, **others, "sha256": digest.hexdigest()}
-    loras = [{"file": lora.path.name, "scale": lora.scale, "sha256": _sha256(lora.file)} for lora in options.lora]
+    loras = [{"file": lora.path.name, **lora.scales, "sha256": _sha256(lora.file)} for lora in options.lora]
     embeddings = [
         {"file": each.path.name, "name": each.name, "sha256": _sha256(each.path)} for each in options.embedding
     ]

@@ -181,6 +181,7 @@ def rescale(weight: Tensor, lengths: Tensor, role: str) -> Tensor:
         role: one of ``MAGNITUDES``.
     """
     axis = 0 if role == "magnitude" or len(lengths) == len(weight) else 1
-    others = [each for each in range(weight.ndim) if each != axis]
-    norms = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
-    return weight * (_along(lengths, axis, weight) / norms.clamp(min=torch.finfo(norms.dtype).tiny))
+    others, tiny = [each for each in range(weight.ndim) if each != axis], torch.finfo(weight.dtype).tiny
+    direction = weight / weight.abs().amax(dim=others, keepdim=True).clamp(min=tiny)  # whose squares cannot overflow
+    norms = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
+    return direction / norms.clamp(min=tiny) * _along(lengths, axis, weight)

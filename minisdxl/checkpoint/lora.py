@@ -9,6 +9,7 @@ and PEFT do at scales other than 1 differs; ComfyUI and AUTOMATIC1111's web UI d
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,22 @@ class LoRA:
     """A file or folder, and how much of it to merge: 1 is all. Raises ``ValueError`` for a scale that is not finite."""
 
     path: Path  # or the name of one that is published
-    scale: float = 1.0
+    scale: float = 1.0  # for the U-Net
+    text_scale: float | None = None  # for the text encoders; ``None``: as for the U-Net
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale of {self.path} is {self.scale}, expected a finite number, such as 0.8")
+        for scale in (self.scale, self.scale_of("text_encoder")):
+            if not math.isfinite(scale):
+                raise ValueError(f"scale of {self.path} is {scale}, expected a finite number, such as 0.8")
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Both scales by the names of their fields, without the second where it is the first."""
+        return {"scale": self.scale} | ({} if self.text_scale is None else {"text_scale": self.text_scale})
+
+    def scale_of(self, part: str) -> float:
+        """The scale for a part of the model, one of ``PARTS``."""
+        return self.scale if part == "unet" or self.text_scale is None else self.text_scale
 
     @property
     def file(self) -> Path:
@@ -64,20 +76,28 @@ class LoRA:
 
     @classmethod
     def parse(cls, text: str) -> LoRA:
-        """Reads ``FILE`` or ``FILE:SCALE``; a colon that no number follows belongs to the file's name.
+        """Reads ``FILE``, ``FILE:SCALE``, or ``FILE:SCALE:SCALE`` with another scale for the text encoders.
 
-        Raises ``ValueError`` for a text such as ``x.safetensors:abc``, unless it is the name of a file.
+        A colon that no number follows belongs to the file's name, as does one in the name of an existing file. Raises
+        ``ValueError`` for a text such as ``x.safetensors:abc``, unless it is the name of a file.
         """
-        file, _, scale = text.rpartition(":")
-        if not file:
-            return cls(Path(text))
-        try:
-            number = float(scale)
-        except ValueError:
-            if file.endswith(".safetensors") and not Path(text).is_file():
-                raise ValueError(f"scale of {file} is {scale!r}, expected a number, such as 0.8") from None
-            return cls(Path(text))
-        return cls(Path(file), number)
+        file, scales = text, list[float]()
+        while len(scales) < 2 and not Path(file).exists():
+            start, _, scale = file.rpartition(":")
+            number = _number(scale)
+            if not start or number is None:
+                if match := re.fullmatch(r"(.*\.safetensors)(:[^:/]*)?", start):
+                    raise ValueError(f"scale of {match[1]} is {scale!r}, expected a number, such as 0.8")
+                break
+            file, scales = start, [number, *scales]
+        return cls(Path(file), *scales)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -117,10 +137,9 @@ class Change:
 
     def add_to(self, weight: Tensor, base: Tensor) -> None:
         """Adds the change of ``base`` in place to a weight, which may be the same. Raises ``CheckpointError``."""
-        tensors = {
-            role: torch.empty(self.file.entries[name].shape, dtype=weight.dtype, device=weight.device)
-            for role, name in self.tensors.items()
-        }
+        shapes = {role: self.file.entries[name].shape for role, name in self.tensors.items()}
+        shapes |= {role: shape for role, shape in self.kind.shapes(self.target.shape, shapes).items() if role in shapes}
+        tensors = {role: torch.empty(shape, dtype=weight.dtype, device=weight.device) for role, shape in shapes.items()}
         self.file.read_into({self.tensors[role]: tensor for role, tensor in tensors.items()})
         product, factor = self.kind.product(tensors, base).reshape(weight.shape), self.factor
         if self.lengths is not None:
@@ -223,7 +242,7 @@ def _changes(lora: LoRA, file: TensorFile, config: ModelConfig, targets: Mapping
         factor = said.get("scalar", 1.0)
         if rank is not None:
             factor *= said["alpha"] / rank if "alpha" in said else settings[part].factor(module, rank)
-        return Change(target, file, kind, read, factor, lora.scale)
+        return Change(target, file, kind, read, factor, lora.scale_of(part))
 
     return [change(target, tensors) for target, tensors in found.items()]
 

@@ -30,8 +30,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--lora",
         action="append",
         default=[],
-        metavar="FILE|DIR[:SCALE]",
-        help="merge this LoRA (also LyCORIS, DoRA) into the weights; may be given several times",
+        metavar="FILE|DIR[:SCALE[:SCALE]]",
+        help="merge this LoRA (also LyCORIS, DoRA) into the weights, the text encoders' at the second scale; may be "
+        "given several times",
     )
     add(
         "--embedding",

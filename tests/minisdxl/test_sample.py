@@ -142,7 +142,7 @@ def test_picture_is_made_again_from_its_record_alone(
 
 
 def lora_file(path: Path) -> Path:
-    """A LoRA for the self-attention of the bundled model."""
+    """A LoRA for the self-attention and the first text encoder of the bundled model."""
     tensors = {}
     generator = torch.Generator().manual_seed(0)
     for name, shape in open_source(BUNDLED["shapes"]).shapes.items():
@@ -151,6 +151,10 @@ def lora_file(path: Path) -> Path:
             module = name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_")
             tensors[f"lora_unet_{module}.lora_down.weight"] = torch.randn(2, width, generator=generator)
             tensors[f"lora_unet_{module}.lora_up.weight"] = torch.randn(out, 2, generator=generator) / width
+        elif name.endswith("embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight"):
+            module = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+            tensors[f"{module}.lora_down.weight"] = torch.randn(2, shape[1], generator=generator)
+            tensors[f"{module}.lora_up.weight"] = torch.randn(shape[0], 2, generator=generator) / shape[1]
     save_file(tensors, path)
     return path
 
@@ -168,6 +172,22 @@ def test_loras_are_merged_and_recorded(tmp_path: Path, plain: Path) -> None:
     assert Image.open(again).tobytes() == Image.open(first).tobytes() != Image.open(plain).tobytes()
     main([*options, "--lora", f"{file}:0", "--out", str(none)])
     assert Image.open(none).tobytes() == Image.open(plain).tobytes()
+
+
+def test_two_scales_are_recorded_and_reproduce(tmp_path: Path, plain: Path) -> None:
+    file = lora_file(tmp_path / "style.safetensors")
+    options = [PROMPT, *QUICK, "--seed", "7"]
+    pictures = {scales: tmp_path / f"{scales}.png" for scales in ("1", "1:0", "0:1", "0:0")}
+    for scales, picture in pictures.items():
+        main([*options, "--lora", f"{file}:{scales}", "--out", str(picture)])
+    pixels = [Image.open(each).tobytes() for each in (plain, *pictures.values())]
+    assert pixels[0] == pixels[4] and len(set(pixels)) == 4
+    (recorded,) = record_of(pictures["1:0"])["lora"]
+    assert (recorded["scale"], recorded["text_scale"]) == (1.0, 0.0)
+    assert "text_scale" not in record_of(pictures["1"])["lora"][0]
+    again = tmp_path / "again.png"
+    main([*options, f"--lora={file}:{recorded['scale']}:{recorded['text_scale']}", "--out", str(again)])
+    assert Image.open(again).tobytes() == pixels[2]
 
 
 @pytest.mark.parametrize(

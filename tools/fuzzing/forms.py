@@ -93,6 +93,25 @@ LORAS = {
     ),
 }
 
+# One LyCORIS file: a LoHa with a DoRA's lengths, a LoKr, and whole differences of a weight and its bias. The shapes of
+# the tensors of each weight, by their names without the module's.
+LYCORIS = "--lora of LyCORIS"
+LYCORIS_MODULES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
+    _CHANGED[0]: (
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+        {
+            **{"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)},
+            **{"alpha": (), "dora_scale": (8, 1)},
+        },
+    ),
+    _CHANGED[1]: (
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+        {"lokr_w1": (2, 2), "lokr_w2_a": (2, 1), "lokr_w2_b": (1, 2), "alpha": ()},
+    ),
+    _CHANGED[2]: ("lora_te2_text_model_encoder_layers_1_mlp_fc1", {"diff": (32, 8)}),
+    _CHANGED[2].replace("weight", "bias"): ("lora_te2_text_model_encoder_layers_1_mlp_fc1", {"diff_b": (32,)}),
+}
+
 Node = Literal["folder", "pipe"]  # what can stand in place of a file
 Files = dict[str, bytes | Node]  # by their paths
 
@@ -194,7 +213,9 @@ def forms() -> dict[str, Form]:
     vae, unet = "vae.safetensors", "unet.safetensors"
     vae_file = file_bytes({name: t.float() for name, t in official.items() if name.startswith(PARTS["vae"].prefix)})
     vae_folder = {path.removeprefix("model/"): folder[path] for path in folder if path.startswith("model/vae/")}
-    lora_names = {form: f"{LORA_FOLDER}/{LORA_FILE}" if form == "--lora folder" else LORA for form in LORAS}
+    lora_names = {LYCORIS: LORA} | {
+        form: f"{LORA_FOLDER}/{LORA_FILE}" if form == "--lora folder" else LORA for form in LORAS
+    }
     loras = {
         form: Form(
             {single: file_bytes(official, metadata), **tokenizer, name: lora_file(form)},
@@ -230,9 +251,14 @@ def role(path: str) -> str:
 
 
 def lora_file(form: str) -> bytes:
-    """A LoRA of rank 2 in one of the forms of ``LORAS``, one of them with an embedding beside it."""
+    """A LoRA of rank 2 in one of the forms of ``LORAS``, one of them with an embedding beside it; or ``LYCORIS``."""
     generator = torch.Generator().manual_seed(1)
     tensors: dict[str, Tensor] = {}
+    if form == LYCORIS:
+        for module, shapes in LYCORIS_MODULES.values():
+            drawn = {role: torch.randn(shape, generator=generator) for role, shape in shapes.items()}
+            tensors |= {f"{module}.{role}": tensor for role, tensor in drawn.items()}
+        return file_bytes(tensors, {"ss_network_module": "lycoris.kohya"})
     for official, names in LORAS[form].items():
         rows, columns = weights()[official].shape
         down, up = torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator).half()

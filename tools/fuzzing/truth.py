@@ -19,7 +19,7 @@ from minisdxl.checkpoint.folder_writer import COMPONENTS
 from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.modules import CONFIG_KEY
 from tools.fuzzing.damage import Case
-from tools.fuzzing.forms import CONFIG, IDS, LORAS, Files, bytes_of, forms, role, weights
+from tools.fuzzing.forms import CONFIG, IDS, LORAS, LYCORIS, LYCORIS_MODULES, Files, bytes_of, forms, role, weights
 
 
 class Violation(Exception):
@@ -95,6 +95,8 @@ def right_weights(case: Case) -> tuple[Tensor, Tensor]:
     numbers = flat(found[name].double() * scales[name] for name in sound.shapes)[sound.places]
     # The VAE is fp32 always.
     numbers = torch.where(vae_mask(), numbers.float().double(), numbers.to(case.dtype).double())
+    if case.form == LYCORIS:
+        return merge_lycoris(numbers, found, case.dtype)
     if case.form in LORAS:
         return merge_lora(case.form, numbers, found, case.dtype)
     # A scale is fp32, and no other changes a number.
@@ -136,6 +138,54 @@ def merge_lora(form: str, numbers: Tensor, found: Mapping[str, Tensor], dtype: t
         margin += 1e-5 * abs(factor) * (up.abs() @ down.abs()).flatten() + torch.finfo(dtype).eps * values.abs()
         values.copy_(values.to(dtype))
     return numbers, margins
+
+
+def merge_lycoris(numbers: Tensor, found: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All numbers with the changes of a LyCORIS file, and how far off they may be."""
+    margins = torch.zeros_like(numbers)
+    sizes = [tensor.numel() for tensor in weights().values()]
+    views = zip(torch.split(numbers, sizes), torch.split(margins, sizes), strict=True)
+    places = dict(zip(weights(), views, strict=True))
+    for official, (module, shapes) in LYCORIS_MODULES.items():
+        names = {role: f"{forms()[LYCORIS].options['lora']}: {module}.{role}" for role in shapes}
+        tensors = {role: found[name].double() for role, name in names.items() if name in found}
+        if not tensors:
+            continue
+        absent = names.keys() - tensors.keys() - {"alpha", "dora_scale"}
+        if absent:
+            raise Violation(f"loaded without {min(absent)} of {module}")
+        values, margin = places[official]  # views of what is returned
+        shape = weights()[official].shape
+        change, size = (made(each, shape) for each in (tensors, {role: t.abs() for role, t in tensors.items()}))
+        new, error = values.view(shape) + change, 1e-5 * size.abs()
+        if "dora_scale" in tensors:
+            new, error = with_lengths(new, error, tensors["dora_scale"])
+        margin += error.flatten() + torch.finfo(dtype).eps * (new.flatten().abs() + values.abs())
+        values.copy_(new.flatten().to(dtype))
+    return numbers, margins
+
+
+def made(tensors: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    """The change that the tensors of one weight make, each number by itself as LyCORIS' paper has it."""
+    match tensors:
+        case {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d}:
+            rank = b.shape[0]
+            change = (a.flatten(1) @ b.flatten(1)) * (c.flatten(1) @ d.flatten(1))
+        case {"lokr_w1": first, "lokr_w2_a": a, "lokr_w2_b": b}:
+            rank = b.shape[0]
+            change = torch.kron(first.flatten(1), a.flatten(1) @ b.flatten(1))
+        case {"diff": change} | {"diff_b": change}:
+            return change.reshape(shape)
+    return change.reshape(shape) * float(tensors.get("alpha", torch.tensor(rank))) / rank
+
+
+def with_lengths(weight: Tensor, error: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight whose rows or columns have the given lengths, and how far off it may be for an error before."""
+    axis = 1 if lengths.shape[0] == len(weight) else 0  # over which the sum of squares runs
+    norms = weight.square().sum(axis, keepdim=True).sqrt()
+    lengths = lengths.reshape(norms.shape)
+    off = error + weight.abs() * (error.square().sum(axis, keepdim=True).sqrt() / norms + 1e-6)
+    return weight / norms * lengths, off / norms * lengths.abs()
 
 
 @cache

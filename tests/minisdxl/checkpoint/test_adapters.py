@@ -491,3 +491,14 @@ def test_settings_of_other_peft_adapters_are_refused(tmp_path: Path, state: Tens
     merged(state, LoRA(path))
     with pytest.raises(CheckpointError, match="is a PEFT adapter of type 'LOHA' for unet; expected LORA"):
         merged(state, LoRA(written(path, loha(), metadata)))
+
+
+def test_matrices_may_be_1x1_convolutions(tmp_path: Path, state: Tensors) -> None:
+    """And numbers lists of one, as some programs write them."""
+    plain = every_kind(state, {where: kind for where, kind in MIXED.items() if where != "norm"})
+    turned = {
+        name: tensor[..., None, None] if tensor.ndim == 2 else tensor[None] if tensor.ndim == 0 else tensor
+        for name, tensor in plain.items()
+    }
+    files = [written(tmp_path / f"{n}.safetensors", tensors) for n, tensors in enumerate((plain, turned))]
+    assert largest(*(merged(state, LoRA(file)) for file in files)) == 0 < largest(merged(state, LoRA(files[0])), state)

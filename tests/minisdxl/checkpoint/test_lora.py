@@ -580,35 +580,54 @@ def test_every_weight_of_sdxl_has_its_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "path", "scale"),
+    ("text", "path", "scales"),
     [
-        ("x.safetensors", "x.safetensors", 1.0),
-        ("x.safetensors:0.8", "x.safetensors", 0.8),
-        ("x.safetensors:-1e-2", "x.safetensors", -0.01),
-        ("a:b/x.safetensors", "a:b/x.safetensors", 1.0),
-        ("a:b/x.safetensors:2", "a:b/x.safetensors", 2.0),
-        (r"C:\loras\x.safetensors", r"C:\loras\x.safetensors", 1.0),
-        (r"C:\loras\x.safetensors:.5", r"C:\loras\x.safetensors", 0.5),
-        ("lora:v2", "lora:v2", 1.0),
-        (":0.5", ":0.5", 1.0),
+        ("x.safetensors", "x.safetensors", ()),
+        ("x.safetensors:0.8", "x.safetensors", (0.8,)),
+        ("x.safetensors:-1e-2", "x.safetensors", (-0.01,)),
+        ("x.safetensors:0.8:0.5", "x.safetensors", (0.8, 0.5)),
+        ("x.safetensors:1:-.5", "x.safetensors", (1.0, -0.5)),
+        ("x.safetensors:1:2:3", "x.safetensors:1", (2.0, 3.0)),
+        ("a:b/x.safetensors", "a:b/x.safetensors", ()),
+        ("a:b/x.safetensors:2", "a:b/x.safetensors", (2.0,)),
+        ("a:b/x.safetensors:2:0", "a:b/x.safetensors", (2.0, 0.0)),
+        (r"C:\loras\x.safetensors", r"C:\loras\x.safetensors", ()),
+        (r"C:\loras\x.safetensors:.5", r"C:\loras\x.safetensors", (0.5,)),
+        (r"C:\loras\x.safetensors:.5:1", r"C:\loras\x.safetensors", (0.5, 1.0)),
+        ("lora:v2", "lora:v2", ()),
+        ("lora:v2:2:1", "lora:v2", (2.0, 1.0)),
+        (":0.5", ":0.5", ()),
     ],
 )
-def test_scale_follows_the_last_colon(text: str, path: str, scale: float) -> None:
-    assert LoRA.parse(text) == LoRA(Path(path), scale)
+def test_scales_follow_the_last_colons(text: str, path: str, scales: tuple[float, ...]) -> None:
+    assert LoRA.parse(text) == LoRA(Path(path), *scales)
 
 
 def test_a_file_may_have_a_colon_in_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors:old"
-    path.touch()
-    assert LoRA.parse(str(path)) == LoRA(path)
+    for name in ("x.safetensors:old", "x:2"):
+        path = tmp_path / name
+        path.touch()
+        assert LoRA.parse(str(path)) == LoRA(path)
+        assert LoRA.parse(f"{path}:0.5") == LoRA(path, 0.5)
+        assert LoRA.parse(f"{path}:0.5:2") == LoRA(path, 0.5, 2.0)
+
+
+def test_each_scale_is_for_its_parts(base: Path, files: list[Path]) -> None:
+    """The first for the U-Net, the second for both text encoders."""
+    both, mixed = state(base, LoRA(files[0], 0.5)), state(base, LoRA(files[0], 0.5, -2.0))
+    other = state(base, LoRA(files[0], -2.0))
+    for name, tensor in mixed.items():
+        assert torch.equal(tensor, (other if name.startswith("conditioner.") else both)[name]), name
+    assert difference(mixed, both) > 0.1 < difference(mixed, other)
 
 
 @pytest.mark.parametrize("scale", ["abc", "", "nan", "-inf"])
-def test_scale_that_is_no_finite_number_is_refused(base: Path, scale: str) -> None:
+@pytest.mark.parametrize("around", ["{}", "1:{}", "{}:1"])
+def test_scale_that_is_no_finite_number_is_refused(base: Path, scale: str, around: str) -> None:
     with pytest.raises(
         ValueError, match=rf"scale of x\.safetensors is '?{scale}'?, expected a (finite )?number, such as"
     ):
-        minisdxl.load(base, tokenizer=VOCABULARY, loras=[f"x.safetensors:{scale}"])
+        minisdxl.load(base, tokenizer=VOCABULARY, loras=[f"x.safetensors:{around.format(scale)}"])
 
 
 def refusal(base: Path, path: Path) -> str:
