@@ -15,19 +15,24 @@ import torch
 from torch import Tensor
 
 from minisdxl.checkpoint.atomic import atomic_folder
+from minisdxl.checkpoint.embeddings import read_embeddings
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.folder_reader import SCHEDULER
 from minisdxl.checkpoint.folder_writer import json_files, tokenizer_files
 from minisdxl.checkpoint.json_fields import Fields
 from minisdxl.checkpoint.layouts import PARTS, layout
+from minisdxl.checkpoint.lora import Change, LoRA, merge, open_loras
 from minisdxl.checkpoint.modules import file_metadata, open_source
 from minisdxl.checkpoint.resolve import Source
 from minisdxl.checkpoint.tensorfile import Spec, write_container, write_tensors
 from minisdxl.cli.options import DTYPES, Parser
+from minisdxl.config import ModelConfig
 from minisdxl.loading import weights_path
 from minisdxl.tokenizer import Vocabulary, load_vocabulary
 
 logger = logging.getLogger(__name__)
+
+Changes = Mapping[str, Sequence[Change]]  # by the official name of the tensor that they change
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--dtype", choices=DTYPES, help="of the weights (default: each tensor keeps its own)")
     add("--vae", metavar="FILE|DIR", help="take the VAE from here, in either layout")
     add("--unet", metavar="FILE|DIR", help="take the U-Net from here, in either layout")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE|DIR[:SCALE[:SCALE]]",
+        help="merge this LoRA into what is written, as for sample; may be given several times",
+    )
     add("--tokenizer", metavar="DIR", help="folder of the vocabulary, for a diffusers TARGET (default: as for sample)")
     options = parser.parse_args(arguments)
     single = options.to == "single" if options.to else options.target.suffix == ".safetensors"
@@ -47,26 +59,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with parser.one_line("nothing was written"):
         path = weights_path(options.source)
         source = open_source(path, dtype or torch.float32, vae=options.vae, unet=options.unet)
-        for note in source.notes:
+        loras = [LoRA.parse(text) for text in options.lora]
+        changes = open_loras(loras, source.config, source.shapes)
+        for note in [*source.notes, *_left_out(loras, source.config)]:
             logger.warning(note)
         if single:
-            write_single(source, options.target, dtype)
+            write_single(source, options.target, dtype, changes)
         else:
             vocabulary = load_vocabulary(path, options.tokenizer)
             scheduler = Fields.read(path / SCHEDULER).values if path.is_dir() else None
-            write_folder(source, options.target, vocabulary, dtype, scheduler)
+            write_folder(source, options.target, vocabulary, dtype, scheduler, changes)
     kind = "one file; the vocabulary is not in it" if single else "a diffusers folder"
     print(f"{options.target}  {source.config.name}, {kind}")
 
 
-def write_single(source: Source, path: Path, dtype: torch.dtype | None = None) -> None:
+def _left_out(loras: Sequence[LoRA], config: ModelConfig) -> list[str]:
+    """A line for each LoRA that has embeddings beside it. Raises ``CheckpointError`` if they are damaged."""
+    bundled = {lora.file: ", ".join(read_embeddings([], [lora.file], config)) for lora in loras}
+    return [
+        f"{file} also has the embedding {names}, for which a model has no place: load it with --lora {file}:0"
+        for file, names in bundled.items()
+        if names
+    ]
+
+
+def write_single(source: Source, path: Path, dtype: torch.dtype | None = None, changes: Sequence[Change] = ()) -> None:
     """Writes one file in the official layout, whole or not at all. ``None`` keeps the dtype of each tensor.
 
+    ``changes`` are merged into its tensors: what :func:`minisdxl.checkpoint.lora.open_loras` has found.
+
     Raises:
-        CheckpointError: if the file cannot be written, or numbers are too large for the dtype.
+        CheckpointError: if the file cannot be written, numbers are too large for the dtype, or a LoRA cannot be read.
     """
     specs = {name: (dtype or source.stored[name].dtype, shape) for name, shape in source.shapes.items()}
-    tensors = (_read(source, name, specs[name][0]) for name in specs)
+    table = _by_tensor(changes)
+    tensors = (_read(source, name, specs[name][0], table) for name in specs)
     write_tensors(path, specs, tensors, file_metadata(source.config))
 
 
@@ -76,6 +103,7 @@ def write_folder(
     vocabulary: Vocabulary,
     dtype: torch.dtype | None = None,
     scheduler: Mapping[str, Any] | None = None,
+    changes: Sequence[Change] = (),
 ) -> None:
     """Writes a new diffusers folder, whole or not at all.
 
@@ -85,28 +113,30 @@ def write_folder(
         vocabulary: of both tokenizers.
         dtype: of all weights; ``None`` keeps the dtype of each tensor.
         scheduler: the content of ``scheduler_config.json``; ``None`` for the Euler sampler of this package.
+        changes: to merge into the weights, as for :func:`write_single`.
 
     Raises:
-        CheckpointError: if diffusers has no such model, if the folder exists or cannot be written, or if numbers are
-            too large for the dtype.
+        CheckpointError: if diffusers has no such model, if the folder exists or cannot be written, if numbers are too
+            large for the dtype, or if a LoRA cannot be read.
         ValueError: if the vocabulary is not that of the text encoders.
     """
     files = {name: json.dumps(content, indent=2) for name, content in json_files(path, source.config).items()}
     files |= tokenizer_files(source.config, vocabulary)
     if scheduler is not None:
         files[SCHEDULER] = json.dumps(scheduler, indent=2)
+    table = _by_tensor(changes)
     try:
         with atomic_folder(path) as temporary:
             for name, text in files.items():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 (temporary / name).write_text(text, encoding="utf-8")
             for part in PARTS:
-                _write_part(source, part, temporary / part / f"{PARTS[part].weights}.safetensors", dtype)
+                _write_part(source, part, temporary / part / f"{PARTS[part].weights}.safetensors", dtype, table)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _write_part(source: Source, part: str, path: Path, dtype: torch.dtype | None) -> None:
+def _write_part(source: Source, part: str, path: Path, dtype: torch.dtype | None, changes: Changes) -> None:
     names, prefix = layout(part, source.config), PARTS[part].prefix
     mappings = {name: names.mapping(name.removeprefix(prefix)) for name in source.shapes if name.startswith(prefix)}
     dtypes = {name: dtype or source.stored[name].dtype for name in mappings}
@@ -117,14 +147,22 @@ def _write_part(source: Source, part: str, path: Path, dtype: torch.dtype | None
 
     def tensors() -> Iterator[Tensor]:
         for name, place in mappings.items():
-            yield from place.split(_read(source, name, dtypes[name]))
+            yield from place.split(_read(source, name, dtypes[name], changes))
 
     with path.open("wb") as file:
         write_container(file, specs, tensors(), {"format": "pt"})
 
 
-def _read(source: Source, name: str, dtype: torch.dtype) -> Tensor:
+def _by_tensor(changes: Sequence[Change]) -> Changes:
+    table: dict[str, list[Change]] = {}
+    for change in changes:
+        table.setdefault(change.target.official, []).append(change)
+    return table
+
+
+def _read(source: Source, name: str, dtype: torch.dtype, changes: Changes) -> Tensor:
     tensor = source.read(name, dtype)
+    merge(changes.get(name, ()), {name: tensor})
     if not tensor.isfinite().all():
         raise CheckpointError(f"{name} has values that are not finite numbers in {dtype}; try bf16 or fp32")
     return tensor

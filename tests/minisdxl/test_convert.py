@@ -18,7 +18,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import minisdxl
 from minisdxl.checkpoint.errors import CheckpointError
@@ -204,6 +204,70 @@ def test_other_parts_are_put_in(tmp_path: Path, single: Path, folder: Path) -> N
         assert torch.equal(mixed[name], expected), name
 
 
+def lora_files(folder: Path) -> list[str]:
+    """A LoRA for the U-Net and a text encoder, and a LyCORIS file for the same and a bias, each with its scales."""
+    torch.manual_seed(4)
+    attention, text = "unet_mid_block_attentions_0_proj_in", "te2_text_model_encoder_layers_1_self_attn_v_proj"
+    pair = {
+        f"lora_{module}.lora_{role}.weight": 0.3 * torch.randn(shape)
+        for module in (attention, text)
+        for role, shape in (("down", (2, 24)), ("up", (24, 2)))
+    }
+    lycoris = {
+        f"lora_{attention}.diff_b": torch.randn(24),
+        f"lora_{attention}.lokr_w1": torch.randn(4, 4),
+        f"lora_{attention}.lokr_w2": 0.1 * torch.randn(6, 6),
+        f"lora_{attention}.dora_scale": torch.rand(24, 1),
+        f"lora_{text}.diff": 0.3 * torch.randn(24, 24),
+    }
+    for name, tensors in (("pair", pair), ("lycoris", lycoris)):
+        save_file(tensors, folder / f"{name}.safetensors")
+    return [f"{folder}/pair.safetensors:0.7:-0.4", f"{folder}/lycoris.safetensors:0.5"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("target", ["baked.safetensors", "baked"])
+def test_merged_loras_are_those_of_loading(tmp_path: Path, dtype: str, target: str) -> None:
+    """The same bits, and so the same pictures."""
+    stored = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
+    base, loras = tiny_file(tmp_path / "base.safetensors", stored), lora_files(tmp_path)
+    options = [each for lora in loras for each in ("--lora", lora)]
+    main([str(base), str(tmp_path / target), *options, *TOKENIZER])
+    tokenizer = VOCABULARY if target.endswith(".safetensors") else None
+    baked = minisdxl.load(tmp_path / target, dtype=stored, tokenizer=tokenizer)
+    loaded = minisdxl.load(base, dtype=stored, tokenizer=VOCABULARY, loras=loras)
+    plain = minisdxl.load(base, dtype=stored, tokenizer=VOCABULARY)
+    changed = 0
+    for one, other, before in zip(*(state_of(each) for each in (baked, loaded, plain)), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+        changed += not torch.equal(one, before)
+    print(f"{changed} tensors changed")
+    assert changed == 3
+    if dtype == "fp32":
+        pictures = [each.generate([PROMPT], steps=2, seed=3)[0].tobytes() for each in (baked, loaded, plain)]
+        assert pictures[0] == pictures[1] != pictures[2]
+
+
+def state_of(sdxl: minisdxl.SDXL) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    for part in (sdxl.unet, sdxl.vae, sdxl.text):
+        assert isinstance(part, nn.Module)
+        tensors += part.state_dict().values()
+    return tensors
+
+
+def test_embeddings_beside_a_lora_are_not_lost_silently(
+    tmp_path: Path, single: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora_files(tmp_path)
+    tensors = load_file(tmp_path / "pair.safetensors")
+    file = tmp_path / "bundle.safetensors"
+    widths = zip(("clip_l", "clip_g"), TINY.text, strict=True)
+    save_file(tensors | {f"bundle_emb.gloop.{name}": torch.ones(1, text.width) for name, text in widths}, file)
+    main([str(single), str(tmp_path / "a.safetensors"), "--lora", str(file)])
+    assert f"{file} also has the embedding gloop, for which a model has no place" in caplog.text
+
+
 def test_a_folder_keeps_its_scheduler(tmp_path: Path, single: Path, folder: Path) -> None:
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["timestep_spacing"] == "trailing"
     scheduler = {
@@ -242,6 +306,9 @@ def test_bad_input_is_one_line(tmp_path: Path, single: Path, folder: Path, capsy
     assert "--dtype" in refused(capsys, single, target, "--dtype", "int3")
     assert "--to" in refused(capsys, single, target, "--to", "ckpt")
     assert "nowhere does not exist" in refused(capsys, single, target, *TOKENIZER, "--vae", tmp_path / "nowhere")
+    lora = ("--lora", tmp_path / "x.safetensors")
+    assert "x.safetensors does not exist" in refused(capsys, single, target, *TOKENIZER, *lora)
+    assert "is a whole SDXL model; expected a LoRA" in refused(capsys, single, target, *TOKENIZER, "--lora", single)
     assert "vocab.json is missing" in refused(capsys, single, target, "--tokenizer", tmp_path)
     assert f"cannot write {folder}" in refused(capsys, single, folder, *TOKENIZER)
     assert "is already there, expected the name of a new folder" in refused(
