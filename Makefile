@@ -4,13 +4,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= a small red circle above a big blue square on a white background
 
-.PHONY: sample test lint clean
+.PHONY: sample test test-programs lint clean
 
 sample: .venv/installed
 	$(BIN)/python -m minisdxl.sample "$(PROMPT)" --prune --compare
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+test-programs: .venv/installed-test
+	$(BIN)/python -m pytest -m programs -n auto --dist loadgroup
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
