@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from atedm.plan import Site
@@ -168,6 +168,11 @@ class Defaults:
         _require(math.isfinite(self.cfg), f"default cfg is {self.cfg}, expected a finite number")
 
 
+def inpainting_channels(latent: int) -> int:
+    """Input channels of an inpainting model's U-Net: a latent, a mask, and the latent of the masked picture."""
+    return latent + 1 + latent
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A complete model: U-Net, VAE, two text encoders, noise levels, picture size and default settings."""
@@ -201,10 +206,17 @@ class ModelConfig:
             vector == self.unet.vector_channels,
             f"text and sizes give {vector} vector channels, the U-Net takes {self.unet.vector_channels}",
         )
+        latent = self.vae.latent_channels
         _require(
-            self.unet.in_channels == self.vae.latent_channels,
-            f"the VAE has {self.vae.latent_channels} latent channels, the U-Net takes {self.unet.in_channels}",
+            self.unet.in_channels in (latent, inpainting_channels(latent)),
+            f"the VAE has {latent} latent channels, the U-Net takes {self.unet.in_channels}; "
+            f"expected {latent}, or {inpainting_channels(latent)} of an inpainting model",
         )
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether it is an inpainting model, whose U-Net sees the mask and the masked picture beside the latent."""
+        return self.unet.in_channels == inpainting_channels(self.vae.latent_channels)
 
     def picture_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """The (width, height) of a picture in pixels; ``None`` is the size that the model was made for.
@@ -318,6 +330,9 @@ SDXL_BASE = ModelConfig(
     buckets=tuple((width, height) for height, widths in _WIDTHS.items() for width in widths),
 )
 
+# diffusers/stable-diffusion-xl-1.0-inpainting-0.1: unet/config.json.
+SDXL_INPAINTING = replace(SDXL_BASE, name="sdxl-inpainting", unet=replace(SDXL_BASE.unet, in_channels=9))
+
 SHAPES = ModelConfig(
     name="shapes",
     unet=UNetConfig(
@@ -349,4 +364,4 @@ SHAPES = ModelConfig(
     ),
 )
 
-MODELS = {config.name: config for config in (SDXL_BASE, SHAPES)}
+MODELS = {config.name: config for config in (SDXL_BASE, SDXL_INPAINTING, SHAPES)}

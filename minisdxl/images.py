@@ -10,6 +10,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from minisdxl.vae import VAE
+
 
 def to_image(picture: Tensor) -> Image.Image:
     """The image of a picture (3, H, W). Values outside [-1, 1] are clipped."""
@@ -24,6 +26,22 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """
     pixels = np.array(to_rgb(image).resize(size, Image.Resampling.LANCZOS))
     return rearrange(torch.from_numpy(pixels).float().div(127.5).sub(1), "h w c -> 1 c h w")
+
+
+def encode_image(vae: VAE, image: Image.Image | None, size: tuple[int, int]) -> Tensor | None:
+    """The latent of an image, resized to ``size`` (width, height); ``None`` for no image.
+
+    Warns and raises as :func:`to_rgb` and :func:`encode_pixels`.
+    """
+    return None if image is None else encode_pixels(vae, to_pixels(image, size))
+
+
+def encode_pixels(vae: VAE, pixels: Tensor) -> Tensor:
+    """The latents (B, 4, h, w) in fp32 of pixels (B, 3, H, W) in [-1, 1], on the device of the VAE.
+
+    Raises ``ArithmeticError`` if the encoder overflows.
+    """
+    return check_finite("the VAE encoder", vae.encode(pixels.to(vae.quant_conv.weight.device))).float()
 
 
 # What white may be in Pillow's modes of more than 8 bits. "I" and "F" do not say how their numbers are meant.

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from minisdxl.config import ModelConfig
-from minisdxl.images import check_finite, to_image, to_pixels
+from minisdxl.images import check_finite, encode_image, to_image
 from minisdxl.prompting.encoders import PromptEncoders, same_length
 from minisdxl.runtime.allocator import freed_memory_kept
 from minisdxl.runtime.compiled import CompiledUNet
 from minisdxl.runtime.encoded import EncodedPrompts, encode_each
+from minisdxl.runtime.inpainting import find_masked, masked_solver, masked_unet, with_picture
 from minisdxl.runtime.strips import decode_in_strips
 from minisdxl.sampler import UNetInputs, draw_noise, guided_denoiser, image_generators, initial_noise
 from minisdxl.settings import Settings, check_prompts, check_settings
@@ -71,6 +72,7 @@ class SDXL:
         check_prompts(prompts)
         asked = replace(settings or Settings(), **changes)
         run = check_settings(asked, self.config)
+        masked = find_masked(self.vae, asked, run, self.config)
         generators = image_generators(range(asked.seed, asked.seed + len(prompts) * asked.images_per_prompt))
 
         # Text encoders: prompts and negative prompts to what the U-Net is conditioned on.
@@ -83,7 +85,7 @@ class SDXL:
         )
         # U-Net: from noise to a clean latent, from one noise level to the next.
         denoiser = guided_denoiser(
-            self.compiled or self.unet,
+            masked_unet(self.compiled or self.unet, masked),
             conditional,
             unconditional,
             run.cfg,
@@ -91,15 +93,17 @@ class SDXL:
             self.config.noise,
         )
         sigmas = run.sigmas[run.first :]
-        start = self._noisy_latents(asked.image, run.size, float(sigmas[0]), generators)
+        latent = encode_image(self.vae, asked.image, run.size) if masked is None else masked.start
+        start = self._noisy_latents(latent, run.size, float(sigmas[0]), generators)
+        solver = masked_solver(run.sampling.solver, masked)
         with freed_memory_kept():
-            for step, x in enumerate(run.sampling.solver(denoiser, start, sigmas, generators), start=run.first):
+            for step, x in enumerate(solver(denoiser, start, sigmas, generators), start=run.first):
                 if on_step is not None and on_step(step, x):
                     break
         # VAE decoder: latents to pictures.
         check_finite("the U-Net", x)
         pictures = self.vae.decode(x) if asked.strip_rows is None else decode_in_strips(self.vae, x, asked.strip_rows)
-        return [to_image(picture) for picture in check_finite("the VAE decoder", pictures)]
+        return with_picture([to_image(picture) for picture in check_finite("the VAE decoder", pictures)], masked)
 
     def _unet_inputs(self, text: TextEmbeddings, sizes: list[int], copies: int) -> UNetInputs:
         """The U-Net's inputs, in its dtype and on its device, with each prompt repeated ``copies`` times."""
@@ -109,15 +113,14 @@ class SDXL:
         return UNetInputs(*(each.repeat_interleave(copies, dim=0).to(self.unet.dtype) for each in inputs))
 
     def _noisy_latents(
-        self, image: Image.Image | None, size: tuple[int, int], sigma: float, generators: Sequence[torch.Generator]
+        self, latent: Tensor | None, size: tuple[int, int], sigma: float, generators: Sequence[torch.Generator]
     ) -> Tensor:
-        """The first x (B, 4, h, w), at noise level ``sigma``: noise alone, or the latent of ``image`` plus noise."""
+        """The first x (B, 4, h, w), at noise level ``sigma``: noise alone, or the ``latent`` of an image plus noise."""
         f = self.config.vae.downscale
         shape = (self.config.vae.latent_channels, size[1] // f, size[0] // f)
-        if image is None:
+        if latent is None:
             return initial_noise(generators, shape, sigma).to(self.device)
-        latent = check_finite("the VAE encoder", self.vae.encode(to_pixels(image, size).to(self.device)))
-        return latent.float() + sigma * draw_noise(generators, shape).to(self.device)
+        return latent + sigma * draw_noise(generators, shape).to(self.device)
 
     def encode_ahead(self, prompts: Sequence[str], negatives: Sequence[str] = ("",)) -> SDXL:
         """This model without its text encoders, for these prompts alone: :func:`~minisdxl.runtime.encoded.encode_each`.

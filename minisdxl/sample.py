@@ -18,7 +18,7 @@ from minisdxl.cli.jobs import batches, find_jobs
 from minisdxl.cli.models import add_model, load_model, open_model
 from minisdxl.cli.options import Parser, add_pruning, plain_warnings
 from minisdxl.cli.picture_files import InitImage
-from minisdxl.cli.pictures import add_picture, list_samplings, read_source, settle_picture
+from minisdxl.cli.pictures import add_picture, list_samplings, read_mask, read_source, settle_picture
 from minisdxl.cli.presets import preset_note, settle_preset
 from minisdxl.cli.reports import hardware, versions, write_report
 from minisdxl.cli.runs import Run
@@ -50,6 +50,7 @@ def _sample(options: argparse.Namespace) -> None:
     reports = [] if options.json in (None, "-") else [Path(options.json)]
     _check_writable([job.target for job in jobs] + reports)
     source = read_source(options, {job.size for job in jobs})
+    mask = read_mask(options, source)
     if note := preset_note(weights.config, options.prune):
         print(f"note: {note}", file=sys.stderr)
     began = time.perf_counter()
@@ -59,8 +60,8 @@ def _sample(options: argparse.Namespace) -> None:
     if options.compile:
         sdxl = sdxl.compile()
     loaded = time.perf_counter()
-    settings = _settings(options, sdxl, source, weights.files)
-    run = Run(sdxl, sampling, options, source, settings)
+    settings = _settings(options, sdxl, source, mask, weights.files)
+    run = Run(sdxl, sampling, options, source, mask, settings)
     made = []
     for batch in batches(jobs, options.batch, run.context_length):
         for picture in run.make(batch):
@@ -146,12 +147,16 @@ def _check_writable(targets: Sequence[Path]) -> None:
 
 
 def _settings(
-    options: argparse.Namespace, sdxl: SDXL, source: InitImage | None, files: Sequence[Path]
+    options: argparse.Namespace,
+    sdxl: SDXL,
+    source: InitImage | None,
+    mask: InitImage | None,
+    files: Sequence[Path],
 ) -> dict[str, Any]:
     """The settings that all pictures of a run share, enough to make them again, under the names of the options.
 
     ``sha256`` is that of all weight files read, one after the other; each LoRA and embedding has its own.
-    ``image_sha256`` is that of the file to start from.
+    ``image_sha256`` is that of the file to start from, and ``mask_sha256`` that of its mask.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -168,6 +173,7 @@ def _settings(
         "target_size": "{}x{}".format(*(options.target_size or options.size)),
     }
     image = {"image": source.name, "image_sha256": source.sha256, "strength": options.strength} if source else {}
+    image |= {"mask": mask.name, "mask_sha256": mask.sha256} if mask else {}
     others = {key: Path(getattr(options, key)).name for key in ("vae", "unet") if getattr(options, key)}
     weights = options.weights if is_hub_id(options.weights) else weights_path(options.weights).name
     model = {"weights": weights, **others, "sha256": digest.hexdigest()}

@@ -36,6 +36,7 @@ class Settings:
     target_size: Size | None = None  # micro-conditioning: size after training resized it
     image: Image.Image | None = None  # a picture to start from, stretched to the size
     strength: float | None = None  # with an image, and only then: share of the steps to run, above 0, up to 1
+    mask: Image.Image | None = None  # with an image: only what is white in it is drawn anew; strength is 1 by default
     strip_rows: int | None = None  # decode in strips of so many latent rows: less memory, the same picture
 
 
@@ -62,7 +63,7 @@ def check_settings(settings: Settings, config: ModelConfig) -> CheckedSettings:
         raise ValueError(f"images_per_prompt is {settings.images_per_prompt}, expected 1 or more")
     if settings.strip_rows is not None and settings.strip_rows < 1:
         raise ValueError(f"strip_rows is {settings.strip_rows}, expected 1 or more, or None to decode all at once")
-    if (settings.image is None) != (settings.strength is None):
+    if (settings.image is None) != (settings.strength is None) and settings.mask is None:
         having = "without" if settings.image is None else "with"
         raise ValueError(f"strength is {settings.strength} {having} an image, expected both")
     sampling = find_sampling(settings.sampling or config.defaults.sampling)
@@ -80,6 +81,14 @@ def check_settings(settings: Settings, config: ModelConfig) -> CheckedSettings:
         _warn_outside_buckets(config, size)
     sizes = micro_conditioning(size, settings.original_size, settings.crop, settings.target_size)
     return CheckedSettings(sampling, steps, cfg, size, sizes, sigmas, plans, first)
+
+
+def check_pictures(config: ModelConfig, image: bool, mask: bool) -> None:
+    """Raises ``ValueError`` for a mask without an image, and for an inpainting model without a mask."""
+    if mask and not image:
+        raise ValueError("there is a mask without an image, expected both: the image is kept where the mask is black")
+    if config.inpaints and not mask:
+        raise ValueError(f"{config.name} is an inpainting model, expected an image and a mask to draw anew")
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

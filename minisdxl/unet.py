@@ -2,7 +2,7 @@
 
 Names are those of the official single-file checkpoint (prefix ``model.diffusion_model.``): numbered ``input_blocks``,
 ``middle_block``, ``output_blocks``. ``UNetConfig.attention_sites`` lists the attention blocks by display names.
-Shapes: latent x (B, 4, H, W); timestep (B,); context (B, T, c); vector (B, v); embedding (B, 4 * model_channels).
+Shapes: x (B, in_channels, H, W); timestep (B,); context (B, T, c); vector (B, v); embedding (B, 4 * model_channels).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.weight_files import LORA_FILE, WEIGHTS, part_folder
 from minisdxl.config import (
     SDXL_BASE,
+    SDXL_INPAINTING,
     Level,
     ModelConfig,
     NoiseConfig,
@@ -84,7 +85,7 @@ _ATTENDS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The config of the model in a diffusers folder, ``SDXL_BASE`` for one of that size.
+    """The config of the model in a diffusers folder; ``SDXL_BASE`` or ``SDXL_INPAINTING`` for one of that size.
 
     Raises:
         CheckpointError: if a JSON file is missing or damaged, describes another kind of model, or differs from SDXL in
@@ -129,11 +130,10 @@ def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig
     if (unet.model_channels, unet.levels) != (SDXL_BASE.unet.model_channels, SDXL_BASE.unet.levels):
         return config
     # Nothing in a folder says what SDXL was trained on; and Turbo, which has SDXL's numbers, names another size.
-    config = replace(
-        config, name=SDXL_BASE.name, size=SDXL_BASE.size, buckets=SDXL_BASE.buckets, defaults=SDXL_BASE.defaults
-    )
-    if config != SDXL_BASE:
-        raise CheckpointError(f"{folder} is not quite SDXL: {', '.join(differences(config, SDXL_BASE))}")
+    sdxl = SDXL_INPAINTING if config.inpaints else SDXL_BASE
+    config = replace(config, name=sdxl.name, size=sdxl.size, buckets=sdxl.buckets, defaults=sdxl.defaults)
+    if config != sdxl:
+        raise CheckpointError(f"{folder} is not quite SDXL: {', '.join(differences(config, sdxl))}")
     return config
 
 

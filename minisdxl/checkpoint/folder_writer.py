@@ -33,7 +33,7 @@ def json_files(folder: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
     """
     files: dict[str, dict[str, Any]] = {
         INDEX: {
-            "_class_name": "StableDiffusionXLPipeline",
+            "_class_name": f"StableDiffusionXL{'Inpaint' if config.inpaints else ''}Pipeline",
             "_name_or_path": config.name,
             "force_zeros_for_empty_prompt": True,
             **COMPONENTS,

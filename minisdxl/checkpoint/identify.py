@@ -122,8 +122,6 @@ def _variant(shapes: Mapping[str, Shape]) -> str | None:
     if unet.get("label_emb.0.0.weight", ())[1:] == (2560,) or _has(shapes, "conditioner.embedders.0.model."):
         return REFINER
     in_channels = unet.get("input_blocks.0.0.weight", ())[1:2]
-    if in_channels == (9,):
-        return "an inpainting model (9 input channels, not 4)"
     if in_channels == (8,):
         return "a pix2pix editing model (8 input channels, not 4)"
     context = unet.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", ())[1:]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +21,14 @@ from torch import Tensor
 from minisdxl.checkpoint import folder_reader
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.json_fields import check_values
-from minisdxl.checkpoint.layouts import PARTS
+from minisdxl.checkpoint.layouts import PARTS, key_variants
 from minisdxl.checkpoint.lora import LoRA, merge, open_loras
 from minisdxl.checkpoint.published import find_weights
 from minisdxl.checkpoint.resolve import Source, find_source, misfits
 from minisdxl.checkpoint.tensorfile import Shape, write_tensors
 from minisdxl.checkpoint.text_names import load_official_text_state, official_text_state
 from minisdxl.checkpoint.weight_files import WeightFiles, open_file, open_part
-from minisdxl.config import SDXL_BASE, ModelConfig
+from minisdxl.config import SDXL_BASE, SDXL_INPAINTING, ModelConfig, inpainting_channels
 from minisdxl.text import TextEncoders
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
@@ -35,6 +36,7 @@ from minisdxl.vae import VAE
 logger = logging.getLogger(__name__)
 
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = PARTS["unet"].prefix, PARTS["vae"].prefix, "conditioner."
+INPUT = "input_blocks.0.0.weight"  # of the U-Net's first convolution
 CONFIG_KEY = "minisdxl.config"  # of the file's metadata: ModelConfig.to_dict() as JSON
 
 
@@ -123,6 +125,8 @@ def _open(path: Path, dtype: torch.dtype, vae: str | Path | None, unet: str | Pa
         weight_files = [open_file(path, own)]
         config = _file_config(weight_files[0])
     weight_files += [open_part(other, part, dtype) for part, other in others.items()]
+    if "unet" in others:
+        config = inpainting_or_not(config, next(files for files in weight_files if "unet" in files.parts))
     try:
         _check_extent(config, sum(len(holder.entries) for holder in weight_files))
         modules = without_memory(config)
@@ -132,6 +136,18 @@ def _open(path: Path, dtype: torch.dtype, vae: str | Path | None, unet: str | Pa
     for part, other in others.items():
         folder_reader.check_part(other, part, config)
     return source, modules
+
+
+def inpainting_or_not(config: ModelConfig, files: WeightFiles) -> ModelConfig:
+    """The config with the input channels of the U-Net in ``files``, if they are those of one of both kinds."""
+    names = [variant(INPUT).names[0] for variant in key_variants("unet", config)]
+    channels = next((files.entries[name].shape[1:2] for name in names if name in files.entries), ())
+    latent = config.vae.latent_channels
+    if channels not in ((latent,), (inpainting_channels(latent),)) or channels == (config.unet.in_channels,):
+        return config
+    if config in (SDXL_BASE, SDXL_INPAINTING):
+        return SDXL_INPAINTING if config == SDXL_BASE else SDXL_BASE
+    return replace(config, unet=replace(config.unet, in_channels=channels[0]))
 
 
 def save(path: str | Path, config: ModelConfig, modules: Modules, dtype: torch.dtype = torch.float16) -> None:
@@ -180,7 +196,7 @@ def _file_config(holder: WeightFiles) -> ModelConfig:
     """The config in a file's metadata, or the official one; the tensors are yet to be compared with it."""
     stored = holder.metadata.get(CONFIG_KEY)
     if stored is None:
-        return SDXL_BASE
+        return inpainting_or_not(SDXL_BASE, holder)
     try:
         config = ModelConfig.from_dict(json.loads(stored))
         check_values(config)
@@ -197,7 +213,8 @@ def _folder_config(path: Path) -> ModelConfig:
         if what := _unet_family(path):
             raise CheckpointError(f"{path} is {what}; expected the folder of an SDXL base model") from error
         raise
-    cut_out = config.unet.model_channels == SDXL_BASE.unet.model_channels and config != SDXL_BASE
+    same_width = config.unet.model_channels == SDXL_BASE.unet.model_channels
+    cut_out = same_width and config not in (SDXL_BASE, SDXL_INPAINTING)
     if cut_out and (what := _unet_family(path)):
         raise CheckpointError(f"{path} is {what}; expected the folder of an SDXL base model")
     return config
@@ -216,7 +233,7 @@ def _check_extent(config: ModelConfig, tensors: int) -> None:
     unet, vae = config.unet, config.vae
     layers = (2 * unet.res_blocks + 1) * sum(1 + level.depth for level in unet.levels) + unet.middle_depth
     layers += 2 * vae.res_blocks * len(vae.multipliers) + sum(text.layers for text in config.text)
-    if config != SDXL_BASE and layers > tensors:
+    if config not in (SDXL_BASE, SDXL_INPAINTING) and layers > tensors:
         raise ValueError(f"{config.name} has {layers} layers, more than there are tensors ({tensors})")
 
 

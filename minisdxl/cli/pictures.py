@@ -9,14 +9,15 @@ from collections.abc import Collection
 from minisdxl.cli.options import parse_point, parse_size
 from minisdxl.cli.picture_files import InitImage, read_picture
 from minisdxl.config import ModelConfig
+from minisdxl.runtime.inpainting import check_white
 from minisdxl.samplings import LEVELS, SAMPLINGS, Sampling
-from minisdxl.settings import Settings, check_settings, first_step
+from minisdxl.settings import Settings, check_pictures, check_settings, first_step
 
-STRENGTH = 0.6  # the default with --image
+STRENGTH, MASKED_STRENGTH = 0.6, 1.0  # the default with --image alone, and with --mask
 
 
 def add_picture(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that :func:`settle_picture` and :func:`read_source` read."""
+    """Adds the options that :func:`settle_picture`, :func:`read_source` and :func:`read_mask` read."""
     add = parser.add_argument
     add(
         "--sampling",
@@ -60,8 +61,10 @@ def add_picture(parser: argparse.ArgumentParser) -> None:
     add(
         "--strength",
         type=float,
-        help=f"share of the steps to run on --image, above 0, up to 1 (default: {STRENGTH})",
+        help=f"share of the steps to run on --image, above 0, up to 1 (default: {STRENGTH}, with --mask "
+        f"{MASKED_STRENGTH:g})",
     )
+    add("--mask", metavar="FILE", help="draw anew only what is white in this picture, and keep the rest of --image")
 
 
 def list_samplings() -> str:
@@ -77,8 +80,10 @@ def list_samplings() -> str:
 
 def settle_picture(options: argparse.Namespace, config: ModelConfig) -> Sampling:
     """The sampling. Fills in options that were not given. Raises ``ValueError`` for what does not fit the model."""
+    check_pictures(config, options.image is not None, options.mask is not None)
     if options.image is not None:
-        options.strength = STRENGTH if options.strength is None else options.strength
+        strength = STRENGTH if options.mask is None else MASKED_STRENGTH
+        options.strength = strength if options.strength is None else options.strength
     elif options.strength is not None:
         raise ValueError(f"--strength is {options.strength} without --image, expected both")
     asked = Settings(
@@ -111,3 +116,15 @@ def read_source(options: argparse.Namespace, sizes: Collection[tuple[int, int]])
             stacklevel=2,
         )
     return source
+
+
+def read_mask(options: argparse.Namespace, source: InitImage | None) -> InitImage | None:
+    """The mask of ``source``. Warns if it has another size. Raises ``ValueError`` and ``OSError``."""
+    if options.mask is None or source is None:
+        return None
+    mask = read_picture(options.mask)
+    check_white(mask.image)
+    if mask.image.size != source.image.size:
+        sizes = ["{}x{}".format(*each.image.size) for each in (mask, source)]
+        warnings.warn(f"{options.mask} of {sizes[0]} is stretched over the picture of {sizes[1]}", stacklevel=2)
+    return mask

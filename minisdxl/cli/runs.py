@@ -31,13 +31,14 @@ class Run:
     """What all pictures of a run share: a model, the command's options, and what is recorded of both.
 
     ``options`` has numbers where the command line may have had none, which hold where a job has no others; ``source``
-    is the picture to start from.
+    is the picture to start from, and ``mask`` says what is drawn anew in it.
     """
 
     sdxl: SDXL
     sampling: Sampling
     options: argparse.Namespace
     source: InitImage | None
+    mask: InitImage | None
     settings: dict[str, Any]
 
     def make(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
@@ -123,6 +124,7 @@ class Run:
                 target_size=options.target_size,
                 image=None if self.source is None else self.source.image,
                 strength=options.strength,
+                mask=None if self.mask is None else self.mask.image,
                 strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
             )
             return self.sdxl.generate([job.prompt for job in jobs], settings, on_step=on_step)

@@ -30,7 +30,7 @@ from minisdxl.pipeline import SDXL
 from minisdxl.sample import main
 from minisdxl.samplings import SAMPLINGS
 from minisdxl.settings import Settings
-from tests.minisdxl.tiny import tiny_file
+from tests.minisdxl.tiny import TINY_INPAINTING, tiny_file
 
 PROMPT = "a small red circle above a big blue square on a white background"
 QUICK = ["--steps", "2", "--size", "64x64"]
@@ -56,11 +56,14 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.fixture
 def drawing(tmp_path: Path) -> Path:
-    """A small picture to start from, in a folder of its own."""
+    """A small picture to start from, in a folder of its own, with a mask beside it."""
     path = tmp_path / "drawings" / "drawing.png"
     path.parent.mkdir()
     colors = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     Image.fromarray(colors).resize((60, 48), Image.Resampling.BICUBIC).save(path)
+    mask = Image.new("1", (60, 48))
+    mask.paste(1, (20, 10, 50, 40))
+    mask.save(path.with_name("mask.png"))
     return path
 
 
@@ -78,15 +81,12 @@ def record_of(path: str | Path) -> Any:
 
 
 def command_of(record: dict[str, Any], folder: Path) -> list[str]:
-    """The arguments that make a picture again, from its record alone; ``folder`` has the file that it started from."""
-    if "image" in record:
-        found = [
-            path for path in folder.iterdir() if hashlib.sha256(path.read_bytes()).hexdigest() == record["image_sha256"]
-        ]
-        record = {**record, "image": found[0]}
+    """The arguments that make a picture again, from its record alone; ``folder`` has the files that it started from."""
+    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in folder.iterdir()}
+    record |= {key: files[record[f"{key}_sha256"]] for key in ("image", "mask") if key in record}
     flags = [
         *("negative", "seed", "sampling", "steps", "cfg", "size", "original_size", "crop", "target_size"),
-        *("image", "strength", "prune", "dtype", "device"),
+        *("image", "strength", "mask", "prune", "dtype", "device"),
     ]
     given = [f"--{key.replace('_', '-')}={record[key]}" for key in flags if record.get(key) is not None]
     return [record["prompt"], *given, *(["--compare"] if record["compare"] else [])]
@@ -126,13 +126,14 @@ def test_picture_is_recorded_and_reported(tmp_path: Path, capsys: pytest.Capture
         ["--negative", 'blue, "green"', "--original-size", "300x200", "--crop", "9,5", "--cfg", "3.3"],
         ["--sampling", "lcm", "--target-size", "32x96", "--dtype", "bf16", "--prune", "at-edm:rho=0.5"],
         ["--sampling", "heun", "--steps", "3", "--image", "drawing.png", "--strength", "0.7", "--compare"],
+        ["--image", "drawing.png", "--mask", "mask.png", "--size", "80x64", "--steps", "3"],
     ],
     ids=" ".join,
 )
 def test_picture_is_made_again_from_its_record_alone(
     tmp_path: Path, drawing: Path, plain: Path, options: list[str]
 ) -> None:
-    options = [str(drawing) if option == "drawing.png" else option for option in options]
+    options = [str(drawing.with_name(option)) if option.endswith(".png") else option for option in options]
     first, again = tmp_path / "first.png", tmp_path / "again.png"
     main([PROMPT, *QUICK, "--seed", "7", *options, "--out", str(first)])
     main([*command_of(record_of(first), drawing.parent), "--out", str(again)])
@@ -386,6 +387,7 @@ def test_numbers_of_the_sampling_are_the_defaults(tmp_path: Path) -> None:
         "--steps 3 --prune at-edm:tau=25",
         "--steps 2 --prune --cfg 1 --batch 2 --images-per-prompt 3",
         "--sampling heun --steps 3 --prune at-edm:tau=25 --image drawing.png --strength 0.7",
+        "--steps 3 --prune at-edm:tau=25 --image drawing.png --mask mask.png",
         "--sampling turbo --prune tome",
     ],
 )
@@ -397,7 +399,8 @@ def test_flops_are_those_of_the_calls(
     unet_flops: list[int],
     arguments: str,
 ) -> None:
-    options = [PROMPT, "--size", "64x64", *arguments.replace("drawing.png", str(drawing)).split()]
+    options = [PROMPT, "--size", "64x64", *arguments.split()]
+    monkeypatch.chdir(drawing.parent)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     report = tmp_path / "run.json"
     main([*options, "--json", str(report), "--out", str(tmp_path / "pruned")])
@@ -421,6 +424,39 @@ def without_pruning(options: list[str]) -> list[str]:
     where = options.index("--prune")
     has_preset = len(options) > where + 1 and not options[where + 1].startswith("-")
     return options[:where] + options[where + 1 + has_preset :]
+
+
+def test_a_mask_keeps_the_rest_of_the_picture(
+    tmp_path: Path, drawing: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a mask in any of Pillow's modes, and of another size than the picture."""
+    picture = Image.open(drawing).resize((120, 96))
+    picture.save(tmp_path / "picture.png")
+    white = Image.open(drawing.with_name("mask.png")).resize((120, 96))
+    clear = Image.new("RGBA", (120, 96), "black")
+    clear.putalpha(white.convert("L").point([255 - shade for shade in range(256)]))
+    masks = {
+        "1": white,
+        "L": white.convert("L"),
+        "P": white.convert("P"),
+        "I;16": white.convert("I").point(lambda shade: shade * 257).convert("I;16"),
+        "RGBA": clear,
+    }
+    for mode, mask in masks.items():
+        mask.save(tmp_path / "mask.png")
+        files = ["--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png")]
+        main([PROMPT, "--steps", "1", "--size", "120x96", *files, "--out", str(tmp_path / f"{mode}.png")])
+        drawn, kept = (np.asarray(Image.open(path)) for path in (tmp_path / f"{mode}.png", tmp_path / "picture.png"))
+        hole = np.asarray(white)
+        assert np.array_equal(drawn[~hole], kept[~hole]), mode
+        assert (drawn[hole] != kept[hole]).mean() > 0.5, mode
+        assert np.array_equal(drawn, np.asarray(Image.open(tmp_path / "1.png"))), mode
+        record = record_of(tmp_path / f"{mode}.png")
+        assert (record["mask"], record["strength"]) == ("mask.png", 1.0)
+    assert "transparent in places, which are taken as white" in capsys.readouterr().err
+    files = ["--image", str(tmp_path / "picture.png"), "--mask", str(drawing.with_name("mask.png"))]
+    main([PROMPT, "--steps", "1", "--size", "120x96", *files, "--out", str(tmp_path / "other.png")])
+    assert "mask.png of 60x48 is stretched over the picture of 120x96" in capsys.readouterr().err
 
 
 def test_previews_lie_beside_the_pictures(tmp_path: Path) -> None:
@@ -602,6 +638,10 @@ def test_embeddings_are_loaded_and_recorded(tmp_path: Path, plain: Path, capsys:
         (["--sampling", "lcm", "--steps", "51"], "steps is 51"),
         (["--strength", "0.5"], "--strength is 0.5 without --image"),
         (["--image", "drawings/drawing.png", "--strength", "0.1"], "strength 0.1 leaves none of 2 steps"),
+        (["--mask", "drawings/mask.png"], "there is a mask without an image, expected both"),
+        (["--image", "drawings/drawing.png", "--size", "80x64", "--mask", "black.png"], "the mask has no white"),
+        (["--image", "drawings/drawing.png", "--size", "80x64", "--mask", "nowhere.png"], "nowhere.png is no file"),
+        (["--weights", "inpainting.safetensors"], "tiny-inpainting is an inpainting model, expected an image and a"),
         (["another prompt", "--out", "one.png"], "one.png"),
         # presets and budgets
         (["--prune", "at-edm:color=red"], "color"),
@@ -632,6 +672,9 @@ def test_bad_input_is_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "page.png").write_text("<html>")
     (tmp_path / "half.png").write_bytes(drawing.read_bytes()[:200])
+    Image.new("L", (60, 48)).save(tmp_path / "black.png")
+    if "inpainting.safetensors" in arguments:
+        tiny_file(tmp_path / "inpainting.safetensors", config=TINY_INPAINTING)
     (tmp_path / "large.txt").write_text("a red circle\na blue square --w 100")
     there = sorted(tmp_path.rglob("*.*"))
     assert named in refused(capsys, PROMPT, *QUICK, *arguments)

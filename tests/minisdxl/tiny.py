@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from minisdxl.checkpoint.modules import Modules, save
 from minisdxl.config import SDXL_BASE, Level, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from minisdxl.pipeline import SDXL
+from minisdxl.prompting.encoders import PromptEncoders
 from minisdxl.text import TextEncoders
+from minisdxl.tokenizer import Tokenizer, read_vocabulary
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
 
@@ -66,10 +69,14 @@ BENCH_MODEL = replace(
 )
 
 
-def tiny_modules(seed: int = 0) -> Modules:
+# The same as an inpainting model.
+TINY_INPAINTING = replace(TINY, name="tiny-inpainting", unet=replace(TINY.unet, in_channels=9))
+
+
+def tiny_modules(seed: int = 0, config: ModelConfig = TINY) -> Modules:
     """Random weights, none of them left at 0 or 1, that make pictures of much contrast and little saturation."""
     torch.manual_seed(seed)
-    modules = Modules(UNet(TINY.unet), VAE(TINY.vae), TextEncoders(TINY.text))
+    modules = Modules(UNet(config.unet), VAE(config.vae), TextEncoders(config.text))
     with torch.no_grad():
         for module in modules:
             for part in module.modules():
@@ -81,10 +88,17 @@ def tiny_modules(seed: int = 0) -> Modules:
     return modules
 
 
-def tiny_file(path: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def tiny_file(path: Path, dtype: torch.dtype = torch.float32, seed: int = 0, config: ModelConfig = TINY) -> Path:
     """The tiny model in one file."""
-    save(path, TINY, tiny_modules(seed), dtype)
+    save(path, config, tiny_modules(seed, config), dtype)
     return path
+
+
+def tiny_sdxl(config: ModelConfig = TINY, seed: int = 0) -> SDXL:
+    """A model of random weights with the bundled model's vocabulary."""
+    modules = tiny_modules(seed, config)
+    tokenizer = Tokenizer(*read_vocabulary(VOCABULARY), config.text)
+    return SDXL(config, modules.unet, modules.vae, PromptEncoders(modules.text), tokenizer)
 
 
 def sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16") -> Path:

@@ -137,7 +137,6 @@ FAMILIES: dict[str, tuple[Shapes, str]] = {
         "the SDXL refiner",
     ),
     "refiner U-Net": ({"label_emb.0.0.weight": (1536, 2560), "input_blocks.0.0.bias": (384,)}, "the SDXL refiner"),
-    "inpainting": (with_tensors(model__diffusion_model__input_blocks__0__0__weight=(320, 9, 3, 3)), "an inpainting"),
     "pix2pix": (with_tensors(model__diffusion_model__input_blocks__0__0__weight=(320, 8, 3, 3)), "a pix2pix"),
     "SSD-1B": (with_depths({4: 2, 5: 2, 7: 4, 8: 4}), "SSD-1B"),
     "Vega": (with_depths({4: 1, 5: 1, 7: 2, 8: 2}), "Segmind Vega"),
@@ -272,7 +271,7 @@ def test_prediction_is_read_from_metadata_too(key: str) -> None:
 
 
 OTHER_MODELS = [
-    *("SD 1.x", "SD 2.x", "SD 1.x U-Net", "refiner", "refiner U-Net", "inpainting", "pix2pix", "SSD-1B", "Vega"),
+    *("SD 1.x", "SD 2.x", "SD 1.x U-Net", "refiner", "refiner U-Net", "pix2pix", "SSD-1B", "Vega"),
     *("KOALA-700M", "KOALA-1B", "v-prediction", "Playground 2.5", "CosXL", "LoRA, kohya", "LoRA, peft", "SD 3", "Flux"),
     *("TAESDXL", "Control-LoRA", "Wan", "Qwen-Image", "Z-Image", "HunyuanVideo", "SVDQuant", "nf4", "quanto"),
     *("Flux, diffusers", "ControlNet", "ControlNet, diffusers", "text encoder, transformers", "text encoder, OpenCLIP"),

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from minisdxl.checkpoint.errors import CheckpointError
+from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.modules import (
     CONFIG_KEY,
     Modules,
@@ -36,11 +37,11 @@ from minisdxl.checkpoint.modules import (
     without_memory,
 )
 from minisdxl.checkpoint.resolve import SKIPPED, UNUSED
-from minisdxl.config import SDXL_BASE, SHAPES
+from minisdxl.config import SDXL_BASE, SDXL_INPAINTING, SHAPES
 from minisdxl.convert import write_folder
-from minisdxl.tokenizer import clip_vocabulary
+from minisdxl.tokenizer import clip_vocabulary, read_vocabulary
 from tests import manifest
-from tests.minisdxl.tiny import TINY, sparse_file, tiny_modules
+from tests.minisdxl.tiny import TINY, TINY_INPAINTING, VOCABULARY, sparse_file, tiny_file, tiny_modules
 
 POSITION_IDS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
@@ -292,6 +293,35 @@ def test_an_official_file_is_recognized_by_names_and_shapes(tmp_path: Path) -> N
     assert read_config(path) == SDXL_BASE
 
 
+def test_inpainting_models_are_recognized(tmp_path: Path) -> None:
+    """Whole, as a U-Net beside SDXL, and with SDXL's U-Net in its place."""
+    path, unet = tmp_path / "model.safetensors", tmp_path / "unet.safetensors"
+    official, first = manifest.official_shapes(), "model.diffusion_model.input_blocks.0.0.weight"
+    sparse_file(path, {**official, first: (320, 9, 3, 3)})
+    assert read_config(path) == SDXL_INPAINTING
+    sparse_file(unet, {name: shape for name, shape in official.items() if name.startswith(PARTS["unet"].prefix)})
+    assert read_config(path, unet=unet) == SDXL_BASE
+    whole = sparse_file(tmp_path / "base.safetensors", official)
+    assert read_config(whole, unet=path) == SDXL_INPAINTING
+    assert "does not fit sdxl-inpainting" in refusal(sparse_file(path, {**official, first: (320, 9, 1, 1)}))
+
+
+@torch.no_grad()
+def test_an_inpainting_model_comes_back(tmp_path: Path) -> None:
+    """From a file and from a diffusers folder."""
+    path = tiny_file(tmp_path / "tiny.safetensors", config=TINY_INPAINTING)
+    write_folder(open_source(path), tmp_path / "tiny", read_vocabulary(VOCABULARY))
+    index = json.loads((tmp_path / "tiny" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLInpaintPipeline"
+    saved = official_state_dict(tiny_modules(config=TINY_INPAINTING))
+    for place in (path, tmp_path / "tiny"):
+        config, modules = load(place)
+        assert replace(config, buckets=(), defaults=TINY.defaults) == TINY_INPAINTING
+        read = official_state_dict(modules)
+        assert read.keys() == saved.keys()
+        assert all(torch.equal(read[name], tensor) for name, tensor in saved.items())
+
+
 def test_an_official_file_is_compared_strictly(tmp_path: Path) -> None:
     path = tmp_path / "official.safetensors"
     official = manifest.official_shapes()
@@ -312,8 +342,8 @@ def test_other_families_are_named(tmp_path: Path) -> None:
     """One whole file of each kind of answer; test_recognize has every family."""
     path = tmp_path / "model.safetensors"
     official = manifest.official_shapes()
-    sparse_file(path, {**official, "model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)})
-    assert "is an inpainting model (9 input channels, not 4); expected a whole SDXL base model" in refusal(path)
+    sparse_file(path, {**official, "model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)})
+    assert "is a pix2pix editing model (8 input channels, not 4); expected a whole SDXL base model" in refusal(path)
     sparse_file(path, {**official, "v_pred": (0,)})
     assert "is a v-prediction model" in refusal(path)
     sparse_file(path, {name: shape for name, shape in official.items() if name.startswith("first_stage_model.")})

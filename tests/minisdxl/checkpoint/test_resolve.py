@@ -20,7 +20,7 @@ from minisdxl.checkpoint.layouts import PARTS, layout
 from minisdxl.checkpoint.modules import load, official_state_dict, open_source, read_config, save
 from minisdxl.checkpoint.resolve import LCM_SCALE, guidance_embedding
 from minisdxl.checkpoint.tensorfile import MAPPED
-from minisdxl.config import SDXL_BASE
+from minisdxl.config import SDXL_BASE, SDXL_INPAINTING
 from minisdxl.convert import write_folder
 from minisdxl.text import TextEmbeddings
 from minisdxl.tokenizer import read_vocabulary
@@ -457,8 +457,20 @@ def test_a_published_folder_is_recognized(full_folder: Path, tmp_path: Path) -> 
     assert [note for note in open_source(full_folder).notes if "is an LCM U-Net" in note]
 
 
+def test_a_published_inpainting_folder_is_recognized(full_folder: Path, tmp_path: Path) -> None:
+    unet = full_folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    sparse_file(unet, published("unet") | {"conv_in.weight": (320, 9, 3, 3)})
+    assert "does not fit sdxl-base: 1 mis-shaped tensor" in refusal(full_folder)
+    index = OFFICIAL["model_index.json"] | {"_class_name": "StableDiffusionXLInpaintPipeline"}
+    unet_json = OFFICIAL["unet/config.json"] | {"in_channels": 9}
+    write_json(full_folder, {"model_index.json": index, "unet/config.json": unet_json})
+    assert read_config(full_folder) == SDXL_INPAINTING
+    whole = sparse_file(tmp_path / "whole.safetensors", manifest.official_shapes())
+    for place in (full_folder, unet.parent, unet):
+        assert read_config(whole, unet=place) == SDXL_INPAINTING
+
+
 FAMILIES: dict[str, tuple[Shapes, dict[str, object]]] = {
-    "an inpainting model": (published("unet") | {"conv_in.weight": (320, 9, 3, 3)}, {"in_channels": 9}),
     "a pix2pix editing model": (published("unet") | {"conv_in.weight": (320, 8, 3, 3)}, {"in_channels": 8}),
     "SSD-1B": (
         without_layers(published("unet"), {1: 2, 2: 4}),
