@@ -6,14 +6,18 @@ printed, compared, counted and tested without a model, and modules have no state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from atedm.graph import AttentionInputs
 from atedm.merging import Merge, Merging
 from atedm.pruning import Pruning, prune
 from atedm.recovery import Restore
 from atedm.tokens import TokenSet
+
+Attended = tuple[Tensor, AttentionInputs]  # what attention returns: values (B, n, C), and what its map is made of
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class LayerPlan:
     def merges(self, tokens: TokenSet) -> tuple[Merge, Merge, Merge]:
         """The merges around self-attention, cross-attention and feed-forward, for the ``tokens`` that enter."""
         return (self.merging or Merging(0.0)).match(tokens)
+
+    def attend(self, kind: str, attention: Callable[[], Attended]) -> Attended:
+        """The layer's "self" or "cross" ``attention``. Plans that reuse an earlier step's have another method."""
+        return attention()
 
     def prune(
         self,

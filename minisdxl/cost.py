@@ -60,9 +60,16 @@ class Flops:
 
 
 def count(
-    config: UNetConfig | ModelConfig, height: int, width: int, plan: TokenPlan = DENSE, context_length: int = 77
+    config: UNetConfig | ModelConfig,
+    height: int,
+    width: int,
+    plan: TokenPlan = DENSE,
+    context_length: int = 77,
+    reused: frozenset[str] = frozenset(),
 ) -> Flops:
     """The cost of one U-Net call for one latent of ``height`` x ``width`` and ``context_length`` text tokens.
+
+    ``reused`` names the attention, "self" or "cross", that blocks the plan leaves alone take from an earlier step.
 
     The number of G-WPR iterations depends on the picture, so ranking is counted with the largest, ``MAX_ITERATIONS``.
     Recovery is a gather, without multiplications. Raises ``ValueError`` for sizes under 1 and for a plan that does not
@@ -72,7 +79,7 @@ def count(
         raise ValueError(f"latent is {height}x{width} and context_length {context_length}, expected 1 or more of each")
     unet = config.unet if isinstance(config, ModelConfig) else config
     plan.check(list(unet.attention_sites()))
-    return Flops(tuple(_Formula(unet, height, width, plan, context_length).unet()))
+    return Flops(tuple(_Formula(unet, height, width, plan, context_length, reused).unet()))
 
 
 class TokenCounts(NamedTuple):
@@ -101,6 +108,7 @@ class _Formula:
     width: int
     plan: TokenPlan
     context_length: int
+    reused: frozenset[str]
 
     def unet(self) -> Iterator[Work]:
         c, sites = self.config, self.config.attention_sites()
@@ -155,11 +163,14 @@ class _Formula:
             layer = UNTOUCHED if plan is None else plan.layer(index)
             seen = tokens_seen(layer, held)
             # Self-attention projects to q, k, v and out, cross-attention to q and out; its k and v are of the text.
-            cost[Kind.PROJECTIONS] += _product(seen.self_attention, c, 4 * c) + _product(seen.cross_attention, c, 2 * c)
-            cost[Kind.PROJECTIONS] += _product(text, self.config.context_channels, 2 * c)
-            # Q K^T and A V, all heads together.
-            cost[Kind.SELF_ATTENTION] += 2 * _product(seen.self_attention, c, seen.self_attention)
-            cost[Kind.CROSS_ATTENTION] += 2 * _product(seen.cross_attention, c, text)
+            # The two products Q K^T and A V are those of all heads together.
+            if plan is not None or "self" not in self.reused:
+                cost[Kind.PROJECTIONS] += _product(seen.self_attention, c, 4 * c)
+                cost[Kind.SELF_ATTENTION] += 2 * _product(seen.self_attention, c, seen.self_attention)
+            if plan is not None or "cross" not in self.reused:
+                cost[Kind.PROJECTIONS] += _product(seen.cross_attention, c, 2 * c)
+                cost[Kind.PROJECTIONS] += _product(text, self.config.context_channels, 2 * c)
+                cost[Kind.CROSS_ATTENTION] += 2 * _product(seen.cross_attention, c, text)
             # GEGLU makes two vectors of 4 C channels; their product, one such vector, goes back to C.
             cost[Kind.FEED_FORWARD] += _product(seen.feed_forward, c, 8 * c + 4 * c)
             if layer.merging is not None and layer.merging.removed(held):

@@ -23,6 +23,8 @@ from minisdxl.runtime.inpainting import find_masked, masked_solver, masked_unet,
 from minisdxl.runtime.strips import decode_in_strips
 from minisdxl.sampler import UNetInputs, draw_noise, guided_denoiser, image_generators, initial_noise
 from minisdxl.settings import Settings, check_prompts, check_settings
+from minisdxl.steps.denoiser import planned_denoiser
+from minisdxl.steps.plan import StepPlan
 from minisdxl.text import TextEmbeddings
 from minisdxl.tokenizer import Tokenizer
 from minisdxl.unet import UNet
@@ -54,6 +56,7 @@ class SDXL:
         settings: Settings | None = None,
         *,
         on_step: StepCallback | None = None,
+        realized: list[list[StepPlan]] | None = None,
         **changes: Any,
     ) -> list[Image.Image]:
         """Generates pictures of ``prompts``, all in one batch. Picture i starts from the noise of seed ``seed + i``.
@@ -63,6 +66,7 @@ class SDXL:
             settings: how to draw it; ``None`` for the model's own. :class:`Settings` lists all of them.
             on_step: called after each step with its number and the latent (B, 4, h, w). Steps count from 0; with an
                 image, from the first step that is run. If it returns true, sampling stops and this latent is decoded.
+            realized: gets the step plans of each picture as they were carried out, if settings ``skip`` or ``guide``.
             changes: single settings by name, such as ``steps=20, prune="at-edm"``.
 
         Raises:
@@ -84,15 +88,12 @@ class SDXL:
             self._unet_inputs(text, run.micro_conditioning, asked.images_per_prompt) for text in (positive, negative)
         )
         # U-Net: from noise to a clean latent, from one noise level to the next.
-        denoiser = guided_denoiser(
-            masked_unet(self.compiled or self.unet, masked),
-            conditional,
-            unconditional,
-            run.cfg,
-            lambda step: run.plans[run.first + step],
-            self.config.noise,
-        )
         sigmas = run.sigmas[run.first :]
+        inputs = masked_unet(self.compiled or self.unet, masked), conditional, unconditional, run.cfg
+        if run.planner is None:
+            denoiser = guided_denoiser(*inputs, lambda step: run.plans[run.first + step], self.config.noise)
+        else:  # with steps that take what earlier ones have kept
+            denoiser = planned_denoiser(*inputs, run.planner, self.config.noise, sigmas.tolist(), realized)
         latent = encode_image(self.vae, asked.image, run.size) if masked is None else masked.start
         start = self._noisy_latents(latent, run.size, float(sigmas[0]), generators)
         solver = masked_solver(run.sampling.solver, masked)

@@ -88,6 +88,7 @@ class Sampling:
     cfg: float | None = None  # classifier-free guidance scale; 1 is none, None the model's own
     size: int | None = None  # side of a picture in pixels; None is the model's own
     calls_per_step: int = 1  # of the denoiser; the last step, to sigma 0, has one
+    fresh_noise: bool = False  # whether the solver adds noise: it then solves an SDE, not the ODE
 
     def __post_init__(self) -> None:
         for name in ("steps", "calls_per_step"):
@@ -121,9 +122,13 @@ SAMPLINGS: dict[str, Sampling] = _named(
     # For SDXL base and its fine-tunes: solvers and spacing of Stability AI's generative-models (sgm/inference/api.py),
     # 50 steps as in the AT-EDM paper, and half as many where a solver is of second order.
     Sampling("euler", "Euler's method, the official default", euler, sigmas, steps=50),
-    Sampling("euler-ancestral", "Euler with fresh noise at every step", euler_ancestral, sigmas, steps=50),
+    Sampling(
+        "euler-ancestral", "Euler with fresh noise at every step", euler_ancestral, sigmas, steps=50, fresh_noise=True
+    ),
     Sampling("dpm++-2m", "DPM-Solver++(2M), second order at one call a step", dpmpp_2m, sigmas, steps=25),
-    Sampling("dpm++-2m-sde", "DPM++ 2M with fresh noise at every step", dpmpp_2m_sde, sigmas, steps=25),
+    Sampling(
+        "dpm++-2m-sde", "DPM++ 2M with fresh noise at every step", dpmpp_2m_sde, sigmas, steps=25, fresh_noise=True
+    ),
     Sampling("unipc", "UniPC, second order with a corrector, at one call a step", unipc, sigmas, steps=25),
     Sampling("heun", "Heun's method, second order at two calls a step", heun, sigmas, steps=25, calls_per_step=2),
     # In the variable x / alpha a step of DDIM (arXiv:2010.02502, equation 13) is one of Euler's method.
@@ -144,6 +149,7 @@ SAMPLINGS: dict[str, Sampling] = _named(
         steps=1,
         cfg=1.0,
         size=512,
+        fresh_noise=True,
     ),
     # ByteDance/SDXL-Lightning: model card. Its 1-step file predicts the latent, not its noise: this is not for it.
     Sampling(
@@ -162,6 +168,7 @@ SAMPLINGS: dict[str, Sampling] = _named(
         partial(sigmas, spacing=lcm_timesteps),
         steps=4,
         cfg=1.0,
+        fresh_noise=True,
     ),
     # h1t/TCD-SDXL-LoRA: model card (4 steps, no guidance, gamma 0.3). TCDScheduler has LCM's timesteps.
     Sampling(
@@ -171,6 +178,7 @@ SAMPLINGS: dict[str, Sampling] = _named(
         partial(sigmas, spacing=lcm_timesteps),
         steps=4,
         cfg=1.0,
+        fresh_noise=True,
     ),
 )
 # Noise levels that a name may end with. Distilled models, which ask for a guidance scale, have levels of their own.

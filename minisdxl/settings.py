@@ -15,6 +15,8 @@ from atedm.presets import parse_preset
 from atedm.schedule import Schedule
 from minisdxl.config import ModelConfig
 from minisdxl.samplings import Sampling, find_sampling
+from minisdxl.steps.methods import Adaptive, RunFacts, Static
+from minisdxl.steps.presets import RunPlanner, plan_run
 
 Size = tuple[int, int]  # width and height, or left and top, in pixels
 
@@ -30,6 +32,8 @@ class Settings:
     seed: int = 0  # of the first picture, 0 to 2**64 - 1; picture i has seed + i
     images_per_prompt: int = 1  # returned one after the other
     prune: str | bool | Schedule | None = None  # a preset, as "at-edm:rho=0.5"; True: the model's own; None: dense
+    skip: str | Static | Adaptive | None = None  # steps that skip work of the U-Net, as "deepcache:every=3"
+    guide: str | Static | None = None  # steps without guidance, as "interval:0.28-5.42"
     size: Size | None = None  # multiples of 8
     original_size: Size | None = None  # micro-conditioning: size before training resized it; small ones look blurred
     crop: Size = (0, 0)  # micro-conditioning: where training cropped it
@@ -52,6 +56,7 @@ class CheckedSettings:
     sigmas: Tensor  # noise levels of all steps and a final 0, (steps + 1,) float64
     plans: list[TokenPlan]  # of all steps
     first: int  # the first step that is run: 0, except with an image
+    planner: RunPlanner | None  # of the steps that are run, where settings skip work or guidance
 
 
 def check_settings(settings: Settings, config: ModelConfig) -> CheckedSettings:
@@ -80,7 +85,11 @@ def check_settings(settings: Settings, config: ModelConfig) -> CheckedSettings:
     if settings.size not in (None, (sampling.size, sampling.size)):
         _warn_outside_buckets(config, size)
     sizes = micro_conditioning(size, settings.original_size, settings.crop, settings.target_size)
-    return CheckedSettings(sampling, steps, cfg, size, sizes, sigmas, plans, first)
+    planner = None
+    if settings.skip is not None or settings.guide is not None:
+        facts = RunFacts(steps, first, tuple(sigmas.tolist()), cfg, sampling.fresh_noise)
+        planner = plan_run(config, plans[first:], facts, settings.skip, settings.guide)
+    return CheckedSettings(sampling, steps, cfg, size, sizes, sigmas, plans, first, planner)
 
 
 def check_pictures(config: ModelConfig, image: bool, mask: bool) -> None:

@@ -102,9 +102,10 @@ class TransformerLayer(nn.Module):
         merge_1, merge_2, merge_3 = plan.merges(tokens)
         x = tokens.values
         normed = merge_1.merge(self.norm1(x))
-        attended, self_attention = self.attn1(normed, self.attn1.project_context(normed))
+        attended, self_attention = plan.attend("self", lambda: self.attn1(normed, self.attn1.project_context(normed)))
         x = x + merge_1.unmerge(attended)
-        attended, cross_attention = self.attn2(merge_2.merge(self.norm2(x)), text)
+        query = merge_2.merge(self.norm2(x))
+        attended, cross_attention = plan.attend("cross", lambda: self.attn2(query, text))
         x = x + merge_2.unmerge(attended)
         tokens, early = plan.prune(tokens.with_values(x), self_attention, cross_attention, before_feed_forward=True)
         x = tokens.values

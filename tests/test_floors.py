@@ -22,7 +22,7 @@ FLOORS = (
     ("fast",),
     ("operators",),
     ("images", "tokenizer", "clip", "text", "transformer", "unet", "vae_decoder", "vae"),
-    ("sampler", "solvers", "samplings", "settings", "cost", "budget"),
+    ("sampler", "solvers", "samplings", "steps", "settings", "cost", "budget"),
     ("prompting",),
     ("runtime", "checkpoint", "diffusers"),
     ("pipeline",),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from atedm.plan import DENSE, TokenPlan
+from minisdxl.steps.evaluate import Tensors, evaluate
+from minisdxl.steps.plan import StepPlan
 from minisdxl.unet import PromptKV, UNet
 
 
@@ -27,7 +30,7 @@ class CompiledUNet:
         on_gpu = next(unet.parameters()).is_cuda
         self.mode = "reduce-overhead" if mode is None and on_gpu and backend == "inductor" else mode
         self.backend = backend
-        self.graphs: dict[TokenPlan, Callable[..., Tensor]] = {}
+        self.graphs: dict[Hashable, Callable[..., Any]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,22 +44,28 @@ class CompiledUNet:
     def __call__(self, x: Tensor, c_noise: Tensor, text: PromptKV, vector: Tensor, plan: TokenPlan = DENSE) -> Tensor:
         """As :meth:`UNet.forward`, with the keys and values of :meth:`project_context`.
 
+        Raises ``ValueError`` as :meth:`run`.
+        """
+        return self.run(plan, lambda *inputs: self.unet(*inputs, plan), x, c_noise, text, vector)
+
+    def evaluate(self, plan: StepPlan, *inputs: Any) -> tuple[Tensor, Tensors]:
+        """As :func:`minisdxl.steps.evaluate.evaluate`, of this U-Net."""
+        predicted, new = self.run(plan, partial(evaluate, self.unet, plan), *inputs)
+        return predicted, {name: tensor.clone() for name, tensor in new.items()}  # CUDA graphs use their memory again
+
+    def run(self, plan: Hashable, call: Callable[..., Any], *inputs: Any) -> Any:
+        """``call(*inputs)``, compiled: the first ``call`` for each ``plan``, and with it for all later ones.
+
         Raises ``ValueError`` also where the compiler fails, for example without ``g++``.
         """
         from torch._dynamo.exc import TorchDynamoException  # not above: the compiler takes a second to import
 
         if plan not in self.graphs:
-            self.graphs[plan] = torch.compile(self._with(plan), backend=self.backend, mode=self.mode)
+            self.graphs[plan] = torch.compile(call, backend=self.backend, mode=self.mode)
         # CUDA graphs reuse the memory of the last step's output, which is no longer needed.
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
-            return self.graphs[plan](x, c_noise, text, vector)
+            return self.graphs[plan](*inputs)
         except TorchDynamoException as error:
             why = " ".join(str(error).strip().partition("\n\n")[0].split())
             raise ValueError(f"the U-Net could not be compiled, expected a C++ compiler and Triton: {why}") from error
-
-    def _with(self, plan: TokenPlan) -> Callable[..., Tensor]:
-        def call(*inputs: Any) -> Tensor:
-            return self.unet(*inputs, plan)
-
-        return call

@@ -1,0 +1,63 @@
+"""Forecasts of the U-Net's prediction from earlier evaluations: polynomials in the number of the step.
+
+In the symbols of ``sampler``: x is the latent at noise level sigma, x = x_0 + sigma * noise. Which quantity is followed
+is part of a forecast's name: the noise ("noise-1") or the denoised latent x_0 ("latent-3"), by a polynomial of that
+degree through as many evaluations and one more. Degree 0 takes the last one again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Point:
+    """A call of the denoiser: ``x`` (B, C, H, W) at ``sigma``, and the guided prediction ``noise`` in it."""
+
+    time: float  # the number of the step
+    sigma: float
+    x: Tensor
+    noise: Tensor
+    evaluated: bool  # or forecast
+
+    @property
+    def latent(self) -> Tensor:
+        """The denoised latent."""
+        return self.x - self.sigma * self.noise
+
+
+def scaled(x: Tensor, sigma: float) -> Tensor:
+    """What a network sees that predicts noise: c_in x (EDM, table 1)."""
+    return x / math.sqrt(sigma**2 + 1)
+
+
+def forecast(name: str, past: Sequence[Point], time: float, x: Tensor, sigma: float) -> Tensor:
+    """The noise (B, C, H, W) in ``x`` at ``sigma``, by the forecast of that name, from ``past`` evaluations.
+
+    Raises ``ValueError`` if there are too few of them.
+    """
+    if name == "residual":  # what the network adds to its input, EasyCache (arXiv:2507.02860)
+        last = past[-1]
+        return scaled(x, sigma) + last.noise - scaled(last.x, last.sigma)
+    quantity, _, degree = name.partition("-")
+    points = past[-1 - int(degree) :]
+    if len(points) <= int(degree):
+        raise ValueError(f"forecast {name} has {len(points)} evaluations, expected {int(degree) + 1}")
+    weights = lagrange([point.time for point in points], time)
+    if quantity == "noise":
+        return _sum(weights, [point.noise for point in points])
+    return (x - _sum(weights, [point.latent for point in points])) / sigma
+
+
+def lagrange(times: Sequence[float], time: float) -> list[float]:
+    """The weight of the value at each of ``times`` in the polynomial through all of them, at ``time``."""
+    return [math.prod((time - other) / (own - other) for other in times if other != own) for own in times]
+
+
+def _sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(dim=0)
