@@ -56,7 +56,7 @@ class SDXL:
         settings: Settings | None = None,
         *,
         on_step: StepCallback | None = None,
-        realized: list[list[StepPlan]] | None = None,
+        realized: list[Sequence[StepPlan]] | None = None,
         **changes: Any,
     ) -> list[Image.Image]:
         """Generates pictures of ``prompts``, all in one batch. Picture i starts from the noise of seed ``seed + i``.

@@ -16,10 +16,10 @@ from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.checkpoint.published import is_hub_id
 from minisdxl.cli.jobs import batches, find_jobs
 from minisdxl.cli.models import add_model, load_model, open_model
-from minisdxl.cli.options import Parser, add_pruning, plain_warnings
+from minisdxl.cli.options import Parser, add_pruning, add_steps, plain_warnings
 from minisdxl.cli.picture_files import InitImage
 from minisdxl.cli.pictures import add_picture, list_samplings, read_mask, read_source, settle_picture
-from minisdxl.cli.presets import preset_note, settle_preset
+from minisdxl.cli.presets import check_plans, preset_note, settle_fast, settle_preset
 from minisdxl.cli.reports import hardware, versions, write_report
 from minisdxl.cli.runs import Run
 from minisdxl.loading import weights_path
@@ -43,9 +43,11 @@ def _sample(options: argparse.Namespace) -> None:
     weights, embeddings = open_model(options)
     _check_counts(options)
     sampling = settle_picture(options, weights.config)
-    if options.compare and options.prune is None:
+    settle_fast(options, weights.config)  # these two may end the program with a list of presets
+    if options.compare and (options.prune, options.skip, options.guide) == (None, None, None):
         options.prune = True
-    options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets
+    options.prune = settle_preset(weights.config, options)
+    check_plans(options, weights.config)
     jobs = find_jobs(options, weights.config, embeddings)
     reports = [] if options.json in (None, "-") else [Path(options.json)]
     _check_writable([job.target for job in jobs] + reports)
@@ -100,6 +102,7 @@ def _parser() -> Parser:
     )
     add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default: %(default)s)")
     add_pruning(parser)
+    add_steps(parser)
     add("--compare", action="store_true", help="dense and pruned side by side in one picture, from the same noise")
     add_model(parser)
     add_picture(parser)
@@ -164,7 +167,7 @@ def _settings(
             hashlib.file_digest(file, lambda: digest)
     shared = {
         key: getattr(options, key)
-        for key in ("sampling", "steps", "cfg", "prune", "compare", "batch", "dtype", "compile")
+        for key in ("sampling", "steps", "cfg", "prune", "skip", "guide", "compare", "batch", "dtype", "compile")
     }
     sizes = {
         "size": "{}x{}".format(*options.size),

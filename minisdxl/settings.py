@@ -88,7 +88,7 @@ def check_settings(settings: Settings, config: ModelConfig) -> CheckedSettings:
     planner = None
     if settings.skip is not None or settings.guide is not None:
         facts = RunFacts(steps, first, tuple(sigmas.tolist()), cfg, sampling.fresh_noise)
-        planner = plan_run(config, plans[first:], facts, settings.skip, settings.guide)
+        planner = plan_run(config.unet, plans[first:], facts, settings.skip, settings.guide)
     return CheckedSettings(sampling, steps, cfg, size, sizes, sigmas, plans, first, planner)
 
 

@@ -88,7 +88,8 @@ def _own_settings(
     try:
         if options.budget is not None and (steps, size) != (options.steps, options.size):
             raise ValueError(f"--budget is {options.budget}, which is for pictures of one size and number of steps")
-        check_settings(Settings(sampling=options.sampling, steps=steps, cfg=cfg, size=size), config)
+        methods = {"prune": options.prune, "skip": options.skip, "guide": options.guide}
+        check_settings(Settings(sampling=options.sampling, steps=steps, cfg=cfg, size=size, **methods), config)
         if options.strength is not None:
             first_step(steps, options.strength)
     except ValueError as error:
@@ -112,7 +113,8 @@ def _target(options: argparse.Namespace, prompt: str, seed: int) -> Path:
     if out.suffix.lower() in Image.registered_extensions() and not out.is_dir():
         raise ValueError(f"--out is {out}, expected a .png file or a folder")
     words = _shortened("-".join(re.findall(r"\w+", prompt.lower()))[:60], WORDS)
-    kind = "compare" if options.compare else _shortened(re.sub(r"[^\w.=-]+", "-", options.prune or "dense"), KIND)
+    method = "-".join(text for text in (options.prune, options.skip, options.guide) if text is not None)
+    kind = "compare" if options.compare else _shortened(re.sub(r"[^\w.=-]+", "-", method or "dense"), KIND)
     return out / f"{seed}-{words or 'untitled'}-{kind}.png"
 
 

@@ -64,6 +64,22 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_steps(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for step plans: what is skipped or forecast at some steps, and where guidance is left out."""
+    parser.add_argument(
+        "--skip",
+        metavar="METHOD",
+        help="steps that skip work of the U-Net: a method, if wanted with settings, as in deepcache:every=3; 'list' "
+        "prints all methods",
+    )
+    parser.add_argument(
+        "--guide", metavar="METHOD", help="steps without guidance, as in interval:0.28-5.42; 'list' prints all methods"
+    )
+    parser.add_argument(
+        "--fast", metavar="NAME", help="a composed preset, which sets --prune, --skip and --guide; 'list' prints all"
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds the option that :func:`find_device` reads."""
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")

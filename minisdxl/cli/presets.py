@@ -9,6 +9,12 @@ from atedm.presets import PRESETS, current_spelling, parse_preset
 from minisdxl.budget import preset_within
 from minisdxl.config import ModelConfig
 from minisdxl.cost import summary
+from minisdxl.samplings import find_sampling
+from minisdxl.settings import Settings, check_settings, first_step, token_plans
+from minisdxl.steps.cost import picture_cost
+from minisdxl.steps.methods import RunFacts
+from minisdxl.steps.plan import StepPlan
+from minisdxl.steps.presets import FAST, GUIDES, LETTERS, SKIPS, plan_run
 
 
 def settle_preset(config: ModelConfig, options: argparse.Namespace) -> str | None:
@@ -32,6 +38,61 @@ def settle_preset(config: ModelConfig, options: argparse.Namespace) -> str | Non
     measure = {"average": f"average of {options.steps} steps", "steady": "steady step"}[options.budget_for]
     print(f"{found}: its {measure} is within {options.budget}", file=sys.stderr)
     return found
+
+
+def settle_fast(options: argparse.Namespace, config: ModelConfig) -> None:
+    """Fills in ``--prune``, ``--skip`` and ``--guide`` from ``--fast``. With ``list`` it prints and ends the program.
+
+    Raises ``ValueError`` for an unknown preset, and for one beside an option that it sets.
+    """
+    if "list" in (options.skip, options.guide, options.fast):
+        print(list_steps(config))
+        raise SystemExit(0)
+    if options.fast is None:
+        return
+    if options.fast not in FAST:
+        raise ValueError(f"unknown composed preset {options.fast!r}, expected one of {', '.join(FAST)}")
+    for name in ("prune", "skip", "guide"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--fast {options.fast} sets --{name}, expected one of them")
+        setattr(options, name, getattr(FAST[options.fast], name))
+
+
+def check_plans(options: argparse.Namespace, config: ModelConfig) -> None:
+    """Raises ``ValueError`` for ``--skip`` and ``--guide`` that do not fit the run, before the weights are read."""
+    if options.skip is None and options.guide is None:
+        return
+    sampling = find_sampling(options.sampling)
+    sigmas = tuple(sampling.sigmas(options.steps, config.noise).tolist())
+    first = 0 if options.strength is None else first_step(options.steps, options.strength)
+    facts = RunFacts(options.steps, first, sigmas, options.cfg, sampling.fresh_noise)
+    tokens = token_plans(config, options.prune, options.steps)
+    plan_run(config.unet, tokens[first:], facts, options.skip, options.guide)
+
+
+def list_steps(config: ModelConfig) -> str:
+    """One line for each method of ``--skip`` and ``--guide`` and each preset of ``--fast``."""
+    side, steps, sampling = config.size // config.vae.downscale, 50, find_sampling("euler")
+
+    def share(prune: str | None, skip: str | None, guide: str | None) -> str:
+        run = check_settings(Settings(sampling=sampling, steps=steps, prune=prune, skip=skip, guide=guide), config)
+        plans = run.planner.base if run.planner else [StepPlan(plan) for plan in run.plans]
+        text = config.text[0].context_length
+        counted, dense = (
+            picture_cost(config, side, side, each, text, run.cfg, sampling.calls(steps)).flops
+            for each in (plans, [StepPlan()] * steps)
+        )
+        return "adaptive" if run.planner and run.planner.adaptive else f"{counted / dense:.1%}"
+
+    lines = [f"{'':<12} {'picture':>8}   of the FLOPs of dense {config.name}, {steps} steps of euler"]
+    for option, methods in (("skip", SKIPS), ("guide", GUIDES)):
+        for name, method in methods.items():
+            cost = "" if name == "given" else share(None, *((name, None) if option == "skip" else (None, name)))
+            lines.append(f"--{option} {name:<10} {cost:>8}   {(method.__doc__ or '').splitlines()[0]}")
+    for name, preset in FAST.items():
+        cost = share(preset.prune, preset.skip, preset.guide)
+        lines.append(f"--fast {name:<10} {cost:>8}   {preset.about}")
+    return "\n".join([*lines, f"letters of 'given': {LETTERS}"])
 
 
 def preset_note(config: ModelConfig, prune: str | None) -> str | None:

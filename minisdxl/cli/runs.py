@@ -8,22 +8,43 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from atedm.plan import TokenPlan
 from minisdxl.cli.jobs import Job
 from minisdxl.cli.picture_files import InitImage, side_by_side, write_picture
 from minisdxl.cli.previews import Preview, RGBMap, fit_rgb
-from minisdxl.cost import count, format_flops
 from minisdxl.pipeline import SDXL
 from minisdxl.samplings import Sampling
-from minisdxl.settings import Settings, first_step, token_plans
+from minisdxl.settings import Settings, check_settings
+from minisdxl.steps.cost import PictureCost, picture_cost
+from minisdxl.steps.plan import StepPlan, describe
 
 LOW_MEMORY_STRIP_ROWS = 8  # rows of the latent decoded at once, with --low-memory
+
+
+class Method(NamedTuple):
+    """What makes a picture cheaper than a dense one: the texts of ``--prune``, ``--skip`` and ``--guide``."""
+
+    prune: str | None = None
+    skip: str | None = None
+    guide: str | None = None
+
+    def __str__(self) -> str:
+        return " ".join(text for text in self if text is not None) or "dense"
+
+
+DENSE = Method()
+
+
+class Drawn(NamedTuple):
+    """A picture, and the plans of the steps that made it."""
+
+    image: Image.Image
+    plans: Sequence[StepPlan]
 
 
 @dataclass(frozen=True)
@@ -48,18 +69,20 @@ class Run:
         With ``--compare`` FLOPs are those of the pruned half, and seconds those of both. Raises as
         :meth:`SDXL.generate`, and ``OSError``.
         """
-        prune, began = self.options.prune, time.perf_counter()
-        kinds = [None, prune] if self.options.compare else [prune]
-        made = {kind: self._generate(jobs, kind) for kind in kinds}
+        options, began = self.options, time.perf_counter()
+        method = Method(options.prune, options.skip, options.guide)
+        made = {each: self._generate(jobs, each) for each in ((DENSE, method) if options.compare else (method,))}
         seconds = (time.perf_counter() - began) / len(jobs)
-        flops, dense = (sum(self.step_flops(kind, jobs[0])) for kind in (prune, None))
-        for index, job in enumerate(jobs):
-            image = made[prune][index]
-            if self.options.compare:
-                image = side_by_side({kind or "dense": images[index] for kind, images in made.items()})
+        dense = self.cost([StepPlan()] * len(made[method][0].plans), jobs[0]).flops
+        for index, (job, (image, plans)) in enumerate(zip(jobs, made[method], strict=True)):
+            if options.compare:
+                image = side_by_side({str(each): pictures[index].image for each, pictures in made.items()})
+            spent = self.cost(plans, job)
             record = {"prompt": job.prompt, "negative": job.negative, "seed": job.seed, **self._own_settings(job)}
+            if options.skip is not None or options.guide is not None:
+                record |= {"realized": describe(plans)}
             write_picture(job.target, image, {**self.settings, **record})
-            cost = {"flops": flops, "dense_flops": dense, "share": flops / dense}
+            cost = {"flops": spent.flops, "dense_flops": dense, "share": spent.flops / dense, **spent.steps()}
             yield {"path": str(job.target), **record, "seconds": seconds, **cost}
 
     def _own_settings(self, job: Job) -> dict[str, Any]:
@@ -74,57 +97,55 @@ class Run:
         prompts = [job.prompt] if job.cfg == 1 else [job.prompt, job.negative]
         return self.sdxl.text.context_length(prompts, self.sdxl.tokenizer)
 
-    def step_flops(self, prune: str | None, job: Job) -> list[int]:
-        """What the U-Net costs for a job's picture in each step that is run, both halves of guidance together."""
-        config, strength = self.sdxl.config, self.options.strength
-        f, text = config.vae.downscale, self.context_length(job)
-        width, height = job.size
+    def cost(self, plans: Sequence[StepPlan], job: Job) -> PictureCost:
+        """What the U-Net costs for a job's picture under the plans of the last steps, which are those that are run."""
+        config = self.sdxl.config
+        width, height = (side // config.vae.downscale for side in job.size)
+        calls = self.sampling.calls(job.steps)[-len(plans) :]
+        return picture_cost(config, height, width, plans, self.context_length(job), job.cfg, calls)
 
-        def cost(plan: TokenPlan) -> int:
-            return count(config, height // f, width // f, plan, text).total
-
-        plans, calls = token_plans(config, prune, job.steps), self.sampling.calls(job.steps)
-        costs = {plan: cost(plan) for plan in set(plans)}
-        guidance = 1 if job.cfg == 1 else 2
-        first = 0 if strength is None else first_step(job.steps, strength)
-        return [guidance * calls[step] * costs[plans[step]] for step in range(first, job.steps)]
+    def _plans(self, settings: Settings) -> Sequence[StepPlan]:
+        """The plans of the steps that are run, before the run; an adaptive method may change them."""
+        run = check_settings(settings, self.sdxl.config)
+        return run.planner.base if run.planner else [StepPlan(plan) for plan in run.plans[run.first :]]
 
     @cached_property
     def _rgb(self) -> RGBMap:
         return fit_rgb(self.sdxl.vae)
 
-    def _generate(self, jobs: Sequence[Job], prune: str | None) -> list[Image.Image]:
+    def _generate(self, jobs: Sequence[Job], method: Method) -> list[Drawn]:
         """Shows progress on a terminal."""
         options, job = self.options, jobs[0]
-        flops = self.step_flops(prune, job)
-        first = job.steps - len(flops)
         preview = None
         if options.preview is not None:
-            kind = f"-{'dense' if prune is None else 'pruned'}" if options.compare else ""
+            kind = f"-{'dense' if method == DENSE else 'pruned'}" if options.compare else ""
             targets = [job.target.with_stem(job.target.stem + kind) for job in jobs]
             preview = Preview(self._rgb, options.preview, targets)
-        with tqdm(total=len(flops), desc=prune or "dense", unit="step", disable=not sys.stderr.isatty()) as bar:
+        settings = Settings(
+            negative=job.negative,
+            sampling=self.sampling if preview is None else preview.watch(self.sampling),
+            steps=job.steps,
+            cfg=job.cfg,
+            seed=job.seed,
+            prune=method.prune,
+            skip=method.skip,
+            guide=method.guide,
+            size=job.size,
+            original_size=options.original_size,
+            crop=options.crop,
+            target_size=options.target_size,
+            image=None if self.source is None else self.source.image,
+            strength=options.strength,
+            mask=None if self.mask is None else self.mask.image,
+            strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
+        )
+        plans, realized = self._plans(settings), list[Sequence[StepPlan]]()
+        with tqdm(total=len(plans), desc=str(method), unit="step", disable=not sys.stderr.isatty()) as bar:
 
             def on_step(step: int, _: torch.Tensor) -> None:
-                bar.set_postfix_str(f"{format_flops(len(jobs) * flops[step - first])}FLOPs/step", refresh=False)
                 bar.update()
                 if preview is not None:
                     preview.write(step)
 
-            settings = Settings(
-                negative=job.negative,
-                sampling=self.sampling if preview is None else preview.watch(self.sampling),
-                steps=job.steps,
-                cfg=job.cfg,
-                seed=job.seed,
-                prune=prune,
-                size=job.size,
-                original_size=options.original_size,
-                crop=options.crop,
-                target_size=options.target_size,
-                image=None if self.source is None else self.source.image,
-                strength=options.strength,
-                mask=None if self.mask is None else self.mask.image,
-                strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
-            )
-            return self.sdxl.generate([job.prompt for job in jobs], settings, on_step=on_step)
+            images = self.sdxl.generate([job.prompt for job in jobs], settings, on_step=on_step, realized=realized)
+        return [Drawn(*each) for each in zip(images, realized or [plans] * len(jobs), strict=True)]

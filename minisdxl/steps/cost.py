@@ -21,6 +21,11 @@ class PictureCost(NamedTuple):
     forecast: int  # steps in which none runs
     single: int  # steps in which the U-Net runs for one branch of guidance alone
 
+    def steps(self) -> dict[str, int]:
+        """The numbers of steps, for a report; nothing where all are whole, with both branches."""
+        counts = {"whole_steps": self.whole, "shallow_steps": self.shallow, "forecast_steps": self.forecast}
+        return {**counts, "single_branch_steps": self.single} if self.shallow or self.forecast or self.single else {}
+
 
 def picture_cost(
     config: ModelConfig, height: int, width: int, plans: Sequence[StepPlan], text: int, cfg: float, calls: Sequence[int]

@@ -56,7 +56,7 @@ def planned_denoiser(
     planner: Planner,
     noise: NoiseConfig,
     sigmas: Sequence[float],
-    realized: list[list[StepPlan]] | None = None,
+    realized: list[Sequence[StepPlan]] | None = None,
 ) -> Denoiser:
     """D(x; sigma) as :func:`minisdxl.sampler.guided_denoiser`, under the step plans of ``planner``.
 
@@ -150,6 +150,7 @@ def _joined(texts: list[PromptKV]) -> PromptKV:
     """Keys and values of several branches of guidance as one batch."""
 
     def layers(name: str) -> list[ContextKV]:
-        return [ContextKV(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*(text[name] for text in texts))]
+        parts = zip(*(text[name] for text in texts), strict=True)
+        return [ContextKV(*map(torch.cat, zip(*layer, strict=True))) for layer in parts]
 
     return {name: layers(name) for name in texts[0]}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from atedm.plan import TokenPlan
-from minisdxl.config import ModelConfig
+from minisdxl.config import UNetConfig
 from minisdxl.steps.guides import Alternate, GivenGuidance, Interval, Until
 from minisdxl.steps.kept import Kept
 from minisdxl.steps.methods import Adaptive, DeepCache, EasyCache, Given, Plans, RunFacts, Sada, Static, TGate, Zeus
@@ -115,7 +115,7 @@ class RunPlanner:
 
 
 def plan_run(
-    config: ModelConfig,
+    unet: UNetConfig,
     tokens: Sequence[TokenPlan],
     facts: RunFacts,
     skip: str | Static | Adaptive | None,
@@ -145,7 +145,7 @@ def plan_run(
         if guided == plans:
             raise ValueError(f"{_name(guide)} would change nothing: guidance stays on at all {len(plans)} steps")
         plans = _whole_where_guidance_sets_in(guided)
-    check_run(plans, facts.cfg, config.unet)
+    check_run(plans, facts.cfg, unet)
     return RunPlanner(tuple(plans), facts, method)
 
 
