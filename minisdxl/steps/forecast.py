@@ -60,4 +60,5 @@ def lagrange(times: Sequence[float], time: float) -> list[float]:
 
 
 def _sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(dim=0)
+    terms = (weight * value for weight, value in zip(weights, values, strict=True))
+    return sum(terms, start=torch.zeros_like(values[0]))  # one after the other: rounds the same in any batch
