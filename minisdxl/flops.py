@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from atedm.presets import parse_preset
-from minisdxl.cli.options import Parser, add_pruning, parse_size
-from minisdxl.cli.presets import settle_preset
+from minisdxl.cli.options import Parser, add_pruning, add_steps, parse_size
+from minisdxl.cli.presets import settle_fast, settle_preset
 from minisdxl.config import MODELS, SDXL_BASE, ModelConfig
 from minisdxl.cost import Kind, format_flops, summary
+from minisdxl.settings import Settings, check_settings
+from minisdxl.steps.cost import picture_cost
+from minisdxl.steps.plan import StepPlan, describe
+from minisdxl.steps.presets import LETTERS
 
 BAR = 40  # characters of the longest bar
 
@@ -44,6 +50,29 @@ def _sums(calls: dict[str, Any], column: str) -> Counter[str]:
     return sums
 
 
+def picture(
+    options: argparse.Namespace, config: ModelConfig, prune: str | None, height: int, width: int
+) -> dict[str, Any]:
+    """What the U-Net costs for a whole picture, ready for JSON. Raises ``ValueError`` as :func:`check_settings`."""
+    asked = Settings(sampling=options.sampling, steps=options.steps, cfg=options.cfg, prune=prune)
+    run = check_settings(replace(asked, skip=options.skip, guide=options.guide), config)
+    plans = run.planner.base if run.planner else [StepPlan(plan) for plan in run.plans]
+    text, calls = config.text[0].context_length, run.sampling.calls(run.steps)
+    spent, dense = (
+        picture_cost(config, height, width, each, text, run.cfg, calls) for each in (plans, [StepPlan()] * run.steps)
+    )
+    about = (
+        f"one picture of {run.steps} steps of {run.sampling.name} at cfg {run.cfg:g}: {format_flops(spent.flops)}, "
+        f"{spent.flops / dense.flops:.1%} of dense; {spent.whole} steps whole, {spent.shallow} shallow, "
+        f"{spent.forecast} forecast; {spent.single} with one branch of guidance"
+    )
+    if run.planner:
+        about += f"\nby step, {LETTERS}:\n{describe(plans)}"
+        if run.planner.adaptive:
+            about += f"\nat most: {options.skip} decides at each step"
+    return {**spent._asdict(), "dense_flops": dense.flops, "plan": describe(plans), "about": about}
+
+
 def find_config(model: str) -> ModelConfig:
     """The config with the name ``model``, or the one stored in the file or folder ``model``. Raises ``ValueError``."""
     if model in MODELS:
@@ -59,23 +88,30 @@ def find_config(model: str) -> ModelConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 0 on success, 2 with one line on bad input."""
-    parser = Parser(prog="python -m minisdxl.flops", description="FLOPs of one U-Net call, dense and pruned.")
+    parser = Parser(
+        prog="python -m minisdxl.flops", description="FLOPs of one U-Net call and of a whole picture, dense and pruned."
+    )
     add = parser.add_argument
     add("--model", default=SDXL_BASE.name, help=f"{', '.join(MODELS)}, or a path (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    add("--cfg", type=float, help="classifier-free guidance scale; 1 is none (default: the model's own)")
+    add("--sampling", metavar="NAME", help="for the cost of a picture (default: the model's best)")
     add_pruning(parser)
+    add_steps(parser)
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     with parser.one_line("nothing was printed"):
         config = find_config(options.model)
         size = config.picture_size(options.size)
+        settle_fast(options, config)  # these two may end the program with a list of presets
         prune = settle_preset(config, options)
         schedule = parse_preset(prune) if prune is not None else None
         width, height = (side // config.vae.downscale for side in size)
         calls, dense = (summary(config, height, width, asked, options.steps) for asked in (schedule, None))
+        calls["picture"] = picture(options, config, prune, height, width)
     title = f"{config.name}, {size[0]}x{size[1]} pixels, {options.steps} steps, {prune or 'dense'}"
-    text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}"
+    text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}\n\n{calls['picture']['about']}"
     try:
         print(json.dumps(calls, indent=1) if options.json else text, flush=True)
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe; Python would report that at exit

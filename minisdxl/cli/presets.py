@@ -88,11 +88,15 @@ def list_steps(config: ModelConfig) -> str:
     for option, methods in (("skip", SKIPS), ("guide", GUIDES)):
         for name, method in methods.items():
             cost = "" if name == "given" else share(None, *((name, None) if option == "skip" else (None, name)))
-            lines.append(f"--{option} {name:<10} {cost:>8}   {(method.__doc__ or '').splitlines()[0]}")
+            lines.append(f"--{option} {name:<10} {cost:>8}   {_first_line(method)}")
     for name, preset in FAST.items():
         cost = share(preset.prune, preset.skip, preset.guide)
         lines.append(f"--fast {name:<10} {cost:>8}   {preset.about}")
     return "\n".join([*lines, f"letters of 'given': {LETTERS}"])
+
+
+def _first_line(method: object) -> str:
+    return (method.__doc__ or "").splitlines()[0].replace("``", "'")
 
 
 def preset_note(config: ModelConfig, prune: str | None) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from minisdxl.images import encode_pixels, to_pixels, to_rgb
 from minisdxl.runtime.compiled import CompiledUNet
 from minisdxl.sampler import Denoiser, Solver
 from minisdxl.settings import CheckedSettings, Settings, check_pictures
+from minisdxl.steps.evaluate import Tensors, evaluator
+from minisdxl.steps.plan import StepPlan
 from minisdxl.unet import PromptKV, UNet
 from minisdxl.vae import VAE
 
@@ -97,8 +100,14 @@ class InpaintingUNet:
 
     def __call__(self, x: Tensor, c_noise: Tensor, text: PromptKV, vector: Tensor, plan: TokenPlan) -> Tensor:
         """As :meth:`UNet.forward`."""
-        channels = self.channels.to(x).expand(len(x), -1, -1, -1)
-        return self.unet(torch.cat([x, channels], dim=1), c_noise, text, vector, plan)
+        return self.unet(self._with_channels(x), c_noise, text, vector, plan)
+
+    def evaluate(self, plan: StepPlan, x: Tensor, *inputs: Any) -> tuple[Tensor, Tensors]:
+        """As :func:`minisdxl.steps.evaluate.evaluate`."""
+        return evaluator(self.unet)(plan, self._with_channels(x), *inputs)
+
+    def _with_channels(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.channels.to(x).expand(len(x), -1, -1, -1)], dim=1)
 
 
 def masked_unet(unet: UNet | CompiledUNet, masked: MaskedPicture | None) -> UNet | CompiledUNet | InpaintingUNet:

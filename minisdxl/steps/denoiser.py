@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from minisdxl.config import NoiseConfig
 from minisdxl.sampler import Denoiser, UNetInputs, denoise, discrete_sigmas
-from minisdxl.steps.evaluate import Tensors, evaluate
+from minisdxl.steps.evaluate import Evaluator, Tensors, evaluator
 from minisdxl.steps.forecast import Point, forecast
 from minisdxl.steps.kept import Kept
 from minisdxl.steps.plan import StepPlan
@@ -36,16 +35,6 @@ class Planner(Protocol):
 
     def plan(self, step: int, kept: Kept, x: Tensor) -> StepPlan:
         """The plan of step ``step``, for the latent ``x`` (B, C, H, W) that it starts from."""
-
-
-class Evaluator(Protocol):
-    """A U-Net that has its own way to run :func:`minisdxl.steps.evaluate.evaluate`, such as a compiled one."""
-
-    def project_context(self, context: Tensor) -> PromptKV:
-        """As :meth:`UNet.project_context`."""
-
-    def evaluate(self, plan: StepPlan, *inputs: Any) -> tuple[Tensor, Tensors]:
-        """The output, and the tensors to keep."""
 
 
 def planned_denoiser(
@@ -90,7 +79,7 @@ class _Run:
         rows: slice,
     ) -> None:
         self.scale, self.planner, self.rows = scale, planner, rows
-        self.evaluate = partial(evaluate, unet) if isinstance(unet, UNet) else unet.evaluate
+        self.evaluate = evaluator(unet)
         self.levels, self.sigmas = discrete_sigmas(noise), list(sigmas)
         inputs = {"unconditional": unconditional, "conditional": conditional}
         if scale == 1:

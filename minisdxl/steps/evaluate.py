@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +55,21 @@ def evaluate(
         next_size = skips[-1].shape[-2:] if skips else x.shape[-2:]
         x = block(torch.cat([x, skip], dim=1), embedding, text, tokens, next_size)
     return unet.out(x), new
+
+
+class Evaluator(Protocol):
+    """A U-Net that has its own way to run :func:`minisdxl.steps.evaluate.evaluate`, such as a compiled one."""
+
+    def project_context(self, context: Tensor) -> PromptKV:
+        """As :meth:`UNet.project_context`."""
+
+    def evaluate(self, plan: StepPlan, *inputs: Any) -> tuple[Tensor, Tensors]:
+        """The output, and the tensors to keep: the other arguments of :func:`evaluate`."""
+
+
+def evaluator(unet: UNet | Evaluator) -> Callable[..., tuple[Tensor, Tensors]]:
+    """:func:`evaluate` of that U-Net, in its own way if it has one."""
+    return partial(evaluate, unet) if isinstance(unet, UNet) else unet.evaluate
 
 
 def _layer_plans(unet: UNet, plan: StepPlan, kept: Mapping[str, Tensor], new: Tensors) -> TokenPlan:
