@@ -9,6 +9,8 @@ from atedm.ranking import RANKINGS, check_ratio, kept_count, scores, top_k
 from atedm.recovery import RECOVERIES, Restore, identity, recover
 from atedm.tokens import TokenSet
 
+WITH_HISTORY = ("own-change", "own-change-linear")  # recoveries that look back on earlier steps: minisdxl/steps
+
 
 @dataclass(frozen=True)
 class Pruning:
@@ -17,14 +19,14 @@ class Pruning:
     ratio: float  # rho: the share of tokens that are removed
     ranking: str = "gwpr"  # one of RANKINGS: which tokens stay
     graph: str = "by-head"  # one of GRAPHS: how the attention map is kept or recomputed
-    recovery: str = "similarity"  # one of RECOVERIES: what pruned positions become afterwards
+    recovery: str = "similarity"  # one of RECOVERIES, or WITH_HISTORY: what pruned positions become afterwards
     iterations: int | None = None  # exactly so many of G-WPR; None: until it converges
     seed: int = 0  # for the rankings "random" and "moving-grid"; the same seed keeps the same positions
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         choices = (("ranking", self.ranking, RANKINGS), ("graph", self.graph, GRAPHS))
-        for what, name, names in (*choices, ("recovery", self.recovery, RECOVERIES)):
+        for what, name, names in (*choices, ("recovery", self.recovery, RECOVERIES + WITH_HISTORY)):
             if name not in names:
                 raise ValueError(f"{what} is {name!r}, expected one of {', '.join(names)}")
         if self.iterations is not None and self.iterations < 1:

@@ -205,7 +205,7 @@ class _Formula:
             return _product(channels // self.config.head_channels, 1, rows * keys)
 
         anchors = max(1, tokens // ANCHORS) if how.ranking == "dissimilarity" else 0
-        found = kept if how.recovery.startswith("nearest") else 0
+        found = kept if how.recovery.startswith(("nearest", "own")) else 0
         cosines = logits(tokens, anchors) + logits(tokens - kept, found)
 
         match how.graph:

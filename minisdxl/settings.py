@@ -16,7 +16,7 @@ from atedm.schedule import Schedule
 from minisdxl.config import ModelConfig
 from minisdxl.samplings import Sampling, find_sampling
 from minisdxl.steps.methods import Adaptive, RunFacts, Static
-from minisdxl.steps.presets import RunPlanner, plan_run
+from minisdxl.steps.presets import RunPlanner, plan_run, with_history
 
 Size = tuple[int, int]  # width and height, or left and top, in pixels
 
@@ -86,7 +86,7 @@ def check_settings(settings: Settings, config: ModelConfig) -> CheckedSettings:
         _warn_outside_buckets(config, size)
     sizes = micro_conditioning(size, settings.original_size, settings.crop, settings.target_size)
     planner = None
-    if settings.skip is not None or settings.guide is not None:
+    if settings.skip is not None or settings.guide is not None or any(map(with_history, plans)):
         facts = RunFacts(steps, first, tuple(sigmas.tolist()), cfg, sampling.fresh_noise)
         planner = plan_run(config.unet, plans[first:], facts, settings.skip, settings.guide)
     return CheckedSettings(sampling, steps, cfg, size, sizes, sigmas, plans, first, planner)

@@ -7,7 +7,7 @@ dictionary, so that nothing is remembered in modules and the call can be compile
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,7 +16,11 @@ from torch import Tensor
 
 from atedm.graph import AttentionInputs
 from atedm.plan import Attended, BlockPlan, LayerPlan, TokenPlan
+from atedm.pruning import WITH_HISTORY, prune
+from atedm.recovery import Restore
+from atedm.tokens import TokenSet
 from minisdxl.embedding import sinusoidal_embedding
+from minisdxl.steps.own_change import OwnChange
 from minisdxl.steps.plan import SHALLOW, StepPlan
 from minisdxl.unet import PromptKV, UNet
 
@@ -78,8 +82,9 @@ def _layer_plans(unet: UNet, plan: StepPlan, kept: Mapping[str, Tensor], new: Te
     A block whose tokens are reduced computes its attention: what is kept has a value for every token.
     """
     states = {"self": plan.self_attention, "cross": plan.cross_attention}
+    tokens = TokenPlan({name: _with_history(name, block, kept, new) for name, block in plan.tokens.items()})
     if set(states.values()) == {"computed"}:
-        return plan.tokens
+        return tokens
     blocks = {
         site.name: BlockPlan(
             tuple(
@@ -89,7 +94,48 @@ def _layer_plans(unet: UNet, plan: StepPlan, kept: Mapping[str, Tensor], new: Te
         )
         for site in unet.config.attention_sites()
     }
-    return TokenPlan({**blocks, **plan.tokens})
+    return TokenPlan({**blocks, **tokens})
+
+
+def _with_history(name: str, block: BlockPlan, kept: Mapping[str, Tensor], new: Tensors) -> BlockPlan:
+    """A block plan whose recovery, if it is one of ``WITH_HISTORY``, finds what earlier steps have kept."""
+    return BlockPlan(
+        tuple(
+            (index, layer)
+            if layer.pruning is None or layer.pruning.recovery not in WITH_HISTORY
+            else (index, RecoveringLayer(layer.pruning, layer.before_feed_forward, None, f"{name} {index}", kept, new))
+            for index, layer in block.layers
+        )
+    )
+
+
+@dataclass(frozen=True)
+class RecoveringLayer(LayerPlan):
+    """A layer plan that prunes, with a recovery by each token's own history."""
+
+    name: str = ""
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    new: Tensors = field(default_factory=dict)
+
+    def prune(
+        self,
+        tokens: TokenSet,
+        self_attention: AttentionInputs,
+        cross_attention: AttentionInputs,
+        *,
+        before_feed_forward: bool,
+    ) -> tuple[TokenSet, list[Restore]]:
+        """See :meth:`LayerPlan.prune`."""
+        if self.pruning is None or before_feed_forward != self.before_feed_forward:
+            return tokens, []
+        how = replace(self.pruning, recovery="nearest-change")
+        held, neighbours = prune(tokens, self_attention, cross_attention, how)
+        if held.count == tokens.count:
+            return held, [neighbours]
+        if tokens.positions is not None or held.positions is None:
+            raise ValueError(f"recovery {self.pruning.recovery} is for one pruning in a block, expected one of layers")
+        linear = self.pruning.recovery == "own-change-linear"
+        return held, [OwnChange(tokens, held.positions, neighbours, linear, self.name, self.kept, self.new)]
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,38 @@ class Zeus:
 
 
 @dataclass(frozen=True)
+class Spaced:
+    """A share of the steps is evaluated; between them the denoised latent is followed by a polynomial.
+
+    Of this project. Evaluation k of K is at the share (k / (K - 1)) ** ``power`` of the steps: above 1 they lie closer
+    at high noise. The first ``degree`` + 1 steps and the last one are evaluated too.
+    """
+
+    share: float = 0.36
+    power: float = 1.0
+    degree: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share is {self.share}, expected more than 0 and less than 1")
+        if not 0.2 <= self.power <= 5:
+            raise ValueError(f"power is {self.power}, expected 0.2 to 5")
+        if not 1 <= self.degree <= 4:
+            raise ValueError(f"degree is {self.degree}, expected 1 to 4")
+
+    def plans(self, base: Plans, facts: RunFacts) -> Plans:
+        """See :class:`Static`."""
+        facts.check_ode("spaced")
+        count, last = max(2, round(self.share * len(base))), len(base) - 1
+        evaluated = {round(last * (k / (count - 1)) ** self.power) for k in range(count)}
+        evaluated |= {*range(self.degree + 1), last}
+        return [
+            plan if index in evaluated else replace(plan, unet=f"latent-{self.degree}")
+            for index, plan in enumerate(base)
+        ]
+
+
+@dataclass(frozen=True)
 class Given:
     """Each step as its letter says: W whole, S shallow, others a forecast (``minisdxl/steps/plan.py``).
 

@@ -10,10 +10,23 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from atedm.plan import TokenPlan
+from atedm.pruning import WITH_HISTORY
 from minisdxl.config import UNetConfig
 from minisdxl.steps.guides import Alternate, GivenGuidance, Interval, Until
 from minisdxl.steps.kept import Kept
-from minisdxl.steps.methods import Adaptive, DeepCache, EasyCache, Given, Plans, RunFacts, Sada, Static, TGate, Zeus
+from minisdxl.steps.methods import (
+    Adaptive,
+    DeepCache,
+    EasyCache,
+    Given,
+    Plans,
+    RunFacts,
+    Sada,
+    Spaced,
+    Static,
+    TGate,
+    Zeus,
+)
 from minisdxl.steps.plan import GUIDANCE_LETTERS, SHALLOW, UNET_LETTERS, WHOLE, StepPlan, check_run, describe
 
 SKIPS: dict[str, Callable[..., Static | Adaptive]] = {
@@ -22,6 +35,7 @@ SKIPS: dict[str, Callable[..., Static | Adaptive]] = {
     "zeus": Zeus,
     "sada": Sada,
     "easycache": EasyCache,
+    "spaced": Spaced,
     "given": Given,
 }
 GUIDES: dict[str, Callable[..., Static]] = {
@@ -147,6 +161,12 @@ def plan_run(
         plans = _whole_where_guidance_sets_in(guided)
     check_run(plans, facts.cfg, unet)
     return RunPlanner(tuple(plans), facts, method)
+
+
+def with_history(tokens: TokenPlan) -> bool:
+    """Whether a token plan recovers tokens by what earlier steps have kept."""
+    layers = (layer for block in tokens.values() for _, layer in block.layers)
+    return any(layer.pruning is not None and layer.pruning.recovery in WITH_HISTORY for layer in layers)
 
 
 def _skips(plan: StepPlan) -> bool:
