@@ -50,13 +50,14 @@ class Part:
 
     steps: int
     cfg: float
-    share: float
+    share: float | None  # ``None``: each has its own
     presets: Mapping[str, str]
 
     @property
     def label(self) -> str:
         """Budget, steps and CFG scale as text."""
-        return f"{self.share:.1%} of the FLOPs, {self.steps} steps, CFG {self.cfg:g}"
+        share = "" if self.share is None else f"{self.share:.1%} of the FLOPs, "
+        return f"{share}{self.steps} steps, CFG {self.cfg:g}"
 
 
 def plan(experiment: Experiment, sdxl: SDXL, size: tuple[int, int]) -> tuple[list[Part], list[str]]:
@@ -65,7 +66,7 @@ def plan(experiment: Experiment, sdxl: SDXL, size: tuple[int, int]) -> tuple[lis
     for steps in experiment.steps:
         for cfg in experiment.cfgs:
             for budget in experiment.budgets:
-                share = budget if isinstance(budget, float) else average_share(sdxl.config, size, budget, steps)
+                share = average_share(sdxl.config, size, budget, steps) if isinstance(budget, str) else budget
                 solved = dict[str, str]()
                 for preset in experiment.presets:
                     try:

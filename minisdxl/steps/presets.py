@@ -55,7 +55,19 @@ class Composed(NamedTuple):
     guide: str | None = None
 
 
-FAST: dict[str, Composed] = {}
+FAST: dict[str, Composed] = {
+    "faithful": Composed(
+        "close to the dense picture: 40 % of the steps evaluated, guidance at every second evaluation",
+        skip="spaced:share=0.4,degree=2",
+        guide="alternate",
+    ),
+    "fast": Composed(
+        "cheaper: fewer evaluations and fewer tokens, each token with its own history",
+        prune="moving-grid:recovery=own-change",
+        skip="spaced:share=0.32,degree=2",
+        guide="alternate",
+    ),
+}
 
 
 def parse_skip(text: str) -> Static | Adaptive:

@@ -44,7 +44,7 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch, load_once: Callable[..., SDXL])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_claims_are_on_presets_that_cost_the_same(shapes: SDXL, name: str) -> None:
     experiment = EXPERIMENTS[name]
-    assert BASELINE in experiment.presets
+    assert BASELINE in experiment.presets or experiment.budgets == (None,)
     assert experiment.axis is None or experiment.axis in AXES
     for claim in experiment.claims:
         assert {claim.better, claim.worse} <= set(experiment.presets)
@@ -52,11 +52,14 @@ def test_claims_are_on_presets_that_cost_the_same(shapes: SDXL, name: str) -> No
     parts, notes = plan(experiment, shapes, (256, 256))
     assert len(parts) == len(experiment.budgets) * len(experiment.cfgs) * len(experiment.steps)
     for part in parts:
+        if part.share is None:  # methods that cost what they cost
+            assert part.presets == {preset: preset for preset in experiment.presets}
+            continue
         for preset in part.presets.values():
             calls = summary(SHAPES, 64, 64, parse_preset(preset), part.steps)
             share = calls["average"] / calls["dense"]
             assert part.share - 0.006 < share <= part.share + 5.1e-5, (preset, share)
-    print(f"{name}: {[f'{part.share:.1%}' for part in parts]}, {notes}")
+    print(f"{name}: {[part.label for part in parts]}, {notes}")
     missing = {preset for part in parts for preset in experiment.presets if preset not in part.presets}
     assert missing == {preset for preset in experiment.presets if any(f"out of reach of {preset}:" in n for n in notes)}
     assert not missing or name in ("table-1", "figure-7")

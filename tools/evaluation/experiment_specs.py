@@ -21,14 +21,15 @@ class Claim(NamedTuple):
 class Experiment:
     """Presets under every combination of budget, CFG scale and number of steps, with the dense model beside them.
 
-    A budget is a share of the dense FLOPs, averaged over all steps, or a preset whose cost all presets get. ``axis`` is
+    A budget is a share of the dense FLOPs, averaged over all steps, or a preset whose cost all presets get, or ``None``
+    for methods that cost what they cost (``tools.evaluation.methods`` has their texts). ``axis`` is
     the plot's horizontal axis (``AXES`` of ``plots``), or ``None`` for presets side by side, with pictures.
     """
 
     about: str
     presets: tuple[str, ...]
     claims: tuple[Claim, ...]
-    budgets: tuple[float | str, ...] = (BASELINE,)
+    budgets: tuple[float | str | None, ...] = (BASELINE,)
     cfgs: tuple[float, ...] = (CFG,)
     steps: tuple[int, ...] = (50,)
     axis: str | None = None
@@ -53,6 +54,23 @@ _RANKED_WITH_CHANGE = tuple(
     f"{name}recovery=nearest-change"
     for name in ("at-edm:", "at-edm:ranking=covered,", "at-edm:ranking=lowest,", "random:", "at-edm:ranking=grid,")
 )
+_FEWER = ("steps=25", "steps=17", "steps=12", "steps=10")  # dense in fewer steps: what any method must beat
+_STEP_METHODS = {
+    "deepcache": ("skip=deepcache:every=2", "skip=deepcache", "skip=deepcache:every=5", "skip=deepcache:branch=3"),
+    "tgate": ("skip=tgate", "skip=tgate:every=1", "skip=tgate:gate=20", "skip=tgate:branch=conditional"),
+    "zeus": ("skip=zeus:every=2", "skip=zeus", "skip=zeus:every=4", "skip=zeus:lagrange=50"),
+    "sada": ("skip=sada:most=2", "skip=sada", "skip=sada:every=6"),
+    "easycache": ("skip=easycache:threshold=0.05", "skip=easycache:threshold=0.1", "skip=easycache"),
+    "guidance": ("guide=interval", "guide=until", "guide=until:off=kept", "guide=alternate", "guide=alternate:every=4"),
+    "spaced": ("skip=spaced:share=0.5", "skip=spaced", "skip=spaced:share=0.24", "skip=spaced:degree=3"),
+    "own-change": tuple(
+        f"moving-grid:{rho}recovery={recovery}"
+        for rho in ("", "rho=0.75,")
+        for recovery in ("nearest-change", "own-change", "own-change-linear")
+    ),
+}
+_COMPOSED = ("fast=faithful", "fast=fast")
+_ALONE = ("at-edm", "tome", *(f"skip={name}" for name in ("deepcache", "tgate", "zeus", "sada")), "guide=interval")
 _ITERATIONS = ("at-edm", "at-edm:iterations=1", "at-edm:iterations=3", "at-edm:graph=subsampled")
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -171,6 +189,27 @@ EXPERIMENTS: dict[str, Experiment] = {
             Claim("DSAP helps dissimilarity", "dissimilarity", "dissimilarity:tau=0"),
         ),
         budgets=("at-edm:rho=0.3", "at-edm:rho=0.5", "at-edm", "at-edm:rho=0.75"),
+        axis="flops_share",
+    ),
+    **{
+        name: Experiment(
+            f"{name} with several settings, beside the dense model in fewer steps.",
+            presets=(*_FEWER, *methods),
+            claims=(),
+            budgets=(None,),
+            axis="flops_share",
+        )
+        for name, methods in _STEP_METHODS.items()
+    },
+    "composed": Experiment(
+        "Tokens, skipped steps and guidance composed, beside each method alone and the dense model in fewer steps.",
+        presets=(*_FEWER, *_ALONE, *_COMPOSED),
+        claims=tuple(
+            Claim(f"{ours.partition('=')[2]} beats {other}", ours, other)
+            for ours in _COMPOSED
+            for other in (*_FEWER[1:], *_ALONE[2:6])
+        ),
+        budgets=(None,),
         axis="flops_share",
     ),
     "few-steps": Experiment(

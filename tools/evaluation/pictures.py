@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,11 @@ from minisdxl.config import ModelConfig
 from minisdxl.cost import summary
 from minisdxl.loading import weights_path
 from minisdxl.pipeline import SDXL
+from minisdxl.settings import Settings
+from minisdxl.steps.plan import StepPlan
 from tools.drawn.detector import check
 from tools.drawn.world import held_out, parse_caption, random_scene
+from tools.evaluation.methods import Method, parse_method, picture_flops, settings_of
 from tools.evaluation.metrics import latent_error, psnr, ssim
 from tools.evaluation.rows import DENSE, Folder, Row
 
@@ -91,8 +93,7 @@ def solve(
     """
     if share is None:
         for preset in presets:
-            if preset != DENSE:
-                parse_preset(preset)
+            parse_method(preset)
         return {preset: preset for preset in presets}
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, expected more than 0 and at most 1: of the FLOPs of the dense model")
@@ -168,19 +169,16 @@ class Evaluation:
     def _make(self, preset: str, numbers: range, wanted: Sequence[int]) -> Iterator[Row]:
         """Makes the whole batch, so that rounding is the same in every run, and yields the rows that are wanted."""
         captions, last = self.captions.texts[numbers.start : numbers.stop], dict[str, Tensor]()
+        settings = settings_of(parse_method(preset), self.sampling, self.steps, self.cfg, self.size)
+        realized = list[Sequence[StepPlan]]()
         began = time.perf_counter()
         images = self.sdxl.generate(
-            captions,
-            sampling=self.sampling,
-            steps=self.steps,
-            cfg=self.cfg,
-            seed=numbers.start,
-            prune=None if preset == DENSE else preset,
-            size=self.size,
-            on_step=lambda _, x: last.update(x=x),
+            captions, settings, seed=numbers.start, on_step=lambda _, x: last.update(x=x), realized=realized
         )
         seconds = (time.perf_counter() - began) / len(numbers)
-        for number, caption, image, latent in zip(numbers, captions, images, last["x"].cpu(), strict=True):
+        shares = [self._share(settings, plans) for plans in realized] or [self._share(settings)] * len(numbers)
+        made = zip(numbers, captions, images, last["x"].cpu(), shares, strict=True)
+        for number, caption, image, latent, share in made:
             if number not in wanted:
                 continue
             self.folder.save_picture(preset, number, image)
@@ -198,13 +196,16 @@ class Evaluation:
                 psnr=psnr(pixels, dense),
                 ssim=ssim(pixels, dense),
                 latent_error=latent_error(latent, self.folder.latent(number)),
-                flops_share=_share(self.sdxl.config, self.size, preset, self.steps),
+                flops_share=share,
                 seconds=seconds,
                 machine=hardware(self.sdxl.device),
             )
 
-
-_share = cache(average_share)
+    def _share(self, settings: Settings, realized: Sequence[StepPlan] | None = None) -> float:
+        """FLOPs of a picture as a share of the dense model's."""
+        config = self.sdxl.config
+        dense = settings_of(Method(), self.sampling, self.steps, self.cfg, self.size)
+        return picture_flops(config, settings, realized) / picture_flops(config, dense)
 
 
 def _caption_check(pixels: Any, caption: str, drawn: bool) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Row:
     ``number`` counts captions from 0. ``obeyed`` says that the picture is right: recorded files have this word for it.
     ``held_out`` says that training never saw the caption. Both are ``None`` for captions that are not of the drawn
     world. ``psnr``, ``ssim`` and ``latent_error`` compare with the dense picture of the same seed; for that picture
-    they are infinite, 1 and 0. ``flops_share`` is the FLOPs of the average U-Net call as a share of dense.
+    they are infinite, 1 and 0. ``flops_share`` is the FLOPs of the picture, ranking left out, as a share of dense.
     """
 
     preset: str
