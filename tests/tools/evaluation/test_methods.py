@@ -47,7 +47,7 @@ def test_bad_texts(text: str, message: str) -> None:
 
 def test_flops_of_a_picture() -> None:
     """Fewer steps cost as many calls less; guidance at half of the steps a quarter less."""
-    dense = 50 * 2 * count(SHAPES, 32, 32).total
+    dense = 50 * 2 * count(SHAPES, 64, 64).total
     for text, share in (("dense", 1.0), ("steps=25", 0.5), ("guide=alternate", 0.75)):
         found = picture_flops(SHAPES, settings_of(parse_method(text), "euler", 50, 4.0, (256, 256)))
         print(f"{text}: {found / dense:.4f} of dense")
