@@ -20,7 +20,6 @@ from minisdxl.cost import Kind, format_flops, summary
 from minisdxl.settings import Settings, check_settings
 from minisdxl.steps.cost import picture_cost
 from minisdxl.steps.plan import StepPlan, describe
-from minisdxl.steps.presets import LETTERS
 
 BAR = 40  # characters of the longest bar
 
@@ -52,8 +51,11 @@ def _sums(calls: dict[str, Any], column: str) -> Counter[str]:
 
 def picture(
     options: argparse.Namespace, config: ModelConfig, prune: str | None, height: int, width: int
-) -> dict[str, Any]:
-    """What the U-Net costs for a whole picture, ready for JSON. Raises ``ValueError`` as :func:`check_settings`."""
+) -> tuple[dict[str, Any], str]:
+    """What the U-Net costs for a whole picture, ready for JSON and as text.
+
+    Raises ``ValueError`` as :func:`check_settings`.
+    """
     asked = Settings(sampling=options.sampling, steps=options.steps, cfg=options.cfg, prune=prune)
     run = check_settings(replace(asked, skip=options.skip, guide=options.guide), config)
     plans = run.planner.base if run.planner else [StepPlan(plan) for plan in run.plans]
@@ -61,16 +63,19 @@ def picture(
     spent, dense = (
         picture_cost(config, height, width, each, text, run.cfg, calls) for each in (plans, [StepPlan()] * run.steps)
     )
-    about = (
-        f"one picture of {run.steps} steps of {run.sampling.name} at cfg {run.cfg:g}: {format_flops(spent.flops)}, "
-        f"{spent.flops / dense.flops:.1%} of dense; {spent.whole} steps whole, {spent.shallow} shallow, "
-        f"{spent.forecast} forecast; {spent.single} with one branch of guidance"
-    )
+    lines = [
+        f"one picture: {format_flops(spent.flops)}, {spent.flops / dense.flops:.1%} of dense; "
+        f"{run.steps} steps of {run.sampling.name}, CFG {run.cfg:g}"
+    ]
     if run.planner:
-        about += f"\nby step, {LETTERS}:\n{describe(plans)}"
+        lines += [
+            f"  {spent.whole} steps whole, {spent.shallow} shallow, {spent.forecast} forecast; "
+            f"{spent.single} with one branch of guidance",
+            *(f"  {letters}" for letters in describe(plans).split()),
+        ]
         if run.planner.adaptive:
-            about += f"\nat most: {options.skip} decides at each step"
-    return {**spent._asdict(), "dense_flops": dense.flops, "plan": describe(plans), "about": about}
+            lines.append(f"  at most: {options.skip} decides at each step")
+    return {**spent._asdict(), "dense_flops": dense.flops, "plan": describe(plans)}, "\n".join(lines)
 
 
 def find_config(model: str) -> ModelConfig:
@@ -109,9 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         schedule = parse_preset(prune) if prune is not None else None
         width, height = (side // config.vae.downscale for side in size)
         calls, dense = (summary(config, height, width, asked, options.steps) for asked in (schedule, None))
-        calls["picture"] = picture(options, config, prune, height, width)
+        calls["picture"], of_picture = picture(options, config, prune, height, width)
     title = f"{config.name}, {size[0]}x{size[1]} pixels, {options.steps} steps, {prune or 'dense'}"
-    text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}\n\n{calls['picture']['about']}"
+    text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}\n\n{of_picture}"
     try:
         print(json.dumps(calls, indent=1) if options.json else text, flush=True)
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe; Python would report that at exit

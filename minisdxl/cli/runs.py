@@ -17,6 +17,7 @@ from tqdm import tqdm
 from minisdxl.cli.jobs import Job
 from minisdxl.cli.picture_files import InitImage, side_by_side, write_picture
 from minisdxl.cli.previews import Preview, RGBMap, fit_rgb
+from minisdxl.cost import format_flops
 from minisdxl.pipeline import SDXL
 from minisdxl.samplings import Sampling
 from minisdxl.settings import Settings, check_settings
@@ -97,12 +98,18 @@ class Run:
         prompts = [job.prompt] if job.cfg == 1 else [job.prompt, job.negative]
         return self.sdxl.text.context_length(prompts, self.sdxl.tokenizer)
 
-    def cost(self, plans: Sequence[StepPlan], job: Job) -> PictureCost:
-        """What the U-Net costs for a job's picture under the plans of the last steps, which are those that are run."""
+    def cost(self, plans: Sequence[StepPlan], job: Job, calls: Sequence[int] | None = None) -> PictureCost:
+        """What the U-Net costs for a job's picture under the plans of the steps that are run, the last ones."""
         config = self.sdxl.config
         width, height = (side // config.vae.downscale for side in job.size)
-        calls = self.sampling.calls(job.steps)[-len(plans) :]
+        calls = calls or self.sampling.calls(job.steps)[-len(plans) :]
         return picture_cost(config, height, width, plans, self.context_length(job), job.cfg, calls)
+
+    def _step_flops(self, plans: Sequence[StepPlan], job: Job) -> list[int]:
+        """The FLOPs of each step that is run, for one picture."""
+        steps = list(zip(plans, self.sampling.calls(job.steps)[-len(plans) :], strict=True))
+        flops = {(plan, calls): self.cost([plan], job, [calls]).flops for plan, calls in set(steps)}
+        return [flops[step] for step in steps]
 
     def _plans(self, settings: Settings) -> Sequence[StepPlan]:
         """The plans of the steps that are run, before the run; an adaptive method may change them."""
@@ -140,9 +147,11 @@ class Run:
             strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
         )
         plans, realized = self._plans(settings), list[Sequence[StepPlan]]()
+        flops, first = self._step_flops(plans, job), job.steps - len(plans)
         with tqdm(total=len(plans), desc=str(method), unit="step", disable=not sys.stderr.isatty()) as bar:
 
             def on_step(step: int, _: torch.Tensor) -> None:
+                bar.set_postfix_str(f"{format_flops(len(jobs) * flops[step - first])}FLOPs/step", refresh=False)
                 bar.update()
                 if preview is not None:
                     preview.write(step)

@@ -15,6 +15,7 @@ from minisdxl.checkpoint.modules import Modules, save
 from minisdxl.config import SDXL_BASE, SHAPES, Level
 from minisdxl.cost import count, format_flops, summary
 from minisdxl.flops import main
+from minisdxl.steps.presets import FAST, SKIPS
 from minisdxl.text import TextEncoders
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
@@ -22,9 +23,29 @@ from minisdxl.vae import VAE
 
 def test_json_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--model", "shapes", "--size", "128x256", "--steps", "20", "--prune", "at-edm:rho=0.5", "--json"])
-    assert json.loads(capsys.readouterr().out) == summary(SHAPES, 64, 32, parse_preset("at-edm:rho=0.5"), 20)
-    main(["--json", "--prune"])
-    assert json.loads(capsys.readouterr().out) == summary(SDXL_BASE, 128, 128, parse_preset("at-edm"), 50)
+    found, expected = json.loads(capsys.readouterr().out), summary(SHAPES, 64, 32, parse_preset("at-edm:rho=0.5"), 20)
+    picture = found.pop("picture")
+    assert found == expected
+    assert picture["flops"] == pytest.approx(2 * 20 * expected["average"])  # both branches of guidance
+    assert picture["dense_flops"] == 2 * 20 * expected["dense"]
+    main(["--json", "--prune", "--cfg", "1"])
+    found, expected = json.loads(capsys.readouterr().out), summary(SDXL_BASE, 128, 128, parse_preset("at-edm"), 50)
+    assert found.pop("picture")["flops"] == pytest.approx(50 * expected["average"])
+    assert found == expected
+
+
+def test_a_picture_under_step_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--steps", "6", "--skip", "deepcache", "--guide", "until:share=0.5"])
+    out = capsys.readouterr().out
+    assert "  2 steps whole, 4 shallow, 0 forecast; 3 with one branch of guidance\n  WSSWSS\n  BBBCCC\n" in out
+    assert max(map(len, out.splitlines())) <= 80
+    main(["--skip", "easycache", "--model", "shapes", "--sampling", "euler"])
+    assert "at most: easycache decides at each step" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["--skip", "list"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"--skip {name} " in out for name in SKIPS) and all(f"--fast {name} " in out for name in FAST)
 
 
 def test_table_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +75,7 @@ def test_model_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     save(path, config, Modules(UNet(unet), VAE(config.vae), TextEncoders(config.text)))
     main(["--model", str(path), "--json"])
     found = json.loads(capsys.readouterr().out)
+    assert found.pop("picture")["plan"] == "W" * 50
     assert found == summary(config, 16, 16, None, 50)
     assert found["dense"] == count(config, 16, 16, DENSE, 33).total != count(config, 16, 16, DENSE, 77).total
 
@@ -64,8 +86,11 @@ BAD = {
     "--steps 5.5": "argument --steps: invalid int value: '5.5'",
     "--prune nothing": "unknown preset 'nothing', expected one of at-edm",
     "--prune at-edm:rho=1": "rho is 1.0, expected 0 <= rho < 1",
-    "--model sd15": "unknown model 'sd15', expected sdxl-base, shapes, or the path of a .safetensors file",
+    "--model sd15": "unknown model 'sd15', expected sdxl-base, sdxl-inpainting, shapes, or the path",
     "--model absent.safetensors": "absent.safetensors",
+    "--skip deepcache --fast faithful": "--fast faithful sets --skip, expected one of them",
+    "--skip zeus --model shapes": "zeus forecasts predictions, which needs a solver of the ODE",
+    "--skip deepcache --steps 1": "deepcache would change nothing: none of the 1 steps skips any work",
     "--weights shapes": "unrecognized arguments: --weights shapes",
 }
 

@@ -86,7 +86,7 @@ def command_of(record: dict[str, Any], folder: Path) -> list[str]:
     record |= {key: files[record[f"{key}_sha256"]] for key in ("image", "mask") if key in record}
     flags = [
         *("negative", "seed", "sampling", "steps", "cfg", "size", "original_size", "crop", "target_size"),
-        *("image", "strength", "mask", "prune", "dtype", "device"),
+        *("image", "strength", "mask", "prune", "skip", "guide", "dtype", "device"),
     ]
     given = [f"--{key.replace('_', '-')}={record[key]}" for key in flags if record.get(key) is not None]
     return [record["prompt"], *given, *(["--compare"] if record["compare"] else [])]
@@ -457,6 +457,42 @@ def test_a_mask_keeps_the_rest_of_the_picture(
     files = ["--image", str(tmp_path / "picture.png"), "--mask", str(drawing.with_name("mask.png"))]
     main([PROMPT, "--steps", "1", "--size", "120x96", *files, "--out", str(tmp_path / "other.png")])
     assert "mask.png of 60x48 is stretched over the picture of 120x96" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--skip", "easycache:threshold=0.5"], ["--skip", "deepcache:every=2", "--guide", "until"], ["--fast", "fast"]],
+    ids=lambda given: "-".join(given[1:2]),
+)
+def test_step_plans_are_recorded_counted_and_made_again(given: list[str], tmp_path: Path) -> None:
+    """From the record, and an adaptive method's plans also from the letters that were realized."""
+    first, again, written = (tmp_path / f"{name}.png" for name in ("first", "again", "written"))
+    size = ["--size", "64x64", "--steps", "8", "--sampling", "euler"]
+    main([PROMPT, *size, *given, "--out", str(first), "--json", str(tmp_path / "report.json")])
+    record = record_of(first)
+    main([*command_of(dict(record), tmp_path), "--out", str(again)])
+    assert Image.open(again).tobytes() == Image.open(first).tobytes()
+    unet, _, guidance = record["realized"].partition(" ")
+    print(record["realized"])
+    assert len(unet) == 8
+    if record["guide"] is None:
+        main([PROMPT, *size, "--skip", f"given:{unet}", "--out", str(written)])
+        assert Image.open(written).tobytes() == Image.open(first).tobytes()
+    (picture,) = json.loads((tmp_path / "report.json").read_text())["pictures"]
+    assert picture["whole_steps"] == unet.count("W")
+    assert picture["shallow_steps"] == unet.count("S")
+    assert picture["forecast_steps"] == 8 - unet.count("W") - unet.count("S")
+    assert picture["single_branch_steps"] == guidance.count("C") + guidance.count("K")
+    assert 0 < picture["share"] < 1
+
+
+def test_dense_and_composed_side_by_side(tmp_path: Path) -> None:
+    path = tmp_path / "both.png"
+    main([PROMPT, *QUICK, "--steps", "4", "--skip", "deepcache:every=2", "--compare", "--out", str(path)])
+    both, alone = np.asarray(Image.open(path)), tmp_path / "alone.png"
+    main([PROMPT, *QUICK, "--steps", "4", "--out", str(alone)])
+    assert np.array_equal(both[-64:, :64], np.asarray(Image.open(alone)))
+    assert not np.array_equal(both[-64:, -64:], np.asarray(Image.open(alone)))
 
 
 def test_previews_lie_beside_the_pictures(tmp_path: Path) -> None:
