@@ -15,7 +15,7 @@ import torch
 from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.checkpoint.published import is_hub_id
 from minisdxl.cli.jobs import batches, find_jobs
-from minisdxl.cli.models import add_model, load_model, open_model
+from minisdxl.cli.models import add_model, load_model, open_model, parts_of
 from minisdxl.cli.options import Parser, add_pruning, plain_warnings
 from minisdxl.cli.picture_files import InitImage
 from minisdxl.cli.pictures import add_picture, list_samplings, read_mask, read_source, settle_picture
@@ -174,7 +174,7 @@ def _settings(
     }
     image = {"image": source.name, "image_sha256": source.sha256, "strength": options.strength} if source else {}
     image |= {"mask": mask.name, "mask_sha256": mask.sha256} if mask else {}
-    others = {key: Path(getattr(options, key)).name for key in ("vae", "unet") if getattr(options, key)}
+    others = {part: Path(path).name for part, path in parts_of(options).items() if path}
     weights = options.weights if is_hub_id(options.weights) else weights_path(options.weights).name
     model = {"weights": weights, **others, "sha256": digest.hexdigest()}
     loras = [{"file": lora.path.name, **lora.scales, "sha256": _sha256(lora.file)} for lora in options.lora]
