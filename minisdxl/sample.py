@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.checkpoint.published import is_hub_id
 from minisdxl.cli.jobs import batches, find_jobs
 from minisdxl.cli.models import add_model, load_model, open_model, parts_of
@@ -20,7 +19,7 @@ from minisdxl.cli.options import Parser, add_pruning, plain_warnings
 from minisdxl.cli.picture_files import InitImage
 from minisdxl.cli.pictures import add_picture, list_samplings, read_mask, read_source, settle_picture
 from minisdxl.cli.presets import preset_note, settle_preset
-from minisdxl.cli.reports import hardware, versions, write_report
+from minisdxl.cli.reports import check_writable, hardware, versions, write_report
 from minisdxl.cli.runs import Run
 from minisdxl.loading import weights_path
 from minisdxl.pipeline import SDXL
@@ -48,7 +47,7 @@ def _sample(options: argparse.Namespace) -> None:
     options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets
     jobs = find_jobs(options, weights.config, embeddings)
     reports = [] if options.json in (None, "-") else [Path(options.json)]
-    _check_writable([job.target for job in jobs] + reports)
+    check_writable([job.target for job in jobs] + reports)
     source = read_source(options, {job.size for job in jobs})
     mask = read_mask(options, source)
     if note := preset_note(weights.config, options.prune):
@@ -132,18 +131,6 @@ def _check_counts(options: argparse.Namespace) -> None:
         number = getattr(options, name)
         if number is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {number}, expected 1 or more")
-
-
-def _check_writable(targets: Sequence[Path]) -> None:
-    """Checks before sampling that all files can be written. Raises ``OSError``."""
-    for folder in {target.parent for target in targets}:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / ".writable") as path:
-            path.touch()
-        (folder / ".writable").unlink()
-    for target in targets:
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder, expected a file to write to")
 
 
 def _settings(

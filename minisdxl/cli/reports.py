@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,3 +48,15 @@ def write_report(target: str, report: Mapping[str, Any]) -> None:
         return
     with atomic_path(Path(target)) as path:
         path.write_text(text + "\n")
+
+
+def check_writable(targets: Sequence[Path]) -> None:
+    """Checks before sampling that all files can be written. Raises ``OSError``."""
+    for folder in {target.parent for target in targets}:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / ".writable") as path:
+            path.touch()
+        (folder / ".writable").unlink()
+    for target in targets:
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder, expected a file to write to")
