@@ -24,7 +24,7 @@ FLOORS = (
     ("images", "tokenizer", "clip", "text", "transformer", "unet", "vae_decoder", "vae"),
     ("sampler", "solvers", "samplings", "settings", "cost", "budget"),
     ("prompting",),
-    ("runtime", "checkpoint", "diffusers"),
+    ("runtime", "checkpoint", "diffusers", "inspector"),
     ("pipeline",),
     ("loading",),
     ("cli",),
