@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= a small red circle above a big blue square on a white background
 
-.PHONY: sample test test-programs lint clean
+.PHONY: sample test test-programs test-browser lint clean
 
 sample: .venv/installed
 	$(BIN)/python -m minisdxl.sample "$(PROMPT)" --prune --compare
@@ -14,6 +14,13 @@ test: .venv/installed-test
 
 test-programs: .venv/installed-test
 	$(BIN)/python -m pytest -m programs -n auto --dist loadgroup
+
+# Chromium comes from the system: taken where it is, installed from Debian's or Ubuntu's packages where that is allowed.
+test-browser: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+		|| { echo "test-browser: there is no Chromium, and it could not be installed; the page was not tested"; exit 3; }
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
