@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from minisdxl.checkpoint import modules
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.layouts import PARTS, layout
 from minisdxl.checkpoint.modules import (
@@ -228,11 +230,30 @@ def test_a_model_in_parts_is_the_whole_model(
         opened(unet, **paths)
 
 
+def test_what_does_not_fit_is_refused(tmp_path: Path, files: list[Path], folder: Path) -> None:
+    path, tensors = tmp_path / "x.safetensors", as_openai(own(folder, CLIP))
+    stacked = "transformer.resblocks.1.attn.in_proj_weight"
+    for shape in ((47, 16), (), (51, 16)):
+        save_file(tensors | {stacked: torch.ones(shape)}, path)
+        with pytest.raises(CheckpointError, match=r"x.safetensors does not fit tiny: "):
+            state(files[0], text_encoder=path)
+    save_file(tensors | {"more.weight": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=r"1 unexpected tensor \(more.weight\)"):
+        state(files[0], text_encoder=path)
+    config = json.loads((folder / CLIP / "config.json").read_text()) | {"hidden_act": "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(own(folder, CLIP), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"config.json does not fit tiny: text.*activation"):
+        state(files[0], text_encoder=tmp_path)
+    with pytest.raises(TypeError, match="text_encoder_3 is no part of a model, expected unet, vae, text_encoder, "):
+        open_source(files[0], text_encoder_3=path)
+
+
 @pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SDXL's own parts in full size, and other text encoders, all of them zeros."""
-    place = tmp_path_factory.mktemp("sdxl")
-    shapes = official_shapes(without_memory(SDXL_BASE))
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SDXL's own parts in full size, and other text encoders, all of them zeros. Its modules are built once."""
+    place, built = tmp_path_factory.mktemp("sdxl"), without_memory(SDXL_BASE)
+    shapes = official_shapes(built)
     for part, name in (("unet", "unet"), ("vae", "vae"), (CLIP, "clip_l"), (OPENCLIP, "clip_g")):
         names, prefix = layout(part, SDXL_BASE), PARTS[part].prefix
         table: dict[str, tuple[int, ...]] = {}
@@ -245,7 +266,10 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sparse_file(place / "t5xxl.safetensors", {block: (4096, 4096), "shared.weight": (32128, 4096)})
     sparse_file(place / "qwen.safetensors", {"model.layers.0.mlp.gate_proj.weight": (9728, 2560)})
     sparse_file(place / "clip_h.safetensors", {"text_model.embeddings.token_embedding.weight": (49408, 1024)})
-    return place
+    with mock.patch.object(
+        modules, "without_memory", lambda config: built if config == SDXL_BASE else without_memory(config)
+    ):
+        yield place
 
 
 def test_sdxl_in_parts_needs_no_config(sdxl: Path, tmp_path: Path) -> None:
@@ -278,22 +302,3 @@ def test_a_wrong_part_is_named(sdxl: Path, name: str, part: str) -> None:
         opened(sdxl / "unet.safetensors", **others)
     print(caught.value)
     assert str(caught.value) == f"{sdxl / name}.safetensors {GIVEN_FOR[name, part]} of {SDXL_BASE.name}"
-
-
-def test_what_does_not_fit_is_refused(tmp_path: Path, files: list[Path], folder: Path) -> None:
-    path, tensors = tmp_path / "x.safetensors", as_openai(own(folder, CLIP))
-    stacked = "transformer.resblocks.1.attn.in_proj_weight"
-    for shape in ((47, 16), (), (51, 16)):
-        save_file(tensors | {stacked: torch.ones(shape)}, path)
-        with pytest.raises(CheckpointError, match=r"x.safetensors does not fit tiny: "):
-            state(files[0], text_encoder=path)
-    save_file(tensors | {"more.weight": torch.ones(2)}, path)
-    with pytest.raises(CheckpointError, match=r"1 unexpected tensor \(more.weight\)"):
-        state(files[0], text_encoder=path)
-    config = json.loads((folder / CLIP / "config.json").read_text()) | {"hidden_act": "gelu"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(own(folder, CLIP), tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"config.json does not fit tiny: text.*activation"):
-        state(files[0], text_encoder=tmp_path)
-    with pytest.raises(TypeError, match="text_encoder_3 is no part of a model, expected unet, vae, text_encoder, "):
-        open_source(files[0], text_encoder_3=path)
