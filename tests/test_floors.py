@@ -28,6 +28,7 @@ FLOORS = (
     ("pipeline",),
     ("loading",),
     ("cli",),
+    ("scale",),  # imports Ray, so only `--workers` imports it
     ("sample", "flops", "convert", "download", "inspect"),  # the commands
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

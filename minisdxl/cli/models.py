@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from minisdxl.checkpoint.embeddings import EmbeddingFile, read_embeddings
 from minisdxl.checkpoint.layouts import PARTS
@@ -13,6 +13,7 @@ from minisdxl.checkpoint.resolve import Source
 from minisdxl.cli.options import DTYPES, add_device, find_device
 from minisdxl.loading import load, weights_path
 from minisdxl.pipeline import SDXL
+from minisdxl.prompting.chunks import Embedding
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +65,8 @@ def parts_of(options: argparse.Namespace) -> dict[str, str | None]:
     return {part: getattr(options, part) for part in PARTS}
 
 
-def open_model(options: argparse.Namespace) -> tuple[Source, Collection[str]]:
-    """Where the model's tensors are, and the names of its embeddings; no weights are loaded.
+def open_model(options: argparse.Namespace) -> tuple[Source, Mapping[str, Embedding]]:
+    """Where the model's tensors are, and its embeddings by their names; no weights are loaded.
 
     In ``options``, LoRAs and embeddings are replaced by what they name. Raises ``ValueError`` or ``OSError`` for files
     that are missing, damaged or not this model's.

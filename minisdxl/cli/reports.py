@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 from minisdxl.checkpoint.atomic import atomic_path
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and the packages that compute; ``None`` for a source tree that is not installed."""
+def versions(*more: str) -> dict[str, str | None]:
+    """Versions of Python and the packages that compute, and ``more``; ``None`` for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("minisdxl", "torch", "tokenizers", "pillow"):
+    for package in ("minisdxl", "torch", "tokenizers", "pillow", *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -38,6 +39,15 @@ def processor() -> str:
     lines = told.read_text().splitlines() if told.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def sha256(files: Iterable[Path]) -> str:
+    """The sha256 of files, one after the other. Raises ``OSError``."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def write_report(target: str, report: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,30 +44,31 @@ class Run:
     def make(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         """Makes a batch, writes one picture after the other, and yields what the report says of each.
 
+        Raises as :meth:`draw`, and ``OSError``.
+        """
+        for job, image, picture in self.draw(jobs):
+            write_picture(job.target, image, {**self.settings, **own_record(job, self.options, self.settings)})
+            yield picture
+
+    def draw(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
+        """Makes a batch, and yields each job with its picture and what the report says of it.
+
         All jobs have one :meth:`context_length`.
         With ``--compare`` FLOPs are those of the pruned half, and seconds those of both. Raises as
-        :meth:`SDXL.generate`, and ``OSError``.
+        :meth:`SDXL.generate`.
         """
         prune, began = self.options.prune, time.perf_counter()
         kinds = [None, prune] if self.options.compare else [prune]
         made = {kind: self._generate(jobs, kind) for kind in kinds}
         seconds = (time.perf_counter() - began) / len(jobs)
         flops, dense = (sum(self.step_flops(kind, jobs[0])) for kind in (prune, None))
+        cost = {"flops": flops, "dense_flops": dense, "share": flops / dense}
         for index, job in enumerate(jobs):
             image = made[prune][index]
             if self.options.compare:
                 image = side_by_side({kind or "dense": images[index] for kind, images in made.items()})
-            record = {"prompt": job.prompt, "negative": job.negative, "seed": job.seed, **self._own_settings(job)}
-            write_picture(job.target, image, {**self.settings, **record})
-            cost = {"flops": flops, "dense_flops": dense, "share": flops / dense}
-            yield {"path": str(job.target), **record, "seconds": seconds, **cost}
-
-    def _own_settings(self, job: Job) -> dict[str, Any]:
-        """What is recorded of a picture beside its prompt where it differs from what the run's pictures share."""
-        size = "{}x{}".format(*job.size)
-        own = {"steps": job.steps, "cfg": job.cfg, "size": size}
-        own |= {key: size for key in ("original_size", "target_size") if getattr(self.options, key) is None}
-        return {key: value for key, value in own.items() if value != self.settings[key]}
+            record = own_record(job, self.options, self.settings)
+            yield job, image, {"path": str(job.target), **record, "seconds": seconds, **cost}
 
     def context_length(self, job: Job) -> int:
         """Text tokens that the U-Net attends to: those of the longer of prompt and negative prompt."""
@@ -128,3 +129,12 @@ class Run:
                 strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
             )
             return self.sdxl.generate([job.prompt for job in jobs], settings, on_step=on_step)
+
+
+def own_record(job: Job, options: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recorded of a picture alone: its prompt, and what differs from ``settings``, which the run's share."""
+    size = "{}x{}".format(*job.size)
+    own = {"steps": job.steps, "cfg": job.cfg, "size": size}
+    own |= {key: size for key in ("original_size", "target_size") if getattr(options, key) is None}
+    prompt = {"prompt": job.prompt, "negative": job.negative, "seed": job.seed}
+    return prompt | {key: value for key, value in own.items() if value != settings[key]}
