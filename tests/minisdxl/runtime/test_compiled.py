@@ -17,7 +17,7 @@ from minisdxl.unet import UNet
 from tests.minisdxl.tiny import SHALLOW_UNET
 
 # Level 0 has the attention of this U-Net.
-TRACED = ("dissimilarity", "at-edm:iterations=2", "todo:levels=0", "sito:levels=0,alpha=5", "toma:tiles=4")
+TRACED = ("dissimilarity", "at-edm:iterations=2", "todo:levels=0", "sito:levels=0,alpha=5", "toma:tiles=16")
 
 
 @pytest.fixture(scope="module")
