@@ -23,11 +23,11 @@ def through(how: Reduction, values: Tensor, grid: tuple[int, int]) -> list[Tenso
 @pytest.mark.parametrize("how", METHODS, ids=str)
 def test_one_graph_with_the_same_result(how: Reduction) -> None:
     """The noise of a seed is a constant of the graph: another seed, which is another plan, has its own."""
-    torch.compiler.reset()  # type: ignore[no-untyped-call]
-    compiled = torch.compile(lambda values: through(how, values, (5, 6)), backend="eager", fullgraph=True)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda values: through(how, values, (4, 6)), backend="eager", fullgraph=True)
     for seed in (0, 1):
-        values = random_tokens(5, 6, seed=seed).values
-        ours, theirs = compiled(values), through(how, values, (5, 6))
+        values = random_tokens(4, 6, seed=seed).values
+        ours, theirs = compiled(values), through(how, values, (4, 6))
         assert len(ours) == len(theirs) == 9
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     print(f"{how}: one graph, the same bits")
