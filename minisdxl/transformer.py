@@ -102,7 +102,7 @@ class TransformerLayer(nn.Module):
         merge_1, merge_2, merge_3 = plan.merges(tokens)
         x = tokens.values
         normed = merge_1.merge(self.norm1(x))
-        attended, self_attention = self.attn1(normed, self.attn1.project_context(normed))
+        attended, self_attention = self.attn1(normed, self.attn1.project_context(merge_1.context(normed)))
         x = x + merge_1.unmerge(attended)
         attended, cross_attention = self.attn2(merge_2.merge(self.norm2(x)), text)
         x = x + merge_2.unmerge(attended)

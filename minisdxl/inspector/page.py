@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from atedm.merging import Merging
+from atedm.pruning import Pruning
 from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.inspector.maps import AttentionMaps, Top
 from minisdxl.inspector.packing import bits, ranked, scaled, text, whole
@@ -124,7 +125,7 @@ def run_data(run: RecordedRun, name: str, steps: int) -> dict[str, Any]:
     how: dict[str, Any] = {"kind": "dense", "early": 0}
     if isinstance(method, Merging):
         how["kind"] = "merging"
-    elif method is not None:
+    elif isinstance(method, Pruning):
         how |= {"kind": "pruning", "ranking": method.ranking, "recovery": method.recovery}
     if run.schedule is not None and run.schedule.early == "less":
         how["early"] = run.schedule.early_steps(steps)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from atedm.fills import Fill
 from atedm.graph import AttentionInputs, LazyGraph
-from atedm.merging import Matching, Merge
+from atedm.merging import Matching
 from atedm.plan import UNTOUCHED, BlockPlan, LayerPlan, TokenPlan
 from atedm.pruning import Pruning
 from atedm.ranking import scores
 from atedm.recovery import Copy, Restore
+from atedm.reduction import Merge
 from atedm.tokens import TokenSet
 from minisdxl.inspector.maps import AttentionMaps, attention_maps
 from minisdxl.sampler import Denoiser

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from atedm.merging import Merging
 from atedm.plan import DENSE, TokenPlan
 from atedm.presets import parse_preset
+from atedm.pruning import Pruning
 from atedm.schedule import Schedule
 from minisdxl.config import ModelConfig
 from minisdxl.cost import Kind, count
@@ -124,9 +126,15 @@ def _telling(on_step: Progress, name: str) -> Callable[[int, Tensor], None]:
 
 
 def find_schedule(plan: Prune, config: ModelConfig) -> Schedule | None:
-    """The schedule of a preset, of the model's own preset (true), or as it is given; ``None`` for dense."""
+    """The schedule of a preset, of the model's own preset (true), or as it is given; ``None`` for dense.
+
+    Raises ``ValueError`` for methods that the page cannot show: it knows pruning, and ToMe's matching.
+    """
     preset = config.defaults.prune if plan is True else plan
-    return parse_preset(preset) if isinstance(preset, str) else preset or None
+    schedule = parse_preset(preset) if isinstance(preset, str) else preset or None
+    if schedule is not None and not isinstance(schedule.method, Pruning | Merging):
+        raise ValueError(f"{schedule.name} is {type(schedule.method).__name__}, expected pruning or ToMe to inspect")
+    return schedule
 
 
 def plan_name(plan: Prune, schedule: Schedule | None) -> str:

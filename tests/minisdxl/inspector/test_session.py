@@ -227,6 +227,7 @@ def test_progress_is_told(sdxl: SDXL) -> None:
         ({"attention_steps": [5]}, "attention step is 5, expected 1 to 4"),
         ({"images_per_prompt": 2}, "images_per_prompt is 2, expected 1: the page shows one picture"),
         ({"prune": "at-edn"}, "unknown preset 'at-edn'"),
+        ({"prune": "sito"}, "sito is SiTo, expected pruning or ToMe to inspect"),
     ],
 )
 def test_bad_settings_are_refused(sdxl: SDXL, settings: dict[str, Any], message: str) -> None:
