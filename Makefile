@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= a small red circle above a big blue square on a white background
 
-.PHONY: sample test test-programs lint clean
+.PHONY: sample test test-programs test-scale test-browser lint clean
 
 sample: .venv/installed
 	$(BIN)/python -m minisdxl.sample "$(PROMPT)" --prune --compare
@@ -14,6 +14,16 @@ test: .venv/installed-test
 
 test-programs: .venv/installed-test
 	$(BIN)/python -m pytest -m programs -n auto --dist loadgroup
+
+test-scale: .venv/installed-scale
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale
+
+# Chromium comes from the system: taken where it is, installed from Debian's or Ubuntu's packages where that is allowed.
+test-browser: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+		|| { echo "test-browser: there is no Chromium, and it could not be installed; the page was not tested"; exit 3; }
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -30,6 +40,10 @@ lint: .venv/installed-test
 .venv/installed-test: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@ .venv/installed
+
+.venv/installed-scale: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,scale]"
+	touch $@
 
 clean:
 	rm -rf .venv

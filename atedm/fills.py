@@ -21,13 +21,15 @@ class Fill:
     """The restore that writes the kept tokens over a background.
 
     ``kept`` (B, k) are their indices in the set before pruning; ``grid`` and ``positions`` are those of that set.
-    ``background`` computes values (B, n, C) for all of its n tokens from the values (B, k, C) of the kept ones.
+    ``background`` computes values (B, n, C) for all of its n tokens from the values (B, k, C) of the kept ones. Where
+    it reads m kept tokens for each, ``sources`` (B, n, m) are their indices into ``kept``.
     """
 
     kept: Tensor
     grid: tuple[int, int]
     positions: Tensor | None
     background: Callable[[Tensor], Tensor]
+    sources: Tensor | None = None
 
     def __call__(self, tokens: TokenSet) -> TokenSet:
         """See :class:`~atedm.recovery.Restore`."""
@@ -66,7 +68,7 @@ def add_change(tokens: TokenSet, kept: Tensor, sources: Tensor) -> Fill:
         changes = (now - kept_before) / sources.shape[-1]
         return sum((take_tokens(changes, source) for source in sources.unbind(-1)), start=before)
 
-    return Fill(kept, tokens.grid, tokens.positions, changed)
+    return Fill(kept, tokens.grid, tokens.positions, changed, sources)
 
 
 def bicubic_interpolation(tokens: TokenSet, kept: Tensor) -> Fill:

@@ -5,41 +5,19 @@ Source: Bolya and Hoffman 2023, "Token Merging for Fast Stable Diffusion", and t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from atedm.cosine import nearest
+from atedm.reduction import Merge, Reduction, check_dense
 from atedm.tokens import TokenSet, take_tokens
 
 
-class Merge(Protocol):
-    """Merges the tokens before a sub-layer, and undoes it after."""
-
-    def merge(self, values: Tensor) -> Tensor:
-        """Values (B, n, C) of all tokens to those of the merged tokens, (B, m, C)."""
-
-    def unmerge(self, values: Tensor) -> Tensor:
-        """Values (B, m, C) of the merged tokens to those of all, (B, n, C). Each token takes the value of its group."""
-
-
 @dataclass(frozen=True, eq=False)
-class NoMerge:
-    """Merges nothing."""
-
-    def merge(self, values: Tensor) -> Tensor:
-        """The values given."""
-        return values
-
-    def unmerge(self, values: Tensor) -> Tensor:
-        """The values given."""
-        return values
-
-
-@dataclass(frozen=True, eq=False)
-class Matching:
+class Matching(Merge):
     """Which of the n tokens are merged into which of the m that stay; r = n - m.
 
     ``order`` (B, n) are token indices: the m that stay, destinations last, then the r others, most similar first.
@@ -63,40 +41,52 @@ class Matching:
 
 
 @dataclass(frozen=True)
-class Merging:
-    """How a transformer layer merges its tokens.
+class Merging(Reduction):
+    """How a transformer layer merges its tokens. The ratio is the share of tokens that are merged into others.
 
     Raises ``ValueError`` for a stride below 1 and a ratio outside 0 to 1 - 1 / (cell size).
     """
 
-    ratio: float  # r: the share of tokens that are merged into others
     self_attention: bool = True  # around which sub-layers
     cross_attention: bool = True
     feed_forward: bool = True
     stride: tuple[int, int] = (2, 2)  # rows and columns of a cell; each cell has one destination
 
     def __post_init__(self) -> None:
-        rows, columns = self.stride
-        if rows < 1 or columns < 1:
+        if min(self.stride) < 1:
             raise ValueError(f"merging stride is {self.stride}, expected 1 or more each")
-        most = 1 - 1 / (rows * columns)
-        if not 0 <= self.ratio <= most:
-            raise ValueError(f"merging ratio r is {self.ratio}, expected 0 to {most:.4g} with stride {self.stride}")
+        if not 0 <= self.ratio <= self.most:
+            raise ValueError(
+                f"merging ratio r is {self.ratio}, expected 0 to {self.most:.4g} with stride {self.stride}"
+            )
+
+    @property
+    def most(self) -> float:
+        """All but the destinations."""
+        return 1 - 1 / math.prod(self.stride)
 
     def match(self, tokens: TokenSet) -> tuple[Merge, Merge, Merge]:
         """The merges around self-attention, cross-attention and feed-forward, all by one matching.
 
         ``tokens`` are what enters the layer, before any norm. Raises ``ValueError`` as :func:`match_tokens` does.
         """
-        matching = match_tokens(tokens, self) if any(self._where) else NoMerge()
-        around_self, around_cross, around_feed = (matching if merged else NoMerge() for merged in self._where)
+        matching = match_tokens(tokens, self) if any(self._where) else Merge()
+        around_self, around_cross, around_feed = (matching if merged else Merge() for merged in self._where)
         return around_self, around_cross, around_feed
 
-    def counts(self, count: int) -> tuple[int, int, int]:
-        """How many of ``count`` tokens self-attention, cross-attention and feed-forward see."""
+    def counts(self, grid: tuple[int, int]) -> tuple[int, int, int, int]:
+        """See :class:`Reduction`."""
+        count = math.prod(grid)
         fewer = count - self.removed(count)
         in_self, in_cross, in_feed = (fewer if merged else count for merged in self._where)
-        return in_self, in_cross, in_feed
+        return in_self, in_self, in_cross, in_feed
+
+    def flops(self, grid: tuple[int, int], channels: int) -> int:
+        """Of the similarities of every source to every destination."""
+        count, (height, width), (rows, columns) = math.prod(grid), grid, self.stride
+        destinations = (height // rows) * (width // columns)
+        matches = any(self._where) and self.removed(count) > 0
+        return 2 * (count - destinations) * channels * destinations if matches else 0
 
     def removed(self, count: int) -> int:
         """How many of ``count`` tokens are merged into others: int(count * ratio), rounded as tomesd does."""
@@ -120,9 +110,8 @@ def match_tokens(tokens: TokenSet, how: Merging) -> Merge:
     """
     removed = how.removed(tokens.count)
     if not removed:
-        return NoMerge()
-    if not tokens.is_dense:
-        raise ValueError(f"cannot match {tokens.count} of {tokens.size} tokens of grid {tokens.grid}, expected all")
+        return Merge()
+    check_dense(tokens)
     destinations, sources = _split(tokens.grid, how.stride, tokens.values.device)
     found = nearest(tokens.values[:, sources], tokens.values[:, destinations])
     best, like = (each.squeeze(-1) for each in found)

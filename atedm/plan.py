@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from atedm.graph import AttentionInputs
-from atedm.merging import Merge, Merging
 from atedm.pruning import Pruning, prune
 from atedm.recovery import Restore
+from atedm.reduction import Merge, Reduction
 from atedm.tokens import TokenSet
 
 Attended = tuple[Tensor, AttentionInputs]  # what attention returns: values (B, n, C), and what its map is made of
@@ -44,7 +44,7 @@ class LayerPlan:
 
     pruning: Pruning | None = None
     before_feed_forward: bool = False  # prune there, as in the paper's supplement, and not after the feed-forward
-    merging: Merging | None = None
+    merging: Reduction | None = None
 
     def __post_init__(self) -> None:
         if self.pruning is not None and self.merging is not None:
@@ -52,7 +52,7 @@ class LayerPlan:
 
     def merges(self, tokens: TokenSet) -> tuple[Merge, Merge, Merge]:
         """The merges around self-attention, cross-attention and feed-forward, for the ``tokens`` that enter."""
-        return (self.merging or Merging(0.0)).match(tokens)
+        return (Merge(), Merge(), Merge()) if self.merging is None else self.merging.match(tokens)
 
     def attend(self, kind: str, attention: Callable[[], Attended]) -> Attended:
         """The layer's "self" or "cross" ``attention``. Plans that reuse an earlier step's have another method."""
@@ -99,7 +99,7 @@ class BlockPlan:
         return cls(tuple((index, LayerPlan(how, before_feed_forward)) for index in after))
 
     @classmethod
-    def merging(cls, how: Merging, depth: int) -> BlockPlan:
+    def merging(cls, how: Reduction, depth: int) -> BlockPlan:
         """Merges around the sub-layers of all ``depth`` layers."""
         return cls(tuple((index, LayerPlan(merging=how)) for index in range(depth)))
 

@@ -8,9 +8,16 @@ from dataclasses import dataclass, replace
 from atedm.merging import Merging
 from atedm.pruning import Pruning
 from atedm.schedule import Schedule
+from atedm.sito import SiTo
+from atedm.todo import ToDo
+from atedm.toma import ToMA
 
 RHO = 0.63  # section 4.1
 R = 0.50  # ToMe's ratio, section 4.1
+
+# ToDo and SiTo are published for the largest level of SD 1.5 alone, level 0, where a picture of 512 pixels has 64 x 64
+# tokens. SDXL has no attention at that level. At its level 1 a picture of 1024 pixels has as many tokens.
+LARGEST = (1,)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,18 @@ PRESETS: dict[str, Preset] = dict(
             Schedule("moving-grid", Pruning(RHO, ranking="moving-grid", recovery="nearest-change")),
             "keeps a regular grid, shifted at every step; other tokens add the change of the nearest kept token",
         ),
+        _preset(
+            Schedule("todo", ToDo(0.75), tau=0, levels=LARGEST),
+            "self-attention to every second row and column alone, where token sets are largest",
+        ),
+        _preset(
+            Schedule("sito", SiTo(0.5), tau=0, levels=LARGEST),
+            "no self-attention for tokens similar to others, which copy it, where token sets are largest",
+        ),
+        _preset(
+            Schedule("toma", ToMA(0.5), tau=0),
+            "token merging by matrix products within 64 tiles, in all layers and sub-layers",
+        ),
     )
 )
 
@@ -102,7 +121,7 @@ def parse_preset(text: str) -> Schedule:
     schedule, budgets = PRESETS[name].schedule, dict(PRESETS[name].budgets)
     prunes = isinstance(schedule.method, Pruning)
     ratio = "rho" if prunes else "r"  # as the papers call it
-    known = {ratio: _ratio, **SETTINGS, **(PRUNING_SETTINGS if prunes else {})}
+    known = {ratio: _ratio, **SETTINGS, **METHOD_SETTINGS.get(type(schedule.method), {})}
     seen = set[str]()
     for setting in settings.split(",") if colon else []:
         key, _, value = (ratio, "=", str(budgets[setting])) if setting in budgets else setting.partition("=")
@@ -126,8 +145,8 @@ def _ratio(schedule: Schedule, value: str) -> Schedule:
     return replace(schedule, method=replace(schedule.method, ratio=_number(value)))
 
 
-def _pruning(field: str, read: Callable[[str], str | int]) -> Setting:
-    """A setting of the pruning layer."""
+def _method(field: str, read: Callable[[str], str | float]) -> Setting:
+    """A setting of the method itself."""
 
     def change(schedule: Schedule, value: str) -> Schedule:
         return replace(schedule, method=replace(schedule.method, **{field: read(value)}))  # type: ignore[arg-type]
@@ -137,6 +156,10 @@ def _pruning(field: str, read: Callable[[str], str | int]) -> Setting:
 
 def _layers(schedule: Schedule, value: str) -> Schedule:
     return replace(schedule, layers=tuple(_whole(layer) for layer in value.split("+")))
+
+
+def _levels(schedule: Schedule, value: str) -> Schedule:
+    return replace(schedule, levels=tuple(_whole(level) for level in value.split("+")))
 
 
 def _place(schedule: Schedule, value: str) -> Schedule:
@@ -174,18 +197,24 @@ def _whole(value: str) -> int:
         raise ValueError("expected a whole number") from None
 
 
-SETTINGS: dict[str, Setting] = {  # besides the ratio, rho of pruning and r of merging
+SETTINGS: dict[str, Setting] = {  # besides the ratio, rho of pruning and r of the others
     "tau": lambda schedule, value: replace(schedule, tau=_whole(value)),
     "early": lambda schedule, value: replace(schedule, early=value),
     "ends": lambda schedule, value: replace(schedule, ends=_names(value)),
     "spare": lambda schedule, value: replace(schedule, spared=_names(value)),
     "ratios": _ratios,  # 0.3@mid+0.8@up.2.0
+    "levels": _levels,  # 1+2
 }
 PRUNING_SETTINGS: dict[str, Setting] = {
     "layers": _layers,  # 0+1
     "place": _place,
-    "ranking": _pruning("ranking", str),
-    "recovery": _pruning("recovery", str),
-    "graph": _pruning("graph", str),
-    "iterations": _pruning("iterations", _whole),
+    "ranking": _method("ranking", str),
+    "recovery": _method("recovery", str),
+    "graph": _method("graph", str),
+    "iterations": _method("iterations", _whole),
+}
+METHOD_SETTINGS: dict[type, dict[str, Setting]] = {
+    Pruning: PRUNING_SETTINGS,
+    SiTo: {"alpha": _method("alpha", _number), "beta": _method("beta", _number), "seed": _method("seed", _whole)},
+    ToMA: {"tiles": _method("tiles", _whole), "scale": _method("scale", _number)},
 }

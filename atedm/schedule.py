@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from atedm.coverage import SHIFTS
-from atedm.merging import Merging
 from atedm.plan import BlockPlan, Site, TokenPlan
 from atedm.pruning import Pruning
+from atedm.reduction import Reduction
 
 EARLY = ("less", "more")
 
@@ -27,11 +27,12 @@ class Schedule:
     """
 
     name: str
-    method: Pruning | Merging  # of every attention block, unless the fields below say otherwise
+    method: Pruning | Reduction  # of every attention block, unless the fields below say otherwise
     tau: int = 15  # section 4.1
     early: str = "less"
     ends: tuple[str, ...] | None = None  # by name; None: first block of each down-stage, last of each up-stage
     spared: tuple[str, ...] = ()  # blocks that are never reduced, by name
+    levels: tuple[int, ...] = ()  # the feature levels whose blocks are reduced; (): all of them
     spare_largest: bool = False  # nor are those of the level with the most tokens (AT-EDM-dagger, section 4.3)
     ratios: tuple[tuple[str, float], ...] = ()  # single blocks' own ratios, by name
     layers: tuple[int, ...] = (0,)  # that prune (section 4.1). More than one repeats the pruning (3.1, step 5)
@@ -44,7 +45,7 @@ class Schedule:
             raise ValueError(f"early is {self.early!r}, expected one of {', '.join(EARLY)}")
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
             raise ValueError(f"layers is {self.layers}, expected one or more different layers, counted from 0")
-        if isinstance(self.method, Merging) and (self.layers, self.before_feed_forward) != ((0,), False):
+        if isinstance(self.method, Reduction) and (self.layers, self.before_feed_forward) != ((0,), False):
             raise ValueError(f"{self.name} merges tokens in all layers: layers and before_feed_forward are for pruning")
         if len(dict(self.ratios)) < len(self.ratios):
             raise ValueError(f"ratios is {self.ratios}, expected each block at most once")
@@ -68,13 +69,14 @@ class Schedule:
             raise ValueError(f"step is {step}, expected 0 to {steps - 1} for {steps} steps")
         sites = list(sites)
         spared = {*self.spared, *(_largest(sites) if self.spare_largest else ())}
+        spared |= {site.name for site in sites if self.levels and site.level not in self.levels}
         self._check(sites, spared)
         is_early = step < self.early_steps(steps)
         if self.tau > 0 and is_early == (self.early == "less"):
             spared |= _ends(sites) if self.ends is None else set(self.ends)
         blocks, reduces = {}, False
         for number, site in enumerate(sites):
-            method = self._method(site.name, step, draw=step * len(sites) + number)
+            method = self._method(site.name, step, number, len(sites))
             block = self._block(method, site)
             if block.layers and site.name not in spared:
                 blocks[site.name] = block
@@ -89,11 +91,13 @@ class Schedule:
 
     def _check(self, sites: list[Site], spared: set[str]) -> None:
         """Raises ``ValueError`` for blocks and layers that do not exist, and for ``spared`` blocks with a ratio."""
-        names = [site.name for site in sites]
+        names, levels = [site.name for site in sites], sorted({site.level for site in sites})
         unknown = {*(self.ends or ()), *self.spared, *dict(self.ratios)} - set(names)
+        unknown |= {f"level {level}" for level in set(self.levels) - set(levels)}
         if unknown:
             raise ValueError(
-                f"{self.name} names {', '.join(sorted(unknown))}, expected attention blocks out of {', '.join(names)}"
+                f"{self.name} names {', '.join(sorted(unknown))}, expected attention blocks out of {', '.join(names)}, "
+                f"or levels with attention out of {', '.join(map(str, levels))}"
             )
         both = spared & set(dict(self.ratios))
         if both:
@@ -105,18 +109,18 @@ class Schedule:
                 f"the attention blocks have up to {deepest} layers and never prune in their last"
             )
 
-    def _method(self, name: str, step: int, draw: int) -> Pruning | Merging:
-        """The method in the block ``name`` at ``step``. ``draw`` is another number for each block and step."""
+    def _method(self, name: str, step: int, number: int, blocks: int) -> Pruning | Reduction:
+        """The method at ``step`` in the block ``name``, which is ``number`` of so many ``blocks``."""
         method = replace(self.method, ratio=dict(self.ratios).get(name, self.method.ratio))
         if isinstance(method, Pruning) and method.ranking == "random":
-            return replace(method, seed=method.seed + draw)
+            return replace(method, seed=method.seed + step * blocks + number)
         if isinstance(method, Pruning) and method.ranking == "moving-grid":  # cyclic, so that few plans differ
             return replace(method, seed=(method.seed + step) % len(SHIFTS))
-        return method
+        return method if isinstance(method, Pruning) else method.at(step, number)
 
-    def _block(self, method: Pruning | Merging, site: Site) -> BlockPlan:
+    def _block(self, method: Pruning | Reduction, site: Site) -> BlockPlan:
         """No block prunes in its last layer, which is followed by a ResBlock (section 3.1, step 5)."""
-        if isinstance(method, Merging):
+        if isinstance(method, Reduction):
             return BlockPlan.merging(method, site.depth)
         return BlockPlan.pruning(method, (i for i in self.layers if i < site.depth - 1), self.before_feed_forward)
 

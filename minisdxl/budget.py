@@ -45,7 +45,8 @@ def with_budget(
         calls = summary(config, height, width, at(ratio), steps)
         return float(calls[measure])
 
-    low, high = 0.0, 0.999 if isinstance(schedule.method, Pruning) else 0.75  # ToMe merges at most 3 of 4 tokens
+    most = 0.999 if isinstance(schedule.method, Pruning) else schedule.method.most
+    low, high = 0.0, most
     dearest, cheapest = cost(low), cost(high)
     target = parse_budget(budget, summary(config, height, width, None, steps)["dense"])
     if not cheapest <= target <= dearest:
@@ -57,7 +58,7 @@ def with_budget(
     while high - low > 1e-6:  # the cost changes by whole tokens, so bisection ends at a ratio and not at a cost
         middle = (low + high) / 2
         low, high = (low, middle) if cost(middle) <= target else (middle, high)
-    return at(min(math.ceil(high * 1e5) / 1e5, 0.999 if isinstance(schedule.method, Pruning) else 0.75))
+    return at(min(math.ceil(high * 1e5) / 1e5, most))
 
 
 def _three_digits(n: float, rounded: Callable[[float], int]) -> float:

@@ -25,6 +25,7 @@ from minisdxl.checkpoint.lora import Change, LoRA, merge, open_loras
 from minisdxl.checkpoint.modules import file_metadata, open_source
 from minisdxl.checkpoint.resolve import Source
 from minisdxl.checkpoint.tensorfile import Spec, write_container, write_tensors
+from minisdxl.cli.models import add_parts, parts_of
 from minisdxl.cli.options import DTYPES, Parser
 from minisdxl.config import ModelConfig
 from minisdxl.loading import weights_path
@@ -43,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("target", type=Path, metavar="TARGET", help="the file or the new folder to write")
     add("--to", choices=("single", "diffusers"), help="(default: single for a .safetensors TARGET, else diffusers)")
     add("--dtype", choices=DTYPES, help="of the weights (default: each tensor keeps its own)")
-    add("--vae", metavar="FILE|DIR", help="take the VAE from here, in either layout")
-    add("--unet", metavar="FILE|DIR", help="take the U-Net from here, in either layout")
+    add_parts(parser)
     add(
         "--lora",
         action="append",
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = DTYPES[options.dtype] if options.dtype else None
     with parser.one_line("nothing was written"):
         path = weights_path(options.source)
-        source = open_source(path, dtype or torch.float32, vae=options.vae, unet=options.unet)
+        source = open_source(path, dtype or torch.float32, **parts_of(options))
         loras = [LoRA.parse(text) for text in options.lora]
         changes = open_loras(loras, source.config, source.shapes)
         for note in [*source.notes, *_left_out(loras, source.config)]:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_single(source, options.target, dtype, changes)
         else:
             vocabulary = load_vocabulary(path, options.tokenizer)
-            scheduler = Fields.read(path / SCHEDULER).values if path.is_dir() else None
+            scheduler = Fields.read(path / SCHEDULER).values if (path / SCHEDULER).is_file() else None
             write_folder(source, options.target, vocabulary, dtype, scheduler, changes)
     kind = "one file; the vocabulary is not in it" if single else "a diffusers folder"
     print(f"{options.target}  {source.config.name}, {kind}")

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from atedm.cosine import ANCHORS
 from atedm.graph.by_head import SUBSAMPLING_STRIDE
 from atedm.gwpr import MAX_ITERATIONS
-from atedm.merging import Merging
 from atedm.plan import DENSE, UNTOUCHED, LayerPlan, TokenPlan
 from atedm.pruning import Pruning
 from atedm.ranking import kept_count
@@ -86,17 +85,18 @@ class TokenCounts(NamedTuple):
     """Number of tokens that each sub-layer of a transformer layer sees, and number that leave the layer."""
 
     self_attention: int
+    keys: int  # of self-attention, and as many values
     cross_attention: int
     feed_forward: int
     out: int
 
 
-def tokens_seen(layer: LayerPlan, tokens: int) -> TokenCounts:
-    """How many of the ``tokens`` that enter a transformer layer each of its sub-layers sees."""
+def tokens_seen(layer: LayerPlan, tokens: int, grid: tuple[int, int]) -> TokenCounts:
+    """How many of the ``tokens`` of a ``grid`` that enter a transformer layer each of its sub-layers sees."""
     if layer.merging is not None:
-        return TokenCounts(*layer.merging.counts(tokens), tokens)
+        return TokenCounts(*layer.merging.counts(grid), tokens)
     kept = tokens if layer.pruning is None else kept_count(tokens, layer.pruning.ratio)
-    return TokenCounts(tokens, tokens, kept if layer.before_feed_forward else tokens, kept)
+    return TokenCounts(tokens, tokens, tokens, kept if layer.before_feed_forward else tokens, kept)
 
 
 @dataclass(frozen=True)
@@ -161,30 +161,24 @@ class _Formula:
         held = tokens
         for index in range(site.depth):
             layer = UNTOUCHED if plan is None else plan.layer(index)
-            seen = tokens_seen(layer, held)
-            # Self-attention projects to q, k, v and out, cross-attention to q and out; its k and v are of the text.
-            # The two products Q K^T and A V are those of all heads together.
+            seen = tokens_seen(layer, held, self.grid(site.level))
+            # Both project tokens to q and out. Self-attention projects some or all of them to k and v, too; k and v of
+            # cross-attention are of the text. The products Q K^T and A V are those of all heads together.
             if plan is not None or "self" not in self.reused:
-                cost[Kind.PROJECTIONS] += _product(seen.self_attention, c, 4 * c)
-                cost[Kind.SELF_ATTENTION] += 2 * _product(seen.self_attention, c, seen.self_attention)
+                cost[Kind.PROJECTIONS] += _product(seen.self_attention + seen.keys, c, 2 * c)
+                cost[Kind.SELF_ATTENTION] += 2 * _product(seen.self_attention, c, seen.keys)
             if plan is not None or "cross" not in self.reused:
                 cost[Kind.PROJECTIONS] += _product(seen.cross_attention, c, 2 * c)
                 cost[Kind.PROJECTIONS] += _product(text, self.config.context_channels, 2 * c)
                 cost[Kind.CROSS_ATTENTION] += 2 * _product(seen.cross_attention, c, text)
             # GEGLU makes two vectors of 4 C channels; their product, one such vector, goes back to C.
             cost[Kind.FEED_FORWARD] += _product(seen.feed_forward, c, 8 * c + 4 * c)
-            if layer.merging is not None and layer.merging.removed(held):
-                cost[Kind.RANKING] += self.matching(layer.merging, site.level, c)
+            if layer.merging is not None:
+                cost[Kind.RANKING] += layer.merging.flops(self.grid(site.level), c)
             if layer.pruning is not None and seen.out < held:
                 cost[Kind.RANKING] += self.ranking(layer.pruning, held, seen.out, c)
             held = seen.out
         yield from (Work(site.name, kind, flops) for kind, flops in cost.items() if flops)
-
-    def matching(self, how: Merging, level: int, channels: int) -> int:
-        """ToMe's similarities, of every source to every destination."""
-        (rows, columns), (height, width) = how.stride, self.grid(level)
-        destinations = (height // rows) * (width // columns)
-        return _product(height * width - destinations, channels, destinations)
 
     def ranking(self, how: Pruning, tokens: int, kept: int, channels: int) -> int:
         """FLOPs of ranking and recovery: attention maps, G-WPR iterations, the search for sources of pruned tokens.

@@ -29,6 +29,8 @@ def load(
     dtype: torch.dtype = torch.float32,
     vae: str | Path | None = None,
     unet: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    text_encoder_2: str | Path | None = None,
     loras: Sequence[str | Path | LoRA] = (),
     embeddings: Sequence[str | Path | EmbeddingFile] = (),
     tokenizer: str | Path | None = None,
@@ -47,6 +49,8 @@ def load(
             by ``sdxl.vae.to(dtype)``.
         vae: a file or folder with another VAE, in the official or the diffusers layout.
         unet: the same for the U-Net; LCM-SDXL and SDXL-Lightning are published so.
+        text_encoder: the same for the first text encoder (CLIP-L), under the names of transformers or of OpenCLIP.
+        text_encoder_2: the same for the second one (CLIP-G). With all other parts given, ``weights`` may be one part.
         loras: files of LoRAs, in the format of kohya's scripts, LyCORIS or diffusers, or diffusers' folders. They are
             merged into U-Net and text encoders: ``"FILE"``, ``"FILE:SCALE"``, ``"FILE:SCALE:SCALE"`` with a scale of
             its own for the text encoders, or a :class:`minisdxl.checkpoint.lora.LoRA`.
@@ -66,7 +70,16 @@ def load(
     merged = [lora if isinstance(lora, LoRA) else LoRA.parse(str(lora)) for lora in loras]
     with _no_garbage_collection():
         vocabulary = load_vocabulary(path, tokenizer)
-        config, parts = modules.load(path, device, dtype, vae=vae, unet=unet, loras=merged)
+        config, parts = modules.load(
+            path,
+            device,
+            dtype,
+            vae=vae,
+            unet=unet,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            loras=merged,
+        )
         known = read_embeddings(embeddings, [lora.file for lora in merged], config)
         return SDXL(
             config, parts.unet, parts.vae, PromptEncoders(parts.text, known), Tokenizer(*vocabulary, config.text)

@@ -15,19 +15,20 @@ from torch import Tensor
 
 from minisdxl.config import ModelConfig
 from minisdxl.images import check_finite, encode_image, to_image
+from minisdxl.inspector.session import inspect_picture
 from minisdxl.prompting.encoders import PromptEncoders, same_length
 from minisdxl.runtime.allocator import freed_memory_kept
 from minisdxl.runtime.compiled import CompiledUNet
 from minisdxl.runtime.encoded import EncodedPrompts, encode_each
 from minisdxl.runtime.inpainting import find_masked, masked_solver, masked_unet, with_picture
 from minisdxl.runtime.strips import decode_in_strips
-from minisdxl.sampler import UNetInputs, draw_noise, guided_denoiser, image_generators, initial_noise
+from minisdxl.sampler import NoisePredictor, UNetInputs, draw_noise, guided_denoiser, image_generators, initial_noise
 from minisdxl.settings import Settings, check_prompts, check_settings
 from minisdxl.steps.denoiser import planned_denoiser
 from minisdxl.steps.plan import StepPlan
 from minisdxl.text import TextEmbeddings
 from minisdxl.tokenizer import Tokenizer
-from minisdxl.unet import UNet
+from minisdxl.unet import PromptKV, UNet
 from minisdxl.vae import VAE
 
 StepCallback = Callable[[int, Tensor], bool | None]
@@ -42,7 +43,8 @@ class SDXL:
     vae: VAE
     text: PromptEncoders | EncodedPrompts
     tokenizer: Tokenizer
-    compiled: CompiledUNet | None = None  # runs instead of ``unet``, with the same weights
+    compiled: NoisePredictor[PromptKV] | None = None  # runs instead of ``unet``, with the same weights
+    inspect = inspect_picture
 
     @property
     def device(self) -> torch.device:

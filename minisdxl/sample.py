@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.checkpoint.published import is_hub_id
+from minisdxl.checkpoint.resolve import Source
 from minisdxl.cli.jobs import batches, find_jobs
-from minisdxl.cli.models import add_model, load_model, open_model
+from minisdxl.cli.models import add_model, load_model, open_model, parts_of
 from minisdxl.cli.options import Parser, add_pruning, add_steps, plain_warnings
 from minisdxl.cli.picture_files import InitImage
 from minisdxl.cli.pictures import add_picture, list_samplings, read_mask, read_source, settle_picture
 from minisdxl.cli.presets import check_plans, preset_note, settle_fast, settle_preset
-from minisdxl.cli.reports import hardware, versions, write_report
+from minisdxl.cli.reports import check_writable, hardware, sha256, versions, write_report
 from minisdxl.cli.runs import Run
+from minisdxl.cli.workers import add_workers, check_workers, parse_output
 from minisdxl.loading import weights_path
-from minisdxl.pipeline import SDXL
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,13 +48,23 @@ def _sample(options: argparse.Namespace) -> None:
         options.prune = True
     options.prune = settle_preset(weights.config, options)
     check_plans(options, weights.config)
+    check_workers(options)
+    if options.workers is not None:  # files are named within the folder, which may be on another file system
+        options.folder, options.out = str(options.out), Path()
     jobs = find_jobs(options, weights.config, embeddings)
     reports = [] if options.json in (None, "-") else [Path(options.json)]
-    _check_writable([job.target for job in jobs] + reports)
+    check_writable(reports + ([] if options.workers else [job.target for job in jobs]))
     source = read_source(options, {job.size for job in jobs})
     mask = read_mask(options, source)
     if note := preset_note(weights.config, options.prune):
         print(f"note: {note}", file=sys.stderr)
+    describe = partial(_settings, options, weights, source, mask)
+    run_of = partial(Run, sampling=sampling, options=options, source=source, mask=mask)
+    if options.workers is not None:
+        from minisdxl.scale.pictures import context_chunks, make_at_scale  # import Ray
+
+        make_at_scale(options, jobs, context_chunks(options, weights.config, embeddings), run_of, describe)
+        return
     began = time.perf_counter()
     sdxl = load_model(options)
     if options.low_memory:  # frees the text encoders: nothing else refers to them
@@ -62,8 +72,8 @@ def _sample(options: argparse.Namespace) -> None:
     if options.compile:
         sdxl = sdxl.compile()
     loaded = time.perf_counter()
-    settings = _settings(options, sdxl, source, mask, weights.files)
-    run = Run(sdxl, sampling, options, source, mask, settings)
+    settings = describe(str(sdxl.device))
+    run = run_of(sdxl=sdxl, settings=settings)
     made = []
     for batch in batches(jobs, options.batch, run.context_length):
         for picture in run.make(batch):
@@ -108,10 +118,10 @@ def _parser() -> Parser:
     add_picture(parser)
     add(
         "--out",
-        type=Path,
+        type=parse_output,
         default=Path("out"),
         metavar="FILE|DIR",
-        help="a .png file, or a folder (default: %(default)s)",
+        help="a .png file, or a folder, with --workers also s3://BUCKET/FOLDER and the like (default: %(default)s)",
     )
     add("--preview", type=int, metavar="N", help="every N steps write a small preview beside each picture")
     add("--json", metavar="FILE", help="write a report of the run; '-' is stdout, other output then goes to stderr")
@@ -126,6 +136,7 @@ def _parser() -> Parser:
         action="store_true",
         help="compile the U-Net first, which takes minutes: use it for many pictures of one size",
     )
+    add_workers(parser)
     return parser
 
 
@@ -137,34 +148,14 @@ def _check_counts(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {number}, expected 1 or more")
 
 
-def _check_writable(targets: Sequence[Path]) -> None:
-    """Checks before sampling that all files can be written. Raises ``OSError``."""
-    for folder in {target.parent for target in targets}:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / ".writable") as path:
-            path.touch()
-        (folder / ".writable").unlink()
-    for target in targets:
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder, expected a file to write to")
-
-
 def _settings(
-    options: argparse.Namespace,
-    sdxl: SDXL,
-    source: InitImage | None,
-    mask: InitImage | None,
-    files: Sequence[Path],
+    options: argparse.Namespace, weights: Source, source: InitImage | None, mask: InitImage | None, device: str
 ) -> dict[str, Any]:
     """The settings that all pictures of a run share, enough to make them again, under the names of the options.
 
     ``sha256`` is that of all weight files read, one after the other; each LoRA and embedding has its own.
     ``image_sha256`` is that of the file to start from, and ``mask_sha256`` that of its mask.
     """
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
     shared = {
         key: getattr(options, key)
         for key in ("sampling", "steps", "cfg", "prune", "skip", "guide", "compare", "batch", "dtype", "compile")
@@ -177,21 +168,16 @@ def _settings(
     }
     image = {"image": source.name, "image_sha256": source.sha256, "strength": options.strength} if source else {}
     image |= {"mask": mask.name, "mask_sha256": mask.sha256} if mask else {}
-    others = {key: Path(getattr(options, key)).name for key in ("vae", "unet") if getattr(options, key)}
-    weights = options.weights if is_hub_id(options.weights) else weights_path(options.weights).name
-    model = {"weights": weights, **others, "sha256": digest.hexdigest()}
-    loras = [{"file": lora.path.name, **lora.scales, "sha256": _sha256(lora.file)} for lora in options.lora]
+    others = {part: Path(path).name for part, path in parts_of(options).items() if path}
+    name = options.weights if is_hub_id(options.weights) else weights_path(options.weights).name
+    model = {"weights": name, **others, "sha256": sha256(weights.files)}
+    loras = [{"file": lora.path.name, **lora.scales, "sha256": sha256([lora.file])} for lora in options.lora]
     embeddings = [
-        {"file": each.path.name, "name": each.name, "sha256": _sha256(each.path)} for each in options.embedding
+        {"file": each.path.name, "name": each.name, "sha256": sha256([each.path])} for each in options.embedding
     ]
     changes = {key: files for key, files in (("lora", loras), ("embedding", embeddings)) if files}
-    made_with = {"model": sdxl.config.name, "torch": torch.__version__, "device": str(sdxl.device)}
+    made_with = {"model": weights.config.name, "torch": torch.__version__, "device": device}
     return {**shared, **sizes, **image, **model, **changes, **made_with}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minisdxl.config import ModelConfig, NoiseConfig
-from minisdxl.sampler import Solver, check_steps, discrete_sigmas, euler, sigmas
+from minisdxl.sampler import Denoiser, Solver, check_steps, discrete_sigmas, euler, sigmas
 from minisdxl.solvers import dpmpp_2m, dpmpp_2m_sde, euler_ancestral, heun, lcm, tcd, unipc
 
 LCM_STEPS = 50  # steps of the teacher that LCM was distilled with; diffusers: LCMScheduler.original_inference_steps
@@ -98,6 +98,16 @@ class Sampling:
     def calls(self, steps: int) -> list[int]:
         """Number of denoiser calls in each of ``steps`` steps."""
         return [self.calls_per_step] * (steps - 1) + [1]
+
+    def with_denoiser(self, wrap: Callable[[Denoiser], Denoiser]) -> Sampling:
+        """The same sampling of the denoiser that ``wrap`` makes of the one it is given, for example to watch it."""
+
+        def solver(
+            denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torch.Generator]
+        ) -> Iterator[Tensor]:
+            return self.solver(wrap(denoiser), x, sigmas, generators)
+
+        return replace(self, solver=solver)
 
     def own_steps(self, config: ModelConfig) -> int:
         """Default number of steps: the model's if this is its default sampling, else this sampling's."""

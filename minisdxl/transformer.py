@@ -102,7 +102,8 @@ class TransformerLayer(nn.Module):
         merge_1, merge_2, merge_3 = plan.merges(tokens)
         x = tokens.values
         normed = merge_1.merge(self.norm1(x))
-        attended, self_attention = plan.attend("self", lambda: self.attn1(normed, self.attn1.project_context(normed)))
+        keys = merge_1.context(normed)
+        attended, self_attention = plan.attend("self", lambda: self.attn1(normed, self.attn1.project_context(keys)))
         x = x + merge_1.unmerge(attended)
         query = merge_2.merge(self.norm2(x))
         attended, cross_attention = plan.attend("cross", lambda: self.attn2(query, text))

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from atedm.graph import GRAPHS
-from atedm.presets import OLD_SPELLINGS, PRESETS, PRUNING_SETTINGS, SETTINGS
+from atedm.presets import METHOD_SETTINGS, OLD_SPELLINGS, PRESETS, SETTINGS
 from atedm.ranking import RANKINGS
 from atedm.recovery import RECOVERIES
 from minisdxl.config import SDXL_BASE
@@ -183,7 +183,8 @@ def test_the_readme_has_the_flops_that_the_program_counts() -> None:
 
 def test_presets_and_settings_are_all_documented() -> None:
     text = TEXTS["docs/presets.md"]
-    names = [*PRESETS, *SETTINGS, *PRUNING_SETTINGS, *RANKINGS, *RECOVERIES, *GRAPHS, *OLD_SPELLINGS]
+    own = [setting for settings in METHOD_SETTINGS.values() for setting in settings]
+    names = [*PRESETS, *SETTINGS, *own, *RANKINGS, *RECOVERIES, *GRAPHS, *OLD_SPELLINGS]
     assert [name for name in names if f"`{name}`" not in text] == []
     assert re.findall(r"^\| `([\w-]+)` \|", text.partition("## ")[0], re.MULTILINE) == list(PRESETS)
 

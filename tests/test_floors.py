@@ -24,10 +24,11 @@ FLOORS = (
     ("images", "tokenizer", "clip", "text", "transformer", "unet", "vae_decoder", "vae"),
     ("sampler", "solvers", "samplings", "steps", "settings", "cost", "budget"),
     ("prompting",),
-    ("runtime", "checkpoint", "diffusers"),
+    ("runtime", "checkpoint", "diffusers", "inspector"),
     ("pipeline",),
     ("loading",),
     ("cli",),
+    ("scale",),  # imports Ray, so only `--workers` imports it
     ("sample", "flops", "convert", "download", "inspect"),  # the commands
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

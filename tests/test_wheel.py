@@ -77,7 +77,8 @@ def test_it_holds_both_packages_whole_with_their_data_and_nothing_else(wheel: Pa
         found = {name for name in archive.namelist() if not name.startswith(f"{about}/")}
         metadata = archive.read(f"{about}/METADATA").decode()
     code = {path.relative_to(ROOT).as_posix() for name in ("minisdxl", "atedm") for path in (ROOT / name).rglob("*.py")}
-    assert found == code | {f"minisdxl/weights/{name}" for name in DATA | {"__init__.py"}}
+    page = {f"minisdxl/inspector/{name}" for name in ("page.html", "page.css", "data.js", "page.js")}
+    assert found == code | page | {f"minisdxl/weights/{name}" for name in DATA | {"__init__.py"}}
     assert "License-Expression: MIT\n" in metadata
     assert "License-File: LICENSE\n" in metadata and "License-File: weights/clip/LICENSE\n" in metadata
 
@@ -99,6 +100,12 @@ def test_sample_draws_a_picture(installed: Path, tmp_path: Path) -> None:
     assert said.startswith(f"{picture.relative_to(tmp_path)}  seed 0  ")
     with Image.open(picture) as image:
         assert image.size == (256, 256)
+
+
+def test_inspect_writes_a_page(installed: Path, tmp_path: Path) -> None:
+    said = run(installed, tmp_path, "-m", "minisdxl.inspect", PROMPT, "--steps", 1, "--size", "64x64")
+    assert said.startswith("inside.html  seed 0  ")
+    assert (tmp_path / "inside.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_flops_counts(installed: Path, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def check_command(case: Case, folder: Path, refused: bool) -> None:
     """Runs the sample command: it must write a picture, or fail with one line. Raises ``Violation``."""
     form, picture = forms()[case.form], folder / "out" / "picture.png"
     dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
-    options = [f"--{name}={folder / path}" for name, path in form.options.items()]
+    options = [f"--{name.replace('_', '-')}={folder / path}" for name, path in form.options.items()]
     quick = ["--steps=1", "--size=8x8", "--device=cpu", f"--dtype={dtype}", f"--out={picture}"]
     output, code = io.StringIO(), 0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(output):

@@ -235,16 +235,29 @@ def _noise_config(fields: Fields) -> NoiseConfig:
 
 
 def check_part(path: Path, part: str, config: ModelConfig) -> None:
-    """Refuses the folder of a U-Net or VAE whose ``config.json`` describes another one than ``config`` has."""
+    """Refuses the folder of a part whose ``config.json`` describes another one than ``config`` has."""
     file = part_folder(path, part) / "config.json"
     if not file.is_file():
         return
     fields = Fields.read(file)
     try:
-        found = replace(config, unet=unet_config(fields)) if part == "unet" else replace(config, vae=vae_config(fields))
+        found = _with_part(config, part, fields)
     except (ValueError, ArithmeticError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file} does not fit {config.name}: {error}") from error
     if found != config:
         raise CheckpointError(f"{file} does not fit {config.name}: {', '.join(differences(found, config))}")
+
+
+def _with_part(config: ModelConfig, part: str, fields: Fields) -> ModelConfig:
+    """The config with the part that a ``config.json`` describes. Raises as :func:`unet_config`."""
+    if part == "unet":
+        return replace(config, unet=unet_config(fields))
+    if part == "vae":
+        return replace(config, vae=vae_config(fields))
+    whole = fields.values.get("text_config")  # of a CLIPModel, which has a picture encoder too
+    fields = Fields(fields.path, whole) if isinstance(whole, dict) else fields
+    first = part == "text_encoder"
+    text = text_config(fields, first)
+    return replace(config, text=(text, config.text[1]) if first else (config.text[0], text))

@@ -54,6 +54,8 @@ LORA = r"lora_|[._]lora\.|\.hada_w\d|\.lokr_w\d|\.oft_blocks|\.(diff|diff_b|w_no
 FAMILIES = (
     CONTROL_LORA,
     (r"^lllite_", "a ControlNet-LLLite"),
+    (r"(^|\.)encoder\.block\.\d+\.layer\.\d+\.", "a T5 text encoder, of models newer than SDXL"),
+    (r"(^|\.)layers\.\d+\.mlp\.gate_proj\.", "a language model, the text encoder of models newer than SDXL"),
     (LORA, "a LoRA, a change to be applied to some whole model"),
     (r"^control_model\.|^controlnet_|(^|\.)input_hint_block\.", "a ControlNet"),
     (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter"),
@@ -80,6 +82,14 @@ BARE_PARTS = (
     (r"^(encoder|decoder)\.(conv_in|down|mid|up|conv_out)\b", "only a VAE", ("vae",)),
     (r"(^|\.)(text_model|resblocks|text_projection)\b", "only a text encoder", ("text_encoder", "text_encoder_2")),
 )
+
+# CLIP's text encoders by their width, and which of SDXL's parts they are.
+TOKENS = re.compile(r"(^|\.)token_embedding\.weight$")
+CLIPS = {
+    768: ("text_encoder", "CLIP ViT-L (clip_l), the first text encoder of SDXL"),
+    1280: ("text_encoder_2", "OpenCLIP ViT-bigG (clip_g), the second text encoder of SDXL"),
+    1024: (None, "OpenCLIP ViT-H, the text encoder of Stable Diffusion 2.x"),
+}
 
 # Names of SDXL's U-Net in diffusers. Every level may have attention here: SD 1.x has it where SDXL has none.
 UNET_LAYOUT = unet_layout(replace(SDXL_BASE.unet, levels=(Level(1, 1), Level(2, 1), Level(4, 1), Level(4, 1))))
@@ -159,10 +169,18 @@ def _part(shapes: Mapping[str, Shape], wanted: Collection[str]) -> str | None:
         return None
     if present:
         return f"only the {' and '.join(present)} of a model, without its {' and '.join(absent)}"
+    if len(wanted) == 1 and (what := _text_encoder(shapes, next(iter(wanted)))):
+        return what
     for pattern, what, parts in BARE_PARTS:
         if any(re.search(pattern, name) for name in shapes):
             return None if set(wanted) <= set(parts) else what
     return f"no model that is known here, with {len(shapes)} tensors"
+
+
+def _text_encoder(shapes: Mapping[str, Shape], wanted: str) -> str | None:
+    """Which CLIP a text encoder is by its width, if that is not SDXL's of the part ``wanted``."""
+    widths = {shape[-1] for name, shape in shapes.items() if shape and TOKENS.search(name)}
+    return next((what for width, (part, what) in CLIPS.items() if width in widths and part != wanted), None)
 
 
 def _has(names: Collection[str], prefix: str) -> bool:

@@ -225,11 +225,28 @@ def key_variants(part: str, config: ModelConfig) -> list[KeyVariant]:
         ways += [_prefixed(""), vae_layout(config.vae, _OLDER_ATTENTION).mapping]
     else:  # transformers 5 saves a CLIPTextModel without ``text_model.``
         ways += [lambda name: _without_text_model(theirs.mapping(name)), _converted(PARTS[part].prefix)]
+        inside = "clip_l.transformer." if part == "text_encoder" else "clip_g.transformer."
+        ways += [_inside(prefix + inside, theirs) for prefix in ("", "text_encoders.")]  # of ComfyUI
+    if part == "text_encoder_2":
+        ways += [_prefixed(""), _projected(theirs)]
     return ways
 
 
 def _prefixed(prefix: str) -> KeyVariant:
     return lambda name: TensorMapping((prefix + name,))
+
+
+def _inside(prefix: str, layout: Layout) -> KeyVariant:
+    def mapping(name: str) -> TensorMapping:
+        found = layout.mapping(name)
+        return replace(found, names=tuple(prefix + theirs for theirs in found.names))
+
+    return mapping
+
+
+def _projected(layout: Layout) -> KeyVariant:
+    """The names of transformers with OpenCLIP's projection: what ComfyUI's older versions saved."""
+    return lambda name: TensorMapping((name,)) if name == "text_projection" else layout.mapping(name)
 
 
 def _converted(prefix: str) -> KeyVariant:

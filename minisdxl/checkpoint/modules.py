@@ -1,7 +1,7 @@
 """Loads and saves models as modules.
 
-Whatever :func:`open_source` takes (one file in the official layout, a diffusers folder, either with another VAE or
-U-Net) is read strictly, tensor by tensor, by official names. The U-Net and the VAE carry these themselves,
+Whatever :func:`open_source` takes (one file in the official layout, a diffusers folder, either with other parts) is
+read strictly, tensor by tensor, by official names. The U-Net and the VAE carry these themselves,
 ``text_names`` knows those of the text encoders. Files written here hold their ``ModelConfig`` as metadata; an official
 file is recognized by its names and shapes, and a diffusers folder describes itself.
 """
@@ -23,6 +23,7 @@ from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.json_fields import check_values
 from minisdxl.checkpoint.layouts import PARTS, key_variants
 from minisdxl.checkpoint.lora import LoRA, merge, open_loras
+from minisdxl.checkpoint.openclip_names import as_transformers
 from minisdxl.checkpoint.published import find_weights
 from minisdxl.checkpoint.resolve import Source, find_source, misfits
 from minisdxl.checkpoint.tensorfile import Shape, write_tensors
@@ -56,9 +57,9 @@ def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if name.startswith(VAE_PREFIX) else dtype
 
 
-def read_config(path: str | Path, *, vae: str | Path | None = None, unet: str | Path | None = None) -> ModelConfig:
+def read_config(path: str | Path, **others: str | Path | None) -> ModelConfig:
     """The config of a model, all of whose names and shapes fit it. Arguments and errors as :func:`open_source`."""
-    return open_source(path, vae=vae, unet=unet).config
+    return open_source(path, torch.float32, **others).config
 
 
 def load(
@@ -66,9 +67,8 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    vae: str | Path | None = None,
-    unet: str | Path | None = None,
     loras: Sequence[LoRA] = (),
+    **others: str | Path | None,
 ) -> tuple[ModelConfig, Modules]:
     """Reads a model, in evaluation mode. Arguments and errors as :func:`open_source`.
 
@@ -77,7 +77,7 @@ def load(
     tensor by tensor, with the errors of :func:`minisdxl.checkpoint.lora.open_loras` (before anything is read) and
     :func:`minisdxl.checkpoint.lora.merge`.
     """
-    source, modules = _open(Path(path), dtype, vae, unet)
+    source, modules = _open(Path(path), dtype, others)
     changes = open_loras(loras, source.config, source.shapes)
     for note in source.notes:
         logger.warning(note)
@@ -95,36 +95,39 @@ def load(
 def open_source(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
-    *,
-    vae: str | Path | None = None,
-    unet: str | Path | None = None,
+    **others: str | Path | None,
 ) -> Source:
     """Finds every tensor of a model; reads headers and configs only.
 
     Args:
-        path: one file in the official layout, or a diffusers folder.
+        path: one file in the official layout, or a diffusers folder; or one part, if ``others`` are the rest.
         dtype: that is wanted: it decides between plain weights and an fp16 variant, where a folder has both.
-        vae: a file or folder with another VAE, in either layout, or a name that
-            :func:`minisdxl.checkpoint.published.find_weights` knows; ``None`` for the VAE in ``path``.
-        unet: the same for the U-Net. What is replaced need not be in ``path``.
+        others: for some of ``PARTS`` (``vae=``, ``unet=``, ``text_encoder=``, ``text_encoder_2=``), a file or folder
+            with that part in either layout, or a name that :func:`minisdxl.checkpoint.published.find_weights` knows;
+            ``None`` for the part in ``path``. What is replaced need not be in ``path``.
 
     Raises:
         CheckpointError: if something is damaged, something else, or has missing, unexpected or mis-shaped tensors.
     """
-    return _open(Path(path), dtype, vae, unet)[0]
+    return _open(Path(path), dtype, others)[0]
 
 
-def _open(path: Path, dtype: torch.dtype, vae: str | Path | None, unet: str | Path | None) -> tuple[Source, Modules]:
-    """The source of a model, and the model without memory."""
-    others = {part: find_weights(other) for part, other in (("vae", vae), ("unet", unet)) if other is not None}
+def _open(path: Path, dtype: torch.dtype, given: Mapping[str, str | Path | None]) -> tuple[Source, Modules]:
+    """The source of a model, and the model without memory. Raises ``TypeError`` for a part that is not in ``PARTS``."""
+    if given.keys() - PARTS.keys():
+        raise TypeError(f"{min(given.keys() - PARTS.keys())} is no part of a model, expected {', '.join(PARTS)}")
+    others = {part: find_weights(other) for part in PARTS if (other := given.get(part)) is not None}
     own = [part for part in PARTS if part not in others]
-    if path.is_dir():
+    if len(own) == 1 and path.is_dir() and not (path / folder_reader.INDEX).is_file():
+        config, weight_files = SDXL_BASE, list[WeightFiles]()  # a folder of one part does not say which model it is of
+        others[own[0]] = path
+    elif path.is_dir():
         config = _folder_config(path)
         weight_files = [open_part(path / part, part, dtype) for part in own]
     else:
         weight_files = [open_file(path, own)]
         config = _file_config(weight_files[0])
-    weight_files += [open_part(other, part, dtype) for part, other in others.items()]
+    weight_files += [_open_other(other, part, dtype, config) for part, other in others.items()]
     if "unet" in others:
         config = inpainting_or_not(config, next(files for files in weight_files if "unet" in files.parts))
     try:
@@ -148,6 +151,12 @@ def inpainting_or_not(config: ModelConfig, files: WeightFiles) -> ModelConfig:
     if config in (SDXL_BASE, SDXL_INPAINTING):
         return SDXL_INPAINTING if config == SDXL_BASE else SDXL_BASE
     return replace(config, unet=replace(config.unet, in_channels=channels[0]))
+
+
+def _open_other(path: Path, part: str, dtype: torch.dtype, config: ModelConfig) -> WeightFiles:
+    """A part in a file or folder of its own. Raises ``CheckpointError``."""
+    files = open_part(path, part, dtype)
+    return as_transformers(files, config.text[0]) if part == "text_encoder" else files
 
 
 def save(path: str | Path, config: ModelConfig, modules: Modules, dtype: torch.dtype = torch.float16) -> None:

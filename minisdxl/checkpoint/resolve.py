@@ -1,7 +1,7 @@
 """Finds every tensor of a model: the file, the name there, and the form.
 
-A model is one file, a diffusers folder, or either with another VAE or U-Net. A :class:`Source` gives the tensors of all
-of these in the same way, by official names.
+A model is one file, a diffusers folder, or either with parts from other files. A :class:`Source` gives the tensors of
+all of these in the same way, by official names.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ SKIPPED = (
     "first_stage_model.loss.*",
     "embedding_manager*",
     "conditioner.embedders.0.*text_projection*",  # CLIP's own, which SDXL does not use
+    # The picture encoder of a whole CLIP, under transformers' and OpenCLIP's names.
+    "conditioner.embedders.?.*vision_model.*",
+    "conditioner.embedders.?.*visual*",
     "denoiser.*",
     # Noise levels, as buffers of the older ldm code.
     "betas",
@@ -276,7 +279,7 @@ def _wanted(files: WeightFiles, config: ModelConfig) -> str:
         return f"the {' and '.join(PARTS[part].label for part in files.parts)} of {config.name}"
     return (
         "a whole SDXL base model in one file or in a diffusers folder; "
-        "a U-Net, VAE or LoRA goes beside one (--unet, --vae, --lora)"
+        "a part or LoRA goes beside one (--unet, --vae, --text-encoder, --text-encoder-2, --lora)"
     )
 
 

@@ -53,9 +53,9 @@ def find_jobs(options: argparse.Namespace, config: ModelConfig, embeddings: Coll
     if not prompts:
         raise ValueError("there is no prompt, expected one or more")
     each, jobs, taken = options.images_per_prompt, list[Job](), Counter[Path]()
-    start = _drawn(options.seed)
+    start = drawn_seed(options.seed)
     for index, prompt in enumerate(prompts):
-        first = start + index * each if prompt.seed is None else _drawn(prompt.seed)
+        first = start + index * each if prompt.seed is None else drawn_seed(prompt.seed)
         negative = options.negative if prompt.negative is None else prompt.negative
         steps, cfg, size = _own_settings(prompt, options, config)
         for seed in range(first, first + each):
@@ -70,7 +70,7 @@ def find_jobs(options: argparse.Namespace, config: ModelConfig, embeddings: Coll
     return jobs
 
 
-def _drawn(seed: int) -> int:
+def drawn_seed(seed: int) -> int:
     """A random seed of 32 bits for ``RANDOM``, others as they are."""
     return secrets.randbelow(2**32) if seed == RANDOM else seed
 

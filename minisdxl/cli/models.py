@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from minisdxl.checkpoint.embeddings import EmbeddingFile, read_embeddings
+from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.lora import LoRA, open_loras
 from minisdxl.checkpoint.modules import open_source
 from minisdxl.checkpoint.resolve import Source
 from minisdxl.cli.options import DTYPES, add_device, find_device
 from minisdxl.loading import load, weights_path
 from minisdxl.pipeline import SDXL
+from minisdxl.prompting.chunks import Embedding
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +26,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="the bundled 'shapes' (default), an SDXL .safetensors file, a diffusers folder, a name of "
         "minisdxl.download, or an id on the Hugging Face hub",
     )
-    add("--vae", metavar="FILE|DIR", help="take the VAE from here, such as the fp16-fix one, in either layout")
-    add("--unet", metavar="FILE|DIR", help="take the U-Net from here, such as LCM-SDXL, in either layout")
+    add_parts(parser)
     add(
         "--lora",
         action="append",
@@ -50,13 +51,27 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def open_model(options: argparse.Namespace) -> tuple[Source, Collection[str]]:
-    """Where the model's tensors are, and the names of its embeddings; no weights are loaded.
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that :func:`parts_of` reads."""
+    add = parser.add_argument
+    add("--vae", metavar="FILE|DIR", help="take the VAE from here, such as the fp16-fix one, in either layout")
+    add("--unet", metavar="FILE|DIR", help="take the U-Net from here, such as LCM-SDXL, in either layout")
+    add("--text-encoder", metavar="FILE|DIR", help="take the first text encoder from here, such as clip_l.safetensors")
+    add("--text-encoder-2", metavar="FILE|DIR", help="take the second one from here, such as clip_g.safetensors")
+
+
+def parts_of(options: argparse.Namespace) -> dict[str, str | None]:
+    """The files and folders of parts, as :func:`minisdxl.loading.load` and ``open_source`` take them."""
+    return {part: getattr(options, part) for part in PARTS}
+
+
+def open_model(options: argparse.Namespace) -> tuple[Source, Mapping[str, Embedding]]:
+    """Where the model's tensors are, and its embeddings by their names; no weights are loaded.
 
     In ``options``, LoRAs and embeddings are replaced by what they name. Raises ``ValueError`` or ``OSError`` for files
     that are missing, damaged or not this model's.
     """
-    weights = open_source(weights_path(options.weights), DTYPES[options.dtype], vae=options.vae, unet=options.unet)
+    weights = open_source(weights_path(options.weights), DTYPES[options.dtype], **parts_of(options))
     options.lora = [LoRA.parse(text) for text in options.lora]
     open_loras(options.lora, weights.config, weights.shapes)
     options.embedding = [EmbeddingFile.parse(text) for text in options.embedding]
@@ -69,9 +84,8 @@ def load_model(options: argparse.Namespace) -> SDXL:
         options.weights,
         device=find_device(options.device),
         dtype=DTYPES[options.dtype],
-        vae=options.vae,
-        unet=options.unet,
         loras=options.lora,
         embeddings=options.embedding,
         tokenizer=options.tokenizer,
+        **parts_of(options),
     )

@@ -77,11 +77,22 @@ def _scale_transparency(opened: Image.Image) -> None:
 
 def write_picture(path: Path, image: Image.Image, record: Mapping[str, Any]) -> None:
     """Writes a PNG file atomically, with ``record`` as JSON in its text ``minisdxl``. Raises ``OSError``."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, pnginfo=_notes(record))
+
+
+def picture_bytes(image: Image.Image, record: Mapping[str, Any]) -> bytes:
+    """The bytes of the file that :func:`write_picture` writes."""
+    data = BytesIO()
+    image.save(data, "PNG", pnginfo=_notes(record))
+    return data.getvalue()
+
+
+def _notes(record: Mapping[str, Any]) -> PngInfo:
     notes = PngInfo()
     notes.add_itxt("prompt", record["prompt"])
     notes.add_itxt("minisdxl", json.dumps(record, ensure_ascii=False))
-    with atomic_path(path) as temporary:
-        image.save(temporary, pnginfo=notes)
+    return notes
 
 
 def side_by_side(images: Mapping[str, Image.Image]) -> Image.Image:

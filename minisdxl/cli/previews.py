@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -80,18 +80,16 @@ class Preview:
         self.denoised: Tensor | None = None  # (B, z, h, w)
 
     def watch(self, sampling: Sampling) -> Sampling:
-        """The same sampling, with a solver that also stores each denoised latent here."""
+        """The same sampling, which also stores each denoised latent here."""
 
-        def solver(
-            denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torch.Generator]
-        ) -> Iterator[Tensor]:
+        def watched(denoiser: Denoiser) -> Denoiser:
             def seen(x: Tensor, sigma: float, step: int) -> Tensor:
                 self.denoised = denoiser(x, sigma, step)
                 return self.denoised
 
-            return sampling.solver(seen, x, sigmas, generators)
+            return seen
 
-        return replace(sampling, solver=solver)
+        return sampling.with_denoiser(watched)
 
     def write(self, step: int) -> None:
         """Writes the previews of ``step``, counted from 0, if they are due. Raises ``OSError``."""

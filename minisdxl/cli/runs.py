@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -66,9 +66,20 @@ class Run:
     def make(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         """Makes a batch, writes one picture after the other, and yields what the report says of each.
 
+        Raises as :meth:`draw`, and ``OSError``.
+        """
+        for job, image, picture in self.draw(jobs):
+            record = own_record(job, self.options, self.settings)
+            realized = {key: picture[key] for key in ("realized",) if key in picture}
+            write_picture(job.target, image, {**self.settings, **record, **realized})
+            yield picture
+
+    def draw(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
+        """Makes a batch, and yields each job with its picture and what the report says of it.
+
         All jobs have one :meth:`context_length`.
         With ``--compare`` FLOPs are those of the pruned half, and seconds those of both. Raises as
-        :meth:`SDXL.generate`, and ``OSError``.
+        :meth:`SDXL.generate`.
         """
         options, began = self.options, time.perf_counter()
         method = Method(options.prune, options.skip, options.guide)
@@ -79,19 +90,11 @@ class Run:
             if options.compare:
                 image = side_by_side({str(each): pictures[index].image for each, pictures in made.items()})
             spent = self.cost(plans, job)
-            record = {"prompt": job.prompt, "negative": job.negative, "seed": job.seed, **self._own_settings(job)}
+            record = own_record(job, options, self.settings)
             if options.skip is not None or options.guide is not None:
                 record |= {"realized": describe(plans)}
-            write_picture(job.target, image, {**self.settings, **record})
             cost = {"flops": spent.flops, "dense_flops": dense, "share": spent.flops / dense, **spent.steps()}
-            yield {"path": str(job.target), **record, "seconds": seconds, **cost}
-
-    def _own_settings(self, job: Job) -> dict[str, Any]:
-        """What is recorded of a picture beside its prompt where it differs from what the run's pictures share."""
-        size = "{}x{}".format(*job.size)
-        own = {"steps": job.steps, "cfg": job.cfg, "size": size}
-        own |= {key: size for key in ("original_size", "target_size") if getattr(self.options, key) is None}
-        return {key: value for key, value in own.items() if value != self.settings[key]}
+            yield job, image, {"path": str(job.target), **record, "seconds": seconds, **cost}
 
     def context_length(self, job: Job) -> int:
         """Text tokens that the U-Net attends to: those of the longer of prompt and negative prompt."""
@@ -158,3 +161,12 @@ class Run:
 
             images = self.sdxl.generate([job.prompt for job in jobs], settings, on_step=on_step, realized=realized)
         return [Drawn(*each) for each in zip(images, realized or [plans] * len(jobs), strict=True)]
+
+
+def own_record(job: Job, options: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recorded of a picture alone: its prompt, and what differs from ``settings``, which the run's share."""
+    size = "{}x{}".format(*job.size)
+    own = {"steps": job.steps, "cfg": job.cfg, "size": size}
+    own |= {key: size for key in ("original_size", "target_size") if getattr(options, key) is None}
+    prompt = {"prompt": job.prompt, "negative": job.negative, "seed": job.seed}
+    return prompt | {key: value for key, value in own.items() if value != settings[key]}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
+from minisdxl.prompting.chunks import Embedding
 from minisdxl.prompting.encoders import stack
 from minisdxl.settings import check_prompts
 from minisdxl.text import TextEmbeddings
@@ -16,6 +17,10 @@ from minisdxl.tokenizer import Tokenizer
 
 class Encoder(Protocol):
     """The text encoders, or :class:`EncodedPrompts`."""
+
+    @property
+    def embeddings(self) -> Mapping[str, Embedding]:
+        """Textual inversions by their names."""
 
     def encode(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
         """As :meth:`minisdxl.text.TextEncoders.encode`."""
@@ -33,6 +38,7 @@ class EncodedPrompts:
 
     positive: Mapping[str, TextEmbeddings]  # with that of "", which fills up contexts
     negative: Mapping[str, TextEmbeddings]
+    embeddings: Mapping[str, Embedding] = field(default_factory=dict)  # textual inversions that the prompts may name
 
     def encode(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
         """As :meth:`minisdxl.text.TextEncoders.encode`. Raises ``ValueError`` for a prompt that was not encoded."""
@@ -69,4 +75,5 @@ def encode_each(
     return EncodedPrompts(
         {prompt: text.encode([prompt], tokenizer) for prompt in ["", *prompts]},
         {prompt: text.encode_negative([prompt], tokenizer) for prompt in negatives},
+        text.embeddings,
     )

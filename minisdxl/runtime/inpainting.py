@@ -24,12 +24,11 @@ from torch import Tensor
 from atedm.plan import TokenPlan
 from minisdxl.config import ModelConfig
 from minisdxl.images import encode_pixels, to_pixels, to_rgb
-from minisdxl.runtime.compiled import CompiledUNet
-from minisdxl.sampler import Denoiser, Solver
+from minisdxl.sampler import Denoiser, NoisePredictor, Solver
 from minisdxl.settings import CheckedSettings, Settings, check_pictures
 from minisdxl.steps.evaluate import Tensors, evaluator
 from minisdxl.steps.plan import StepPlan
-from minisdxl.unet import PromptKV, UNet
+from minisdxl.unet import PromptKV
 from minisdxl.vae import VAE
 
 WHITE = 128  # shades of 0 to 255 from here on are drawn anew, as in diffusers
@@ -90,7 +89,7 @@ def check_white(mask: Image.Image) -> Image.Image:
 class InpaintingUNet:
     """The U-Net of an inpainting model, called like one of 4 channels."""
 
-    def __init__(self, unet: UNet | CompiledUNet, channels: Tensor) -> None:
+    def __init__(self, unet: NoisePredictor[PromptKV], channels: Tensor) -> None:
         """``channels`` (1, 5, h, w) are the mask and the latent of the picture, gray where it is drawn anew."""
         self.unet, self.channels = unet, channels
 
@@ -110,7 +109,7 @@ class InpaintingUNet:
         return torch.cat([x, self.channels.to(x).expand(len(x), -1, -1, -1)], dim=1)
 
 
-def masked_unet(unet: UNet | CompiledUNet, masked: MaskedPicture | None) -> UNet | CompiledUNet | InpaintingUNet:
+def masked_unet(unet: NoisePredictor[PromptKV], masked: MaskedPicture | None) -> NoisePredictor[PromptKV]:
     """The U-Net as the sampler calls it."""
     return unet if masked is None or masked.channels is None else InpaintingUNet(unet, masked.channels)
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from minisdxl.config import NoiseConfig
-from minisdxl.sampler import Denoiser, UNetInputs, denoise, discrete_sigmas
-from minisdxl.steps.evaluate import Evaluator, Tensors, evaluator
+from minisdxl.sampler import Denoiser, NoisePredictor, UNetInputs, denoise, discrete_sigmas
+from minisdxl.steps.evaluate import Tensors, evaluator
 from minisdxl.steps.forecast import Point, forecast
 from minisdxl.steps.kept import Kept
 from minisdxl.steps.plan import StepPlan
 from minisdxl.transformer import ContextKV
-from minisdxl.unet import PromptKV, UNet
+from minisdxl.unet import PromptKV
 
 Branches = tuple[str, ...]  # of guidance, in the order in which the U-Net gets them
 BRANCHES: Mapping[str, Branches] = {
@@ -38,7 +38,7 @@ class Planner(Protocol):
 
 
 def planned_denoiser(
-    unet: UNet | Evaluator,
+    unet: NoisePredictor[PromptKV],
     conditional: UNetInputs,
     unconditional: UNetInputs,
     scale: float,
@@ -69,7 +69,7 @@ class _Run:
 
     def __init__(
         self,
-        unet: UNet | Evaluator,
+        unet: NoisePredictor[PromptKV],
         conditional: UNetInputs,
         unconditional: UNetInputs,
         scale: float,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,19 +61,24 @@ def evaluate(
     return unet.out(x), new
 
 
+@runtime_checkable
 class Evaluator(Protocol):
-    """A U-Net that has its own way to run :func:`minisdxl.steps.evaluate.evaluate`, such as a compiled one."""
-
-    def project_context(self, context: Tensor) -> PromptKV:
-        """As :meth:`UNet.project_context`."""
+    """A U-Net that has its own way to run :func:`evaluate`, such as a compiled one."""
 
     def evaluate(self, plan: StepPlan, *inputs: Any) -> tuple[Tensor, Tensors]:
-        """The output, and the tensors to keep: the other arguments of :func:`evaluate`."""
+        """The output, and the tensors to keep, for the other arguments of :func:`evaluate`."""
 
 
-def evaluator(unet: UNet | Evaluator) -> Callable[..., tuple[Tensor, Tensors]]:
-    """:func:`evaluate` of that U-Net, in its own way if it has one."""
-    return partial(evaluate, unet) if isinstance(unet, UNet) else unet.evaluate
+def evaluator(unet: object) -> Callable[..., tuple[Tensor, Tensors]]:
+    """:func:`evaluate` of that U-Net, in its own way if it has one.
+
+    Raises ``ValueError`` for what can run no step plans.
+    """
+    if isinstance(unet, UNet):
+        return partial(evaluate, unet)
+    if isinstance(unet, Evaluator):
+        return unet.evaluate
+    raise ValueError(f"a {type(unet).__name__} runs no step plans, expected a U-Net, compiled or not")
 
 
 def _layer_plans(unet: UNet, plan: StepPlan, kept: Mapping[str, Tensor], new: Tensors) -> TokenPlan:

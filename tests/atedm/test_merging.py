@@ -159,14 +159,15 @@ def test_around_some_sub_layers_only(where: tuple[bool, bool, bool]) -> None:
     tokens = random_tokens(5, 7)
     merging = Merging(0.5, *where)
     counts = tuple(merge.merge(tokens.values).shape[1] for merge in merging.match(tokens))
-    assert counts == merging.counts(35) == tuple(18 if merged else 35 for merged in where)
+    assert counts == tuple(18 if merged else 35 for merged in where)
+    assert merging.counts((5, 7)) == (counts[0], *counts)
 
 
 @pytest.mark.parametrize(
-    ("count", "ratio", "fewer"), [(4096, 0.5, 2048), (4096, 0.4, 2458), (35, 0.75, 9), (5, 0.1, 5)]
+    ("grid", "ratio", "fewer"), [((64, 64), 0.5, 2048), ((64, 64), 0.4, 2458), ((5, 7), 0.75, 9), ((1, 5), 0.1, 5)]
 )
-def test_counts(count: int, ratio: float, fewer: int) -> None:
-    assert Merging(ratio).counts(count) == (fewer, fewer, fewer)
+def test_counts(grid: tuple[int, int], ratio: float, fewer: int) -> None:
+    assert Merging(ratio).counts(grid) == (fewer, fewer, fewer, fewer)
 
 
 def test_without_contents() -> None:

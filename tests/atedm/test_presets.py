@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from atedm import PRESETS, Merging, Pruning, Schedule, parse_preset
+from atedm import PRESETS, Merging, Pruning, Schedule, SiTo, ToDo, ToMA, parse_preset
 from atedm.presets import current_spelling
 
 # What table 1, sections 4.1 and 4.3, and figures 8 and 9 compare, written out.
@@ -29,10 +29,16 @@ OURS = {
     ),
     "moving-grid": Schedule("moving-grid", Pruning(0.63, "moving-grid", recovery="nearest-change"), tau=15),
 }
+# Their papers' settings; the levels are SDXL's largest one with attention, where they name the largest one.
+OTHERS = {
+    "todo": Schedule("todo", ToDo(0.75), tau=0, levels=(1,)),
+    "sito": Schedule("sito", SiTo(0.5, alpha=0.1, beta=1.0), tau=0, levels=(1,)),
+    "toma": Schedule("toma", ToMA(0.5, tiles=64, scale=1000.0), tau=0),
+}
 
 
-def test_presets_of_the_paper_and_ours() -> None:
-    assert {name: preset.schedule for name, preset in PRESETS.items()} == PAPER | OURS
+def test_presets_of_the_papers_and_ours() -> None:
+    assert {name: preset.schedule for name, preset in PRESETS.items()} == PAPER | OURS | OTHERS
 
 
 def test_each_preset_has_a_line_of_its_own() -> None:
@@ -64,6 +70,10 @@ def test_each_preset_has_a_line_of_its_own() -> None:
             "at-edm:ranking=one-vote,recovery=bicubic,graph=streamed,iterations=4",
             Schedule("at-edm", Pruning(0.63, "one-vote", "streamed", "bicubic", iterations=4)),
         ),
+        ("at-edm:levels=2", Schedule("at-edm", Pruning(0.63), levels=(2,))),
+        ("todo:r=0.9,levels=1+2", Schedule("todo", ToDo(0.9), tau=0, levels=(1, 2))),
+        ("sito:r=0.7,alpha=0,beta=2,seed=7", Schedule("sito", SiTo(0.7, 0.0, 2.0, 7), tau=0, levels=(1,))),
+        ("toma:r=0.25,tiles=16,scale=10,tau=15", Schedule("toma", ToMA(0.25, 16, 10.0), tau=15)),
         ("ca-wpr:graph=subsampled,rho=0.2", Schedule("ca-wpr", Pruning(0.2, "ca-wpr", "subsampled"))),
     ],
 )
@@ -97,14 +107,14 @@ def test_budgets_of_table_1_by_letter(preset: str, ratios: dict[str, float]) -> 
     assert parse_preset(f"{preset}:c").method == plain.method
 
 
-PRUNING_SETTINGS = "rho, tau, early, ends, spare, ratios, layers, place, ranking, recovery, graph, iterations"
-MERGING_SETTINGS = "r, tau, early, ends, spare, ratios"
+PRUNING_SETTINGS = "rho, tau, early, ends, spare, ratios, levels, layers, place, ranking, recovery, graph, iterations"
+MERGING_SETTINGS = "r, tau, early, ends, spare, ratios, levels"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tome-plus", f"unknown preset 'tome-plus', expected one of {', '.join(PAPER | OURS)}"),
+        ("tome-plus", f"unknown preset 'tome-plus', expected one of {', '.join(PAPER | OURS | OTHERS)}"),
         ("at-edm:", f"unknown setting '' of at-edm, expected one of {PRUNING_SETTINGS} or a budget, a, b, c, d"),
         (
             "at-edm:color=red",
@@ -115,6 +125,15 @@ MERGING_SETTINGS = "r, tau, early, ends, spare, ratios"
             "tome:layers=0",
             f"unknown setting 'layers=0' of tome, expected one of {MERGING_SETTINGS} or a budget, a, b, c, d",
         ),
+        ("todo:tiles=9", f"unknown setting 'tiles=9' of todo, expected one of {MERGING_SETTINGS}"),
+        ("sito:rho=0.5", f"unknown setting 'rho=0.5' of sito, expected one of {MERGING_SETTINGS}, alpha, beta, seed"),
+        ("toma:seed=1", f"unknown setting 'seed=1' of toma, expected one of {MERGING_SETTINGS}, tiles, scale"),
+        ("todo:r=1", "setting r of todo is '1': ToDo's ratio r is 1.0, expected 0 to 0.999"),
+        ("sito:r=0.8", "setting r of sito is '0.8': SiTo's ratio r is 0.8, expected 0 to 0.75"),
+        ("sito:alpha=-1", "setting alpha of sito is '-1': alpha is -1.0, expected a finite number of 0 or more"),
+        ("sito:seed=0.5", "setting seed of sito is '0.5': expected a whole number"),
+        ("toma:tiles=60", "setting tiles of toma is '60': tiles is 60, expected a square number, such as 64"),
+        ("toma:levels=", "setting levels of toma is '': expected a whole number"),
         ("at-edm:rho", "setting rho of at-edm is '': expected a number"),
         ("at-edm:tau=2.5", "setting tau of at-edm is '2.5': expected a whole number"),
         ("at-edm:rho=0.5,rho=0.6", "setting rho of at-edm is given twice"),

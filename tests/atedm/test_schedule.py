@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 
-from atedm import DENSE, PRESETS, BlockPlan, Merging, Pruning, Schedule, Site, TokenPlan
+from atedm import DENSE, PRESETS, BlockPlan, Merging, Pruning, Reduction, Schedule, Site, SiTo, ToDo, TokenPlan
 from tests.atedm.sites import DEPTHS, NAMES, PRUNE_LESS, SDXL
 
 AT_EDM, DAGGER, TOME = (PRESETS[name].schedule for name in ("at-edm", "at-edm-dagger", "tome"))
@@ -181,7 +182,8 @@ def test_plans_of_all_presets_fit_and_are_few(preset: str) -> None:
     """Compiled graphs see one for each kind of step."""
     schedule = PRESETS[preset].schedule
     plans = {schedule.plan(step, 50, SDXL) for step in range(50)}
-    assert len(plans) == {"random": 50, "moving-grid": 8, "tome": 1}.get(preset, 2)  # lots are drawn anew at every step
+    several = {"random": 50, "moving-grid": 8, "tome": 1, "todo": 1, "sito": 4, "toma": 1}
+    assert len(plans) == several.get(preset, 2)  # random tokens are drawn anew at every step
     for plan in plans:
         plan.check(SDXL)
 
@@ -227,6 +229,34 @@ def test_names_of_no_block_are_refused() -> None:
             schedule.plan(49, 50, SDXL)
     with pytest.raises(ValueError, match=r"test names a, b, expected"):
         Schedule("test", Pruning(0.5), ends=("b",), spared=("a",)).plan(49, 50, SDXL)
+
+
+@pytest.mark.parametrize("method", [Pruning(0.5), ToDo(0.5)], ids=["pruning", "ToDo"])
+def test_levels_that_are_reduced(method: Pruning | Reduction) -> None:
+    plan = Schedule("test", method, tau=0, levels=(1,)).plan(49, 50, SDXL)
+    assert set(plan) == {site.name for site in SDXL if site.level == 1}
+    assert set(Schedule("test", method, tau=0, levels=(2, 1)).plan(49, 50, SDXL)) == set(NAMES)
+
+
+def test_levels_without_attention_are_refused() -> None:
+    """Such as the largest one of SD 1.5: nothing would happen there."""
+    for levels in ((0,), (1, 0)):
+        with pytest.raises(ValueError, match=r"test names level 0, expected .* or levels with attention out of 1, 2$"):
+            Schedule("test", ToDo(0.75), levels=levels).plan(49, 50, SDXL)
+    with pytest.raises(ValueError, match=r"test spares mid, expected no other ratio there"):
+        Schedule("test", ToDo(0.75), levels=(1,), ratios=(("mid", 0.5),)).plan(49, 50, SDXL)
+    with pytest.raises(ValueError, match=r"test with ratio 0\.75 would reduce no tokens at step 0"):
+        Schedule("test", ToDo(0.75), levels=(1,), spare_largest=True).plan(0, 50, SDXL)
+
+
+def test_noise_of_sito_differs_between_blocks_and_steps_and_few_plans_do() -> None:
+    schedule = PRESETS["sito"].schedule
+    plans = [schedule.plan(step, 50, SDXL) for step in range(50)]
+    assert len(set(plans)) == 4
+    assert plans[3] == plans[47]
+    methods = {layer.merging for plan in plans for block in plan.values() for _, layer in block.layers}
+    assert len(methods) == 4 * 5  # blocks of level 1
+    assert len({replace(how, seed=0) for how in methods if isinstance(how, SiTo)}) == 1
 
 
 def test_layers_of_no_block_are_refused() -> None:

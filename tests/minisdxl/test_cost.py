@@ -21,7 +21,10 @@ from atedm import (
     LayerPlan,
     Merging,
     Pruning,
+    SiTo,
+    ToDo,
     TokenPlan,
+    ToMA,
     parse_preset,
     rank,
 )
@@ -138,6 +141,10 @@ ON_SDXL = [
     ("tome-dsap", 0, 75, 101),
     ("at-edm:rho=0.001", 49, 33, 21),  # removes tokens of some blocks only
     ("at-edm:graph=streamed", 49, 75, 101),  # in several pieces
+    ("todo", 49, 128, 128),
+    ("todo:levels=1+2", 49, 75, 101),
+    ("sito", 49, 128, 128),
+    ("toma", 49, 75, 101),
 ]
 
 
@@ -174,6 +181,11 @@ SETTINGS = [
     ("dissimilarity:layers=0+1,rho=0.4", 49),
     ("tome:r=0.75", 49),
     ("tome-dsap:r=0.1,ratios=0.7@mid+0@up.1.0", 0),
+    ("todo:r=0.888889,levels=1+2", 49),
+    ("sito:r=0.75,levels=1+2", 49),
+    ("sito:r=0.001,levels=1+2", 0),  # removes no token
+    ("toma:r=0.3,tiles=9", 49),
+    ("toma:ratios=0@mid+0.9@up.1.0,levels=1+2", 0),
 ]
 
 
@@ -365,20 +377,24 @@ def test_schedule_of_equal_steps(tau: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "tokens", "counts"),
+    ("plan", "grid", "counts"),
     [
-        (LayerPlan(), 100, (100, 100, 100, 100)),
-        (LayerPlan(Pruning(0.63)), 100, (100, 100, 100, 37)),
-        (LayerPlan(Pruning(0.63), before_feed_forward=True), 100, (100, 100, 37, 37)),
-        (LayerPlan(Pruning(0.25)), 37, (37, 37, 37, 28)),  # 27.75
-        (LayerPlan(Pruning(0.99)), 7, (7, 7, 7, 1)),
-        (LayerPlan(merging=Merging(0.5)), 99, (50, 50, 50, 99)),
-        (LayerPlan(merging=Merging(0.5, cross_attention=False)), 99, (50, 99, 50, 99)),
-        (LayerPlan(merging=Merging(0.0)), 99, (99, 99, 99, 99)),
+        (LayerPlan(), (10, 10), (100, 100, 100, 100, 100)),
+        (LayerPlan(Pruning(0.63)), (10, 10), (100, 100, 100, 100, 37)),
+        (LayerPlan(Pruning(0.63), before_feed_forward=True), (10, 10), (100, 100, 100, 37, 37)),
+        (LayerPlan(Pruning(0.25)), (1, 37), (37, 37, 37, 37, 28)),  # 27.75
+        (LayerPlan(Pruning(0.99)), (7, 1), (7, 7, 7, 7, 1)),
+        (LayerPlan(merging=Merging(0.5)), (9, 11), (50, 50, 50, 50, 99)),
+        (LayerPlan(merging=Merging(0.5, cross_attention=False)), (9, 11), (50, 50, 99, 50, 99)),
+        (LayerPlan(merging=Merging(0.0)), (9, 11), (99, 99, 99, 99, 99)),
+        (LayerPlan(merging=ToDo(0.75)), (9, 11), (99, 20, 99, 99, 99)),
+        (LayerPlan(merging=SiTo(0.5)), (9, 11), (50, 50, 99, 99, 99)),
+        (LayerPlan(merging=SiTo(0.75)), (9, 11), (30, 30, 99, 99, 99)),  # its bases
+        (LayerPlan(merging=ToMA(0.5, tiles=4)), (9, 11), (49, 49, 49, 49, 99)),  # 15 + 12 + 12 + 10 of 30, 25, 24, 20
     ],
 )
-def test_tokens_that_each_sub_layer_sees(plan: LayerPlan, tokens: int, counts: tuple[int, int, int, int]) -> None:
-    assert tokens_seen(plan, tokens) == counts
+def test_tokens_that_each_sub_layer_sees(plan: LayerPlan, grid: tuple[int, int], counts: tuple[int, ...]) -> None:
+    assert tokens_seen(plan, grid[0] * grid[1], grid) == counts
 
 
 def test_bad_numbers() -> None:

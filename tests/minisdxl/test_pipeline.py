@@ -23,6 +23,7 @@ from minisdxl.config import SDXL_BASE, TextConfig
 from minisdxl.images import to_image
 from minisdxl.loading import BUNDLED
 from minisdxl.pipeline import SDXL
+from minisdxl.runtime.compiled import CompiledUNet
 from minisdxl.sampler import image_generators, initial_noise
 from minisdxl.samplings import SAMPLINGS
 from minisdxl.solvers import TCD_GAMMA
@@ -388,5 +389,5 @@ def test_a_compiled_unet_runs_instead_of_the_plain_one(sdxl: SDXL, monkeypatch: 
     settings: dict[str, Any] = {"steps": 1, "cfg": 3.0, "size": (64, 64)}
     plain, ours = (pixels(each.generate([PROMPT], **settings)[0]) for each in (sdxl, compiled))
     assert np.array_equal(ours, plain)
-    assert compiled.compiled is not None
+    assert isinstance(compiled.compiled, CompiledUNet)
     assert len(compiled.compiled.graphs) == 1

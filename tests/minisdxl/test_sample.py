@@ -175,6 +175,25 @@ def test_loras_are_merged_and_recorded(tmp_path: Path, plain: Path) -> None:
     assert Image.open(none).tobytes() == Image.open(plain).tobytes()
 
 
+def test_text_encoders_of_their_own_are_read_and_recorded(
+    tmp_path: Path, plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [PROMPT, *QUICK, "--seed", "7"]
+    for name, prefix in (
+        ("clip_l", "conditioner.embedders.0.transformer."),
+        ("clip_g", "conditioner.embedders.1.model."),
+    ):
+        tensors = {each.removeprefix(prefix): t for each, t in load_file(BUNDLED["shapes"]).items() if prefix in each}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    files = [f"{tmp_path}/clip_{letter}.safetensors" for letter in "lg"]
+    main([*options, "--text-encoder", files[0], "--text-encoder-2", files[1], "--out", str(tmp_path / "a.png")])
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(plain).tobytes()
+    record = record_of(tmp_path / "a.png")
+    assert (record["text_encoder"], record["text_encoder_2"]) == ("clip_l.safetensors", "clip_g.safetensors")
+    capsys.readouterr()
+    assert f"{files[1]} does not fit shapes: " in refused(capsys, *options, "--text-encoder", files[1])
+
+
 def test_two_scales_are_recorded_and_reproduce(tmp_path: Path, plain: Path) -> None:
     file = lora_file(tmp_path / "style.safetensors")
     options = [PROMPT, *QUICK, "--seed", "7"]

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atedm import BlockPlan, LayerPlan, Merging, Pruning, TokenSet
+from atedm import BlockPlan, LayerPlan, Merging, Pruning, Reduction, SiTo, ToDo, TokenSet, ToMA
 from atedm.plan import UNTOUCHED
 from minisdxl.config import AttentionSite, Level, UNetConfig
 from minisdxl.transformer import GEGLU, Attention, AttentionBlock, TransformerLayer
+from tests.atedm.reductions import ByLoops, sito_by_loops, todo_by_loops, toma_by_loops
 from tests.atedm.reference import Map, algorithm_1, root_mean_square
 
 CHANNELS, HEADS, TEXT, CONTEXT, GROUPS, DEPTH = 8, 2, 5, 6, 4, 3
@@ -72,8 +73,29 @@ class NoMerging:
     def merge(self, x: list[Tensor]) -> list[Tensor]:
         return x
 
+    def context(self, x: list[Tensor]) -> list[Tensor]:
+        return x
+
     def unmerge(self, x: list[Tensor]) -> list[Tensor]:
         return x
+
+
+def reduction_by_loops(how: Reduction, x: list[Tensor], grid: tuple[int, int]) -> Sequence[NoMerging | ByLoops]:
+    """Around self-attention, cross-attention and feed-forward."""
+    nothing = NoMerging()
+    match how:
+        case Merging():
+            matching = MergingByLoops(x, grid, how.ratio)
+            where = (how.self_attention, how.cross_attention, how.feed_forward)
+            return [matching if merges else nothing for merges in where]
+        case ToDo():
+            return todo_by_loops(x, grid, round((1 - how.ratio) ** -0.5)), nothing, nothing
+        case SiTo():
+            noise = torch.randn(len(x), generator=torch.Generator().manual_seed(how.seed)).tolist()
+            return sito_by_loops(x, grid, how.ratio, noise, how.alpha, how.beta), nothing, nothing
+        case ToMA():
+            return [toma_by_loops(x, grid, how.ratio, round(how.tiles**0.5), how.scale)] * 3
+    raise AssertionError(how)
 
 
 class MergingByLoops(NoMerging):
@@ -107,12 +129,12 @@ class LayerByLoops:
     """One layer in two halves, so that a reference can prune between them; remembers its maps."""
 
     layer: TransformerLayer
-    merging: tuple[NoMerging, NoMerging, NoMerging] = (NoMerging(), NoMerging(), NoMerging())
+    merging: Sequence[NoMerging | ByLoops] = (NoMerging(), NoMerging(), NoMerging())
 
     def attend(self, x: list[Tensor], context: list[Tensor]) -> list[Tensor]:
         around_self, around_cross, _ = self.merging
         normed = around_self.merge([norm_by_hand(token.tolist(), self.layer.norm1) for token in x])
-        attended, self.self_map = attention_by_loops(normed, normed, self.layer.attn1)
+        attended, self.self_map = attention_by_loops(normed, around_self.context(normed), self.layer.attn1)
         x = [a + b for a, b in zip(x, around_self.unmerge(attended), strict=True)]
         normed = around_cross.merge([norm_by_hand(token.tolist(), self.layer.norm2) for token in x])
         attended, self.cross_map = attention_by_loops(normed, context, self.layer.attn2)
@@ -154,11 +176,7 @@ def block_by_loops(
         layer_plan = plan.layer(index)
         loops = LayerByLoops(layer)
         if layer_plan.merging is not None:
-            matching = MergingByLoops(x, (height, width), layer_plan.merging.ratio)
-            m = layer_plan.merging
-            where = (m.self_attention, m.cross_attention, m.feed_forward)
-            first, second, third = (matching if merges else NoMerging() for merges in where)
-            loops = LayerByLoops(layer, (first, second, third))
+            loops = LayerByLoops(layer, reduction_by_loops(layer_plan.merging, x, (height, width)))
         x = loops.attend(x, text)
         if not layer_plan.before_feed_forward:
             x = loops.feed_forward(x)
@@ -304,10 +322,13 @@ def test_pruning_before_the_feed_forward_gives_the_same_where_tokens_are_copied(
         Merging(0.2),
         Merging(0.45, cross_attention=False, feed_forward=False),
         Merging(0.45, self_attention=False),
+        ToDo(0.75),
+        SiTo(0.5, alpha=1.0, seed=7),
+        ToMA(0.5, tiles=4),
     ],
 )
 @torch.no_grad()
-def test_a_merged_block_merges_around_its_sublayers(how: Merging, grid: tuple[int, int]) -> None:
+def test_a_merged_block_merges_around_its_sublayers(how: Reduction, grid: tuple[int, int]) -> None:
     block = random_block()
     plan = BlockPlan.merging(how, DEPTH)
     x, context = random_inputs(2, *grid)

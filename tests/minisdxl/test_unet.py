@@ -206,7 +206,7 @@ def test_text_that_was_read_once_is_the_text_bit_for_bit(trained: UNet, preset: 
 def test_ratio_zero_on_the_bundled_model_is_dense_bit_for_bit(trained: UNet, preset: str) -> None:
     inputs = unet_inputs(SHAPES.unet, (24, 16), torch.float32)
     schedule = parse_preset(preset)
-    off = parse_preset(f"{preset.partition(':')[0]}:{'r' if 'tome' in preset else 'rho'}=0")
+    off = parse_preset(f"{preset.partition(':')[0]}:{'rho' if isinstance(schedule.method, Pruning) else 'r'}=0")
     plan = off.plan(49, 50, SHAPES.unet.attention_sites())
     assert set(plan) == set(schedule.plan(49, 50, SHAPES.unet.attention_sites()))
     assert torch.equal(trained(*inputs, plan), trained(*inputs))

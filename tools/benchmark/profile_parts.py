@@ -12,7 +12,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from atedm import fills, merging, pruning, recovery
+from atedm import fills, merging, pruning, recovery, sito, toma
 from atedm.tokens import TokenSet
 from minisdxl.fast import cpu, winograd
 from tools.benchmark.bench_models import Contender
@@ -35,12 +35,18 @@ LABELS: tuple[tuple[Any, str, str], ...] = (
     (pruning, "scores", "ranking"),
     (pruning, "top_k", "ranking"),
     (merging, "match_tokens", "ranking"),
+    (sito.SiTo, "match", "ranking"),
+    (toma.ToMA, "match", "ranking"),
     (TokenSet, "keep", "gather"),
     (merging.Matching, "merge", "gather"),
+    (sito.Without, "merge", "gather"),
+    (toma.Assignment, "merge", "gather"),
     (pruning, "recover", "recovery"),
     (recovery.Copy, "__call__", "recovery"),
     (fills.Fill, "__call__", "recovery"),
     (merging.Matching, "unmerge", "recovery"),
+    (sito.Without, "unmerge", "recovery"),
+    (toma.Assignment, "unmerge", "recovery"),
 )
 PARTS = (*dict.fromkeys(OPERATORS.values()), "ranking", "gather", "recovery", "rest")
 

@@ -112,6 +112,18 @@ LYCORIS_MODULES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     _CHANGED[2].replace("weight", "bias"): ("lora_te2_text_model_encoder_layers_1_mlp_fc1", {"diff_b": (32,)}),
 }
 
+# Names of transformers and of OpenAI.
+OPENAI = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "layer_norm": "ln_",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
 Node = Literal["folder", "pipe"]  # what can stand in place of a file
 Files = dict[str, bytes | Node]  # by their paths
 
@@ -213,6 +225,11 @@ def forms() -> dict[str, Form]:
     vae, unet = "vae.safetensors", "unet.safetensors"
     vae_file = file_bytes({name: t.float() for name, t in official.items() if name.startswith(PARTS["vae"].prefix)})
     vae_folder = {path.removeprefix("model/"): folder[path] for path in folder if path.startswith("model/vae/")}
+    text_folder = {path.removeprefix("model/"): folder[path] for path in folder if "/text_encoder_2/" in path}
+    unet_file = file_bytes(parts["unet"], metadata)
+    clip, clip_file = "clip_l.safetensors", file_bytes(openai_names(parts["text_encoder"]))
+    openclip, prefix = "clip_g.safetensors", PARTS["text_encoder_2"].prefix
+    openclip_file = file_bytes({n.removeprefix(prefix): t for n, t in official.items() if n.startswith(prefix)})
     lora_names = {LYCORIS: LORA} | {
         form: f"{LORA_FOLDER}/{LORA_FILE}" if form == "--lora folder" else LORA for form in LORAS
     }
@@ -240,6 +257,16 @@ def forms() -> dict[str, Form]:
         "fp16 variant": Form(variants, "model", {}, "model/"),
         "--vae file": Form({**beside("vae"), vae: vae_file}, single, {"vae": vae}, vae),
         "--vae folder": Form({**beside("vae"), **vae_folder}, single, {"vae": "vae"}, "vae/"),
+        "--text-encoder file": Form({**beside("text_encoder"), clip: clip_file}, single, {"text_encoder": clip}, clip),
+        "--text-encoder-2 folder": Form(
+            {**beside("text_encoder_2"), **text_folder}, single, {"text_encoder_2": "text_encoder_2"}, "text_encoder_2/"
+        ),
+        "in parts": Form(
+            {unet: unet_file, vae: vae_file, clip: clip_file, openclip: openclip_file, **tokenizer},
+            unet,
+            {"text_encoder_2": openclip, "text_encoder": clip, "vae": vae},
+            openclip,
+        ),
         "--unet file": Form({**beside("unet"), unet: file_bytes(parts["unet"])}, single, {"unet": unet}, unet),
         **loras,
     }
@@ -266,6 +293,21 @@ def lora_file(form: str) -> bytes:
     if form == "--lora of ComfyUI":
         tensors |= {"bundle_emb.style.clip_l": torch.ones(1, 4), "bundle_emb.style.clip_g": torch.ones(1, 8)}
     return file_bytes(tensors, {"ss_network_dim": "2"})
+
+
+def openai_names(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first text encoder as OpenAI and OpenCLIP store it: queries, keys and values in one tensor."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in theirs.items():
+        if ".self_attn.q_proj." in name:
+            stacked = [theirs[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
+            name, tensor = name.replace("self_attn.q_proj.", "attn.in_proj_"), torch.cat(stacked)
+        elif ".k_proj." in name or ".v_proj." in name:
+            continue
+        for old, new in OPENAI.items():
+            name = name.replace(old, new)
+        tensors[name] = tensor
+    return tensors
 
 
 def converted(official: Mapping[str, Tensor]) -> dict[str, Tensor]:

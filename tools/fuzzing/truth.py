@@ -197,8 +197,8 @@ def vae_mask() -> Tensor:
 
 def may_be_added(form: str, name: str) -> bool:
     """Whether a tensor that is not of the model is ignored."""
-    given = form.removeprefix("--").partition(" ")[0]
-    unused = [part.prefix for key, part in PARTS.items() if given in ("vae", "unet") and key != given]
+    given = form.removeprefix("--").partition(" ")[0].replace("-", "_")
+    unused = [part.prefix for key, part in PARTS.items() if given in PARTS and key != given]
     harmless = ("model_ema.", "denoiser.", *unused, *(("bundle_emb.",) if given == "lora" else ()))
     return name.startswith(harmless) or name.endswith(("position_ids", "logit_scale", "scaled_fp8"))
 

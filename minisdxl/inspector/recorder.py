@@ -1,0 +1,225 @@
+"""Records what the U-Net does with its tokens, through the token plans that it is given.
+
+A recorded plan does what the plan does that it was made from, and shows a :class:`Recorder` what came out. Modules are
+not touched, and no number of the picture changes. Of a batch, the last row is recorded: the prompt's half of guidance.
+Shapes: N tokens of an attention block's feature map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from atedm.fills import Fill
+from atedm.graph import AttentionInputs, LazyGraph
+from atedm.merging import Matching
+from atedm.plan import UNTOUCHED, BlockPlan, LayerPlan, TokenPlan
+from atedm.pruning import Pruning
+from atedm.ranking import scores
+from atedm.recovery import Copy, Restore
+from atedm.reduction import Merge
+from atedm.tokens import TokenSet
+from minisdxl.inspector.maps import AttentionMaps, attention_maps
+from minisdxl.sampler import Denoiser
+from minisdxl.unet import PromptKV, UNet
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a transformer layer did with the N grid positions of its block, for one picture.
+
+    ``held`` (N,) says which of them were tokens when the layer began, ``kept`` (N,) which stayed. ``scores`` (N,) are
+    NaN where there was no token; ``None`` for merging, which does not rank. ``sources`` (N, m) are the positions that
+    a token takes its later value or change from, its own if it stayed, -1 where there was no token; ``None`` if the
+    recovery reads no kept token.
+    """
+
+    layer: int
+    held: Tensor
+    kept: Tensor
+    scores: Tensor | None
+    sources: Tensor | None
+
+
+@dataclass
+class Step:
+    """What one denoising step did: its number from 0, its noise level and plan, and D(x; sigma) as (4, h, w)."""
+
+    number: int
+    sigma: float
+    plan: TokenPlan
+    denoised: Tensor
+    reductions: dict[str, list[Reduction]]  # by attention block; blocks that kept all tokens are not in it
+    attention: dict[str, AttentionMaps]  # by attention block, in the steps that were chosen
+
+
+class Recorder:
+    """Stands in for a U-Net and watches its denoiser; ``steps`` are the steps recorded so far.
+
+    ``attention_steps`` are the steps of which attention is recorded, ``words`` the positions of each word's tokens in
+    the context, and ``first`` is the first step that is run.
+    """
+
+    def __init__(self, unet: UNet, first: int, attention_steps: Collection[int], words: Sequence[Sequence[int]]):
+        self.unet, self.first, self.attention_steps, self.words = unet, first, attention_steps, words
+        self.steps: list[Step] = []
+        self._current = self._new_step(first, 0.0, TokenPlan())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As :attr:`UNet.dtype`."""
+        return self.unet.dtype
+
+    def project_context(self, context: Tensor) -> PromptKV:
+        """As :meth:`UNet.project_context`."""
+        return self.unet.project_context(context)
+
+    def __call__(self, x: Tensor, c_noise: Tensor, text: PromptKV, vector: Tensor, plan: TokenPlan) -> Tensor:
+        """As :meth:`UNet.forward`, with the keys and values of :meth:`project_context`."""
+        self._current.plan = plan
+        return self.unet(x, c_noise, text, vector, self._recorded(plan))
+
+    def watch(self, denoiser: Denoiser) -> Denoiser:
+        """The same denoiser, which tells the recorder of each call. Of a step with several, the first is recorded."""
+
+        def watched(x: Tensor, sigma: float, step: int) -> Tensor:
+            self._current = self._new_step(self.first + step, sigma, TokenPlan())
+            denoised = denoiser(x, sigma, step)
+            if not self.steps or self.steps[-1].number < self._current.number:
+                self._current.denoised = denoised[-1].cpu().clone()
+                self.steps.append(self._current)
+            return denoised
+
+        return watched
+
+    @staticmethod
+    def _new_step(number: int, sigma: float, plan: TokenPlan) -> Step:
+        return Step(number, sigma, plan, torch.empty(0), {}, {})
+
+    def _recorded(self, plan: TokenPlan) -> TokenPlan:
+        """The plan with every layer recorded that reduces tokens, and the first layer of each block."""
+        blocks = {}
+        for site in self.unet.config.attention_sites():
+            layers = dict(plan[site.name].layers) if site.name in plan else {}
+            blocks[site.name] = BlockPlan(
+                tuple(
+                    (index, self._recorded_layer(site.name, index, layers.get(index, UNTOUCHED)))
+                    for index in sorted({0, *layers})
+                )
+            )
+        return TokenPlan(blocks)
+
+    def _recorded_layer(self, block: str, index: int, plan: LayerPlan) -> RecordedLayer:
+        watcher = LayerWatcher(self, self._current, block, index)
+        return RecordedLayer(plan.pruning, plan.before_feed_forward, plan.merging, watcher=watcher)
+
+
+@dataclass(frozen=True)
+class RecordedLayer(LayerPlan):
+    """A layer plan that shows its ``watcher`` what it did."""
+
+    watcher: LayerWatcher = field(kw_only=True, compare=False)
+
+    def merges(self, tokens: TokenSet) -> tuple[Merge, Merge, Merge]:
+        """As :meth:`LayerPlan.merges`."""
+        merges = super().merges(tokens)
+        self.watcher.merged(tokens, merges)
+        return merges
+
+    def prune(
+        self,
+        tokens: TokenSet,
+        self_attention: AttentionInputs,
+        cross_attention: AttentionInputs,
+        *,
+        before_feed_forward: bool,
+    ) -> tuple[TokenSet, list[Restore]]:
+        """As :meth:`LayerPlan.prune`."""
+        kept, restores = super().prune(tokens, self_attention, cross_attention, before_feed_forward=before_feed_forward)
+        if before_feed_forward:  # each layer asks twice, here first
+            self.watcher.attended(tokens, self_attention, cross_attention, self.pruning)
+        if self.pruning is not None:
+            for restore in restores:
+                self.watcher.pruned(tokens, kept, restore, self.pruning, self_attention, cross_attention)
+        return kept, restores
+
+
+@dataclass
+class LayerWatcher:
+    """Takes down what one layer does in one step."""
+
+    recorder: Recorder
+    step: Step
+    block: str
+    layer: int
+    matching: Matching | None = None  # of merged tokens, around the sub-layers that merge
+
+    def merged(self, tokens: TokenSet, merges: Sequence[Merge]) -> None:
+        """Records the matching of the first layer. Later layers match anew."""
+        matching = next((merge for merge in merges if isinstance(merge, Matching)), None)
+        if matching is None or self.layer > 0:
+            return
+        self.matching = matching
+        order = matching.order[-1]
+        stay = order[: len(order) - matching.target.shape[1]]
+        kept = torch.zeros(tokens.count, dtype=torch.bool, device=order.device).scatter(0, stay, True)
+        self._add(Reduction(0, torch.ones_like(kept), kept, None, stay[matching.source[-1]].unsqueeze(-1)))
+
+    def pruned(
+        self,
+        tokens: TokenSet,
+        kept: TokenSet,
+        restore: Restore,
+        how: Pruning,
+        self_attention: AttentionInputs,
+        cross_attention: AttentionInputs,
+    ) -> None:
+        """Records a pruning. The scores are computed again, on the whole batch, so they are those that decided."""
+        if kept.positions is None or kept.count == tokens.count:
+            return
+        cross_kind = "dense" if how.graph == "by-head" else how.graph  # as atedm.pruning.prune
+        graphs = LazyGraph(self_attention, how.graph), LazyGraph(cross_attention, cross_kind)
+        ranked = scores(how.ranking, tokens, *graphs, how.iterations, how.seed)[-1].double()
+        positions = torch.arange(tokens.size) if tokens.positions is None else tokens.positions[-1].cpu()
+        stayed = kept.positions[-1].cpu()
+        sources = None
+        if isinstance(restore, Copy):
+            sources = restore.source[-1].unsqueeze(-1)
+        elif isinstance(restore, Fill) and restore.sources is not None:
+            sources = restore.sources[-1]
+        if sources is not None:
+            nowhere = torch.full((tokens.size, sources.shape[1]), -1)
+            sources = nowhere.index_copy(0, positions, stayed[sources.cpu()])
+        nothing = torch.zeros(tokens.size, dtype=torch.bool)
+        self._add(
+            Reduction(
+                self.layer,
+                nothing.index_fill(0, positions, True),
+                nothing.index_fill(0, stayed, True),
+                torch.full((tokens.size,), torch.nan, dtype=torch.float64).index_copy(0, positions, ranked.cpu()),
+                sources,
+            )
+        )
+
+    def attended(
+        self,
+        tokens: TokenSet,
+        self_attention: AttentionInputs,
+        cross_attention: AttentionInputs,
+        pruning: Pruning | None,
+    ) -> None:
+        """Records the attention of a block's first layer, in the steps chosen for it."""
+        if self.layer > 0 or self.step.number not in self.recorder.attention_steps:
+            return
+        ranked_by_text = pruning is not None and pruning.ranking == "ca-wpr"
+        self.step.attention[self.block] = attention_maps(
+            tokens.grid, self_attention, cross_attention, self.recorder.words, self.matching, ranked_by_text
+        )
+
+    def _add(self, reduction: Reduction) -> None:
+        on_cpu = (None if x is None else x.cpu() for x in (reduction.scores, reduction.sources))
+        reduction = Reduction(reduction.layer, reduction.held.cpu(), reduction.kept.cpu(), *on_cpu)
+        self.step.reductions.setdefault(self.block, []).append(reduction)

@@ -1,0 +1,1 @@
+"""Pictures on many machines: the engine is Ray, the output folder is the state."""
