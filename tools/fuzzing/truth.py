@@ -205,7 +205,7 @@ def may_be_added(form: str, name: str) -> bool:
 
 # Fields that do not describe the model, or that repeat the shapes of its tensors.
 FREE = {
-    "model": {*COMPONENTS, "_name_or_path"},
+    "model": {*COMPONENTS, "_name_or_path", "scheduler"},
     "scheduler": {"_class_name", "timestep_spacing"},
     "unet": {
         *("_class_name", "addition_time_embed_dim", "block_out_channels", "cross_attention_dim", "in_channels"),
