@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,18 +23,30 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
     TCDScheduler,
     UniPCMultistepScheduler,
 )
+from PIL import Image
 from torch import Tensor
 
-from minisdxl.config import NoiseConfig
+import minisdxl
+from atedm import parse_preset
+from minisdxl.checkpoint.modules import save
+from minisdxl.config import ModelConfig, NoiseConfig
+from minisdxl.convert import main as convert
+from minisdxl.diffusers import TokenUNet
+from minisdxl.flops import main as flops
+from minisdxl.pipeline import SDXL
 from minisdxl.preconditioning import preconditioner
+from minisdxl.sample import main as sample
 from minisdxl.sampler import euler, image_generators, initial_noise
 from minisdxl.samplings import SAMPLINGS, find_sampling
 from minisdxl.settings import Settings, check_settings, first_step
 from tests.minisdxl.denoisers import SHAPE, epsilon_network, network_denoiser, relative_error
-from tests.minisdxl.tiny import TINY
+from tests.minisdxl.peers import diffusers_unet
+from tests.minisdxl.tiny import SMALL_UNET, TINY, VOCABULARY, random_unet, tiny_modules, unet_inputs
 
 V, ZERO_SNR = (NoiseConfig(prediction="v", zero_terminal_snr=zero) for zero in (False, True))
 EDM = NoiseConfig(prediction="edm", sigma_min=0.002, sigma_max=80.0)
@@ -258,3 +272,159 @@ def test_each_sampling_fits_a_model_or_is_refused_in_one_line(name: str) -> None
 def test_numbers_of_steps_out_of_range_are_refused(noise: NoiseConfig, n: int) -> None:
     with pytest.raises(ValueError, match=f"steps is {n}, expected 1 to 1000"):
         SAMPLINGS["euler"].sigmas(n, noise)
+
+
+PROMPT = "a small red circle above a big blue square on a white background"
+MEAN, STD = (-0.3, 0.2, 0.1, -0.5), (1.5, 0.7, 1.2, 0.9)  # of the tiny VAE's latents, in place of Playground's
+WHOLE: dict[str, tuple[ModelConfig, str, Any]] = {
+    "v, zero terminal SNR": (replace(TINY, noise=ZERO_SNR), "euler", None),
+    "Playground": (
+        replace(TINY, noise=EDM, vae=replace(TINY.vae, latents_mean=MEAN, latents_std=STD)),
+        "dpm++-2m",
+        EDMDPMSolverMultistepScheduler,
+    ),
+    "CosXL": (replace(TINY, noise=EDM_V), "euler", None),
+}
+
+
+class FlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    """The peer with what SDXL's pipelines ask of a scheduler and this one has not."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Tensor, *_: Any) -> Tensor:
+        """The sample: a flow's network sees the mixture itself."""
+        return sample
+
+
+@torch.no_grad()
+def our_picture(weights: Path, sampling: str, **settings: Any) -> tuple[np.ndarray, SDXL]:
+    """In [0, 1], (H, W, 3), not rounded."""
+    sdxl = minisdxl.load(weights, tokenizer=VOCABULARY)
+    latents: list[Tensor] = []
+    asked = {"sampling": sampling, "steps": 5, "cfg": 3.0, "seed": 3, **settings}
+    sdxl.generate([PROMPT], on_step=lambda _, x: latents.append(x), **asked)
+    picture = sdxl.vae.decode(latents[-1])[0].add(1).div(2).clamp(0, 1)
+    return picture.permute(1, 2, 0).double().numpy(), sdxl
+
+
+def assert_same_pictures(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
+    """Both show something, and the same."""
+    error = np.abs(ours - theirs)
+    print(f"{name}: picture, in [0, 1]: max error {error.max():.1e}, mean {error.mean():.1e}, std {theirs.std():.2f}")
+    assert error.max() < tolerance
+    assert theirs.std() > 0.05, "the picture shows nothing that could differ"
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "flow"])
+def test_diffusers_makes_the_same_picture_of_the_folder(tmp_path: Path, name: str) -> None:
+    config, sampling, kind = WHOLE.get(name, (replace(TINY, noise=SHIFTED), "euler", FlowScheduler))
+    single, folder = tmp_path / "model.safetensors", tmp_path / "tiny"
+    save(single, config, tiny_modules(), torch.float32)
+    convert([str(single), str(folder), "--tokenizer", str(VOCABULARY)])
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    if kind is not None:
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    steps, flow = 5, config.noise == SHIFTED
+    asked = {"sigmas": np.linspace(1, 1 / steps, steps)} if flow else {"num_inference_steps": steps}
+    pipeline.scheduler.set_timesteps(**asked)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    sigma = float(pipeline.scheduler.sigmas[0])
+    latents = noise if flow else noise * math.sqrt(1 + sigma**2) / pipeline.scheduler.init_noise_sigma
+    theirs = pipeline(PROMPT, guidance_scale=3.0, latents=latents, output_type="np", **asked).images[0]
+    ours, _ = our_picture(single, sampling)
+    # From noise alone fp32 rounds by 2.4e-4, both here and there or, in a flow, here only.
+    tolerance = {"flow": 2e-3, "v, zero terminal SNR": 5e-4}.get(name, 1e-4)
+    assert_same_pictures(name, ours, np.asarray(theirs, dtype=np.float64), tolerance)
+
+
+def test_diffusers_makes_the_same_picture_from_a_picture(tmp_path: Path) -> None:
+    """Playground's latents on the way in and out."""
+    config, _, _ = WHOLE["Playground"]
+    single, folder = tmp_path / "model.safetensors", tmp_path / "tiny"
+    save(single, config, tiny_modules(), torch.float32)
+    convert([str(single), str(folder), "--tokenizer", str(VOCABULARY)])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    ours, sdxl = our_picture(single, "euler", image=image, strength=0.4)
+    pipeline: Any = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    moments = pipeline.vae.encode(pixels).latent_dist
+    mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (MEAN, STD))
+    clean = (moments.mean - mean) * pipeline.vae.config.scaling_factor / std
+    print(f"encoded: max error {(sdxl.vae.encode(pixels) - clean).abs().max():.1e}")
+    assert relative_error(sdxl.vae.encode(pixels), clean) < 1e-5
+    pipeline.scheduler.set_timesteps(5)
+    pipeline.scheduler.set_begin_index(3)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    latents = pipeline.scheduler.add_noise(clean, noise, pipeline.scheduler.timesteps[3:4])
+    pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)
+    theirs = pipeline(
+        PROMPT,
+        image=pixels,
+        strength=0.4,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        latents=latents,
+        output_type="np",
+        original_size=(64, 64),
+        target_size=(64, 64),
+    ).images[0]
+    assert_same_pictures("Playground from a picture", ours, np.asarray(theirs, dtype=np.float64), 1e-4)
+
+
+def test_token_plans_in_diffusers_do_not_depend_on_the_prediction(tmp_path: Path) -> None:
+    """``TokenUNet`` with schedulers whose timesteps are no whole numbers."""
+    unet: Any = diffusers_unet(random_unet(SMALL_UNET, torch.float32), size_channels=4)
+    x, _, context, vector = unet_inputs(SMALL_UNET, (16, 16), torch.float32)
+    added = {"text_embeds": vector[:, :16], "time_ids": torch.full((2, 6), 64.0)}
+    for peer in (
+        EDMEulerScheduler(**COSXL),
+        FlowMatchEulerDiscreteScheduler(),
+        EulerDiscreteScheduler(**BETAS, **ZERO),
+    ):
+        peer.set_timesteps(10)
+        schedule = parse_preset("at-edm:rho=0.5")
+        pruned = TokenUNet(unet, schedule, scheduler=peer)
+        plans = [schedule.plan(step, 10, pruned.sites) for step in range(10)]
+        assert [pruned.plan(t) for t in peer.timesteps] == plans
+        dense = TokenUNet(unet, None, scheduler=peer)
+        with torch.no_grad():
+            ours, theirs = (
+                each(x, peer.timesteps[4], context, added_cond_kwargs=added).sample for each in (dense, unet)
+            )
+        error = relative_error(ours, theirs)
+        print(f"{type(peer).__name__}: max error / max {error:.1e}")
+        assert error < 1e-5
+
+
+def test_a_prediction_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    single, report, picture = tmp_path / "model.safetensors", tmp_path / "report.json", tmp_path / "a.png"
+    save(single, replace(TINY, noise=ZERO_SNR), tiny_modules(), torch.float32)
+    options = ["--weights", str(single), "--tokenizer", str(VOCABULARY), "--steps", "1", "--out", str(picture)]
+    for more, text in (
+        ([], "v"),
+        (["--prediction", "flow:shift=3"], "flow:shift=3.0"),
+        (["--prediction", "noise"], None),
+    ):
+        sample([PROMPT, *options, "--json", str(report), *more])
+        with Image.open(picture) as image:
+            record = json.loads(image.text["minisdxl"])  # type: ignore[attr-defined]
+        assert record.get("prediction") == text
+        assert json.loads(report.read_text())["settings"].get("prediction") == text
+    capsys.readouterr()
+    flops(["--model", str(single)])
+    assert "FLOPs of one U-Net call: tiny, predicts v, 64x64 pixels" in capsys.readouterr().out
+    flops(["--model", str(single), "--json"])
+    assert json.loads(capsys.readouterr().out)["prediction"] == "v"
+    for more, expected in (
+        (["--prediction", "x"], "prediction is 'x', expected one of"),
+        (["--prediction", "edm", "--sampling", "lcm"], "sampling 'lcm' has the timesteps of SDXL"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            sample([PROMPT, *options, *more])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert expected in error
