@@ -303,7 +303,7 @@ class ModelConfig:
         try:
             unet = {**data["unet"], "levels": tuple(Level(**level) for level in data["unet"]["levels"])}
             vae = {**data["vae"], "multipliers": tuple(data["vae"]["multipliers"])}
-            vae |= {key: tuple(vae.get(key, ())) for key in ("latents_mean", "latents_std")}  # absent in older files
+            vae |= {key: _tuple(vae.get(key, ())) for key in ("latents_mean", "latents_std")}  # absent in older files
             clip, openclip = (TextConfig(**encoder) for encoder in data["text"])
             parts = {
                 "unet": UNetConfig(**unet),
@@ -316,6 +316,12 @@ class ModelConfig:
             return cls(**{**data, **parts})
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"model config is not usable: {error}") from error
+
+
+def _tuple(values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{values!r:.60} is no list")
+    return tuple(values)
 
 
 def known_defaults(name: str) -> Defaults:
