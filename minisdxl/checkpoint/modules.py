@@ -66,7 +66,7 @@ def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 def read_config(path: str | Path, **others: str | Path | None) -> ModelConfig:
     """The config of a model, all of whose names and shapes fit it. Arguments and errors as :func:`open_source`."""
-    return open_source(path, torch.float32, **others).config
+    return _open(Path(path), torch.float32, others, None)[0].config
 
 
 def load(
