@@ -15,11 +15,17 @@ from typing import Any
 from atedm.plan import Site
 
 LARGEST_SIDE = 4096  # pixels; a larger picture is taken for a typing error
+# What U-Nets predict, by name. minisdxl.preconditioning has the formulas.
+PREDICTIONS = ("noise", "v", "edm", "edm-v", "flow")
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,23 @@ class VAEConfig:
     latent_channels: int = 4  # official: z_channels
     image_channels: int = 3
     norm_groups: int = 32
+    # Of each latent channel before it is scaled, brought to 0 and 1 (Playground 2.5); () leaves them as they are.
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.scale_factor > 0, f"VAE scale_factor is {self.scale_factor}, expected more than 0")
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            _require(
+                len(values) in (0, self.latent_channels) and all(map(_is_number, values)),
+                f"VAE {name} is {values!r:.100}, expected {self.latent_channels} numbers or none",
+            )
+        _require(
+            len(self.latents_mean) == len(self.latents_std) and all(value > 0 for value in self.latents_std),
+            f"VAE latents_mean is {self.latents_mean} and latents_std {self.latents_std}, expected both or neither, "
+            "and deviations of more than 0",
+        )
         for multiplier in self.multipliers:
             channels = self.channels * multiplier
             _require(
@@ -145,11 +165,43 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Discrete noise levels of training (official: ``LegacyDDPMDiscretization``)."""
+    """Noise levels of training, and what the U-Net predicts at them.
+
+    The levels of "noise" and "v" are discrete (official: ``LegacyDDPMDiscretization``), those of the others continuous.
+    Raises ``ValueError`` for what does not go together.
+    """
 
     steps: int = 1000  # official: num_timesteps
     beta_start: float = 0.00085  # official: linear_start
     beta_end: float = 0.0120  # official: linear_end
+    prediction: str = "noise"  # one of PREDICTIONS
+    zero_terminal_snr: bool = False  # "v": the noisiest level is noise alone (arXiv:2305.08891)
+    sigma_min: float | None = None  # "edm" and "edm-v": the range of the noise levels
+    sigma_max: float | None = None
+    shift: float = 1.0  # "flow": above 1 moves the steps towards noise (arXiv:2403.03206, equation 23)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.prediction in PREDICTIONS,
+            f"prediction is {self.prediction!r:.60}, expected one of {', '.join(PREDICTIONS)}",
+        )
+        _require(
+            type(self.zero_terminal_snr) is bool and (self.prediction == "v" or not self.zero_terminal_snr),
+            f"zero_terminal_snr is {self.zero_terminal_snr!r:.60} and prediction {self.prediction!r}, expected a model "
+            "with zero terminal SNR to predict 'v'",
+        )
+        ends = self.sigma_min, self.sigma_max
+        _require(
+            all(map(_is_number, ends)) and 0 < float(self.sigma_min or 0) < float(self.sigma_max or 0)
+            if self.prediction.startswith("edm")
+            else ends == (None, None),
+            f"sigma_min is {self.sigma_min!r:.60}, sigma_max {self.sigma_max!r:.60}, prediction {self.prediction!r}, "
+            "expected 0 < sigma_min < sigma_max with 'edm' and 'edm-v', and None with others",
+        )
+        _require(
+            _is_number(self.shift) and self.shift > 0 and (self.prediction == "flow" or self.shift == 1),
+            f"shift is {self.shift!r:.60}, prediction {self.prediction!r}, expected more than 0, and 1 if not 'flow'",
+        )
 
 
 @dataclass(frozen=True)
@@ -251,6 +303,7 @@ class ModelConfig:
         try:
             unet = {**data["unet"], "levels": tuple(Level(**level) for level in data["unet"]["levels"])}
             vae = {**data["vae"], "multipliers": tuple(data["vae"]["multipliers"])}
+            vae |= {key: _tuple(vae.get(key, ())) for key in ("latents_mean", "latents_std")}  # absent in older files
             clip, openclip = (TextConfig(**encoder) for encoder in data["text"])
             parts = {
                 "unet": UNetConfig(**unet),
@@ -263,6 +316,12 @@ class ModelConfig:
             return cls(**{**data, **parts})
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"model config is not usable: {error}") from error
+
+
+def _tuple(values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{values!r:.60} is no list")
+    return tuple(values)
 
 
 def known_defaults(name: str) -> Defaults:

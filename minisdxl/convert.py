@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from torch import Tensor
 from minisdxl.checkpoint.atomic import atomic_folder
 from minisdxl.checkpoint.embeddings import read_embeddings
 from minisdxl.checkpoint.errors import CheckpointError
-from minisdxl.checkpoint.folder_reader import SCHEDULER
+from minisdxl.checkpoint.folder_reader import INDEX, SCHEDULER, noise_config
 from minisdxl.checkpoint.folder_writer import json_files, tokenizer_files
 from minisdxl.checkpoint.json_fields import Fields
 from minisdxl.checkpoint.layouts import PARTS, layout
 from minisdxl.checkpoint.lora import Change, LoRA, merge, open_loras
 from minisdxl.checkpoint.modules import file_metadata, open_source
+from minisdxl.checkpoint.predictions import mark_tensors, prediction_text
 from minisdxl.checkpoint.resolve import Source
 from minisdxl.checkpoint.tensorfile import Spec, write_container, write_tensors
 from minisdxl.cli.models import add_parts, parts_of
-from minisdxl.cli.options import DTYPES, Parser
+from minisdxl.cli.options import DTYPES, Parser, add_prediction
 from minisdxl.config import ModelConfig
 from minisdxl.loading import weights_path
 from minisdxl.tokenizer import Vocabulary, load_vocabulary
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--to", choices=("single", "diffusers"), help="(default: single for a .safetensors TARGET, else diffusers)")
     add("--dtype", choices=DTYPES, help="of the weights (default: each tensor keeps its own)")
     add_parts(parser)
+    add_prediction(parser)
     add(
         "--lora",
         action="append",
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = DTYPES[options.dtype] if options.dtype else None
     with parser.one_line("nothing was written"):
         path = weights_path(options.source)
-        source = open_source(path, dtype or torch.float32, **parts_of(options))
+        source = open_source(path, dtype or torch.float32, prediction=options.prediction, **parts_of(options))
         loras = [LoRA.parse(text) for text in options.lora]
         changes = open_loras(loras, source.config, source.shapes)
         for note in [*source.notes, *_left_out(loras, source.config)]:
@@ -67,10 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_single(source, options.target, dtype, changes)
         else:
             vocabulary = load_vocabulary(path, options.tokenizer)
-            scheduler = Fields.read(path / SCHEDULER).values if (path / SCHEDULER).is_file() else None
-            write_folder(source, options.target, vocabulary, dtype, scheduler, changes)
+            write_folder(source, options.target, vocabulary, dtype, _own_scheduler(path, source), changes)
     kind = "one file; the vocabulary is not in it" if single else "a diffusers folder"
-    print(f"{options.target}  {source.config.name}, {kind}")
+    noise = source.config.noise
+    name = source.config.name + (f", predicts {prediction_text(noise)}" if noise.prediction != "noise" else "")
+    print(f"{options.target}  {name}, {kind}")
+
+
+def _own_scheduler(path: Path, source: Source) -> dict[str, Any] | None:
+    """A folder's scheduler, which may have settings of its own, unless the model now predicts something else."""
+    if not (path / SCHEDULER).is_file():
+        return None
+    fields = Fields.read(path / SCHEDULER)
+    return fields.values if noise_config(fields) == source.config.noise else None
 
 
 def _left_out(loras: Sequence[LoRA], config: ModelConfig) -> list[str]:
@@ -91,10 +103,14 @@ def write_single(source: Source, path: Path, dtype: torch.dtype | None = None, c
     Raises:
         CheckpointError: if the file cannot be written, numbers are too large for the dtype, or a LoRA cannot be read.
     """
-    specs = {name: (dtype or source.stored[name].dtype, shape) for name, shape in source.shapes.items()}
+    specs: dict[str, Spec] = {
+        name: (dtype or source.stored[name].dtype, shape) for name, shape in source.shapes.items()
+    }
     table = _by_tensor(changes)
-    tensors = (_read(source, name, specs[name][0], table) for name in specs)
-    write_tensors(path, specs, tensors, file_metadata(source.config))
+    tensors = (_read(source, name, specs[name][0], table) for name in source.shapes)
+    marks = mark_tensors(source.config)
+    specs |= {name: (torch.float32, tuple(mark.shape)) for name, mark in marks.items()}
+    write_tensors(path, specs, chain(tensors, marks.values()), file_metadata(source.config))
 
 
 def write_folder(
@@ -120,10 +136,12 @@ def write_folder(
             large for the dtype, or if a LoRA cannot be read.
         ValueError: if the vocabulary is not that of the text encoders.
     """
-    files = {name: json.dumps(content, indent=2) for name, content in json_files(path, source.config).items()}
-    files |= tokenizer_files(source.config, vocabulary)
+    described = json_files(path, source.config)
     if scheduler is not None:
-        files[SCHEDULER] = json.dumps(scheduler, indent=2)
+        described[SCHEDULER] = dict(scheduler)
+        described[INDEX]["scheduler"] = ["diffusers", str(scheduler.get("_class_name"))]
+    files = {name: json.dumps(content, indent=2) for name, content in described.items()}
+    files |= tokenizer_files(source.config, vocabulary)
     table = _by_tensor(changes)
     try:
         with atomic_folder(path) as temporary:

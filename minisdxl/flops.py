@@ -115,10 +115,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         width, height = (side // config.vae.downscale for side in size)
         calls, dense = (summary(config, height, width, asked, options.steps) for asked in (schedule, None))
         calls["picture"], of_picture = picture(options, config, prune, height, width)
-    title = f"{config.name}, {size[0]}x{size[1]} pixels, {options.steps} steps, {prune or 'dense'}"
+    predicted = {}
+    if config.noise.prediction != "noise":
+        from minisdxl.checkpoint.predictions import prediction_text  # as above
+
+        predicted = {"prediction": prediction_text(config.noise)}
+    title = ", ".join([config.name, *(f"predicts {text}" for text in predicted.values())])
+    title += f", {size[0]}x{size[1]} pixels, {options.steps} steps, {prune or 'dense'}"
     text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}\n\n{of_picture}"
     try:
-        print(json.dumps(calls, indent=1) if options.json else text, flush=True)
+        print(json.dumps({**calls, **predicted}, indent=1) if options.json else text, flush=True)
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe; Python would report that at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -34,6 +34,7 @@ def load(
     loras: Sequence[str | Path | LoRA] = (),
     embeddings: Sequence[str | Path | EmbeddingFile] = (),
     tokenizer: str | Path | None = None,
+    prediction: str | None = None,
 ) -> SDXL:
     """Loads a model.
 
@@ -58,12 +59,14 @@ def load(
             ``embedding:NAME``. Those that a LoRA's file bundles are loaded with it.
         tokenizer: folder with the model's ``vocab.json`` and ``merges.txt``. ``None`` takes the folder ``tokenizer`` in
             or beside the weights, or else CLIP's own vocabulary.
+        prediction: what the U-Net predicts, where its files do not say it or say something else: ``"noise"``, ``"v"``,
+            ``"edm"``, ``"edm-v"`` or ``"flow"``, with settings as in ``"v:ztsnr=0"`` or ``"flow:shift=3"``.
 
     Raises:
         CheckpointError: if a file is damaged, or is not an SDXL model, or a LoRA or embedding for one. The message
             says what it is.
-        ValueError: if the scale of a LoRA is not a finite number, a prompt cannot hold the name of an embedding or two
-            have it, or a vocabulary is not the model's.
+        ValueError: if the prediction is unknown, the scale of a LoRA is not a finite number, a prompt cannot hold the
+            name of an embedding or two have it, or a vocabulary is not the model's.
         FileNotFoundError: if a file is missing.
     """
     path = weights_path(weights)
@@ -79,6 +82,7 @@ def load(
             text_encoder=text_encoder,
             text_encoder_2=text_encoder_2,
             loras=merged,
+            prediction=prediction,
         )
         known = read_embeddings(embeddings, [lora.file for lora in merged], config)
         return SDXL(

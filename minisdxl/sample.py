@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from minisdxl.checkpoint.predictions import prediction_text
 from minisdxl.checkpoint.published import is_hub_id
 from minisdxl.checkpoint.resolve import Source
 from minisdxl.cli.jobs import batches, find_jobs
@@ -170,7 +171,9 @@ def _settings(
     image |= {"mask": mask.name, "mask_sha256": mask.sha256} if mask else {}
     others = {part: Path(path).name for part, path in parts_of(options).items() if path}
     name = options.weights if is_hub_id(options.weights) else weights_path(options.weights).name
-    model = {"weights": name, **others, "sha256": sha256(weights.files)}
+    noise = weights.config.noise
+    predicted = {"prediction": prediction_text(noise)} if noise.prediction != "noise" else {}
+    model = {"weights": name, **others, **predicted, "sha256": sha256(weights.files)}
     loras = [{"file": lora.path.name, **lora.scales, "sha256": sha256([lora.file])} for lora in options.lora]
     embeddings = [
         {"file": each.path.name, "name": each.name, "sha256": sha256([each.path])} for each in options.embedding

@@ -1,4 +1,4 @@
-"""Diffusion sampling: noise levels, preconditioning, guidance and Euler's method, in the symbols of the EDM paper.
+"""Diffusion sampling: noise levels, denoising, guidance and Euler's method, in the symbols of the EDM paper.
 
 EDM is Karras et al. 2022, arXiv:2206.00364. ``x`` is a latent (B, C, H, W) with noise of standard deviation ``sigma``,
 always in fp32, and ``D(x; sigma)`` is the denoised latent. All images of a batch have the same sigma. Sigmas are
@@ -18,18 +18,12 @@ from torch import Tensor
 
 from atedm.plan import TokenPlan
 from minisdxl.config import NoiseConfig
+from minisdxl.preconditioning import Preconditioner, discrete_sigmas, preconditioner
 from minisdxl.seeds import generator
 
 Denoiser = Callable[[Tensor, float, int], Tensor]  # (x, sigma, step) -> D(x; sigma)
 Solver = Callable[[Denoiser, Tensor, Tensor, Sequence[torch.Generator]], Iterator[Tensor]]
 Spacing = Callable[[int, NoiseConfig], Tensor]  # n steps to n indices into the levels of training, descending, int64
-
-
-def discrete_sigmas(noise: NoiseConfig) -> Tensor:
-    """Noise levels of training, ascending: (steps,) float64. Official: ``LegacyDDPMDiscretization``."""
-    betas = torch.linspace(noise.beta_start**0.5, noise.beta_end**0.5, noise.steps, dtype=torch.float64) ** 2
-    alphas_bar = torch.cumprod(1 - betas, dim=0)
-    return ((1 - alphas_bar) / alphas_bar).sqrt()
 
 
 def timesteps(n: int, noise: NoiseConfig) -> Tensor:
@@ -69,14 +63,11 @@ def initial_noise(generators: Sequence[torch.Generator], shape: Sequence[int], s
     return math.sqrt(1 + sigma_0**2) * draw_noise(generators, shape)
 
 
-def denoise(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: float, levels: Tensor) -> Tensor:
-    """D(x; sigma) of a ``network(c_in x, c_noise (B,))`` that predicts noise, trained at ``levels``: EDM equation 7."""
-    # NOTE: the official code rounds sigma itself to the nearest level, so in c_in and c_out too. This differs where
-    # sigma lies between levels or above the last, with churn or Karras levels: c_in must fit the noise that x has.
-    c_skip = 1.0
-    c_out = -sigma
-    c_in = 1 / math.sqrt(sigma**2 + 1)
-    c_noise = int((levels / sigma).log().abs().argmin())
+def denoise(
+    network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: float, preconditioning: Preconditioner
+) -> Tensor:
+    """D(x; sigma) of a ``network(c_in x, c_noise (B,))``: EDM equation 7."""
+    c_skip, c_out, c_in, c_noise = preconditioning(sigma)
     return c_skip * x + c_out * network(c_in * x, torch.full((len(x),), c_noise, device=x.device))
 
 
@@ -90,7 +81,7 @@ class NoisePredictor(Protocol[KV]):
         """Keys and values of a context (B, 77, channels), the same at every noise level."""
 
     def __call__(self, x: Tensor, c_noise: Tensor, text: KV, vector: Tensor, plan: TokenPlan) -> Tensor:
-        """The noise in ``x``, which is c_in times the latent (B, C, H, W)."""
+        """The noise in ``x``, c_in times the latent (B, C, H, W), or another of ``preconditioning``'s predictions."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +109,13 @@ def guided_denoiser(
     context = torch.cat([half.context for half in halves])
     vector = torch.cat([half.vector for half in halves])
     text = unet.project_context(context)
-    levels = discrete_sigmas(noise)
+    preconditioning = preconditioner(noise)
 
     def denoiser(x: Tensor, sigma: float, step: int) -> Tensor:
         def network(scaled: Tensor, c_noise: Tensor) -> Tensor:
             return unet(scaled.to(context.dtype), c_noise, text, vector, plans(step)).float()
 
-        denoised = denoise(network, torch.cat([x] * len(halves)), sigma, levels)
+        denoised = denoise(network, torch.cat([x] * len(halves)), sigma, preconditioning)
         if scale == 1:
             return denoised
         u, c = denoised.chunk(2)

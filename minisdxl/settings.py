@@ -78,6 +78,7 @@ def check_settings(settings: Settings, config: ModelConfig) -> CheckedSettings:
         raise ValueError(f"guidance scale cfg is {cfg}, expected a finite number, such as 7.0")
     if cfg == 1 and settings.negative:
         warnings.warn(f"negative prompt {settings.negative!r} has no effect without guidance, at cfg 1", stacklevel=4)
+    sampling.check(config.noise)
     sigmas = sampling.sigmas(steps, config.noise)
     plans = token_plans(config, settings.prune, steps)
     first = 0 if settings.strength is None else first_step(steps, settings.strength)

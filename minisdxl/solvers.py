@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from minisdxl.config import SDXL_BASE
-from minisdxl.sampler import Denoiser, discrete_sigmas, draw_noise
+from minisdxl.preconditioning import discrete_sigmas
+from minisdxl.sampler import Denoiser, draw_noise
 
 TCD_GAMMA = 0.3  # the stochasticity that TCD's authors recommend; diffusers: eta of TCDScheduler.step
 

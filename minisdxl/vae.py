@@ -6,6 +6,7 @@ Shapes: pictures (B, 3, H, W) in [-1, 1]; latents (B, 4, H/f, W/f), where f is `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -93,7 +94,10 @@ class VAE(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] to the scaled mean of their latents (B, 4, h, w)."""
-        return self.moments(images)[0] * self.config.scale_factor
+        mean, scale = self.moments(images)[0], self.config.scale_factor
+        if self.config.latents_std:
+            return (mean - self._channels(self.config.latents_mean)) * scale / self._channels(self.config.latents_std)
+        return mean * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) to pictures (B, 3, f h, f w), about in [-1, 1], not clamped."""
@@ -101,4 +105,12 @@ class VAE(nn.Module):
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) to the decoder's input, of the same shape."""
-        return self.post_quant_conv(latents.to(self.dtype) / self.config.scale_factor)
+        latents, scale = latents.to(self.dtype), self.config.scale_factor
+        if self.config.latents_std:
+            std, mean = (self._channels(values) for values in (self.config.latents_std, self.config.latents_mean))
+            return self.post_quant_conv(latents * std / scale + mean)
+        return self.post_quant_conv(latents / scale)
+
+    def _channels(self, values: Sequence[float]) -> Tensor:
+        """Numbers of the latent channels as (4, 1, 1)."""
+        return torch.tensor(values, dtype=self.dtype, device=self.quant_conv.weight.device)[:, None, None]

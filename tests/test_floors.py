@@ -22,6 +22,7 @@ FLOORS = (
     ("fast",),
     ("operators",),
     ("images", "tokenizer", "clip", "text", "transformer", "unet", "vae_decoder", "vae"),
+    ("preconditioning",),
     ("sampler", "solvers", "samplings", "steps", "settings", "cost", "budget"),
     ("prompting",),
     ("runtime", "checkpoint", "diffusers", "inspector"),

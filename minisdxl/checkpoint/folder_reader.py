@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from minisdxl.checkpoint.errors import CheckpointError
-from minisdxl.checkpoint.identify import pipeline_family, scheduler_family
+from minisdxl.checkpoint.identify import pipeline_family
 from minisdxl.checkpoint.json_fields import Fields, check_values, differences
 from minisdxl.checkpoint.layouts import PARTS
+from minisdxl.checkpoint.predictions import predicting
 from minisdxl.checkpoint.weight_files import LORA_FILE, WEIGHTS, part_folder
 from minisdxl.config import (
     SDXL_BASE,
@@ -27,6 +29,7 @@ from minisdxl.config import (
     VAEConfig,
     known_defaults,
 )
+from minisdxl.preconditioning import SIGMA_DATA
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -67,20 +70,20 @@ UNET = {
 UNET_NEEDED = ("addition_embed_type", "use_linear_projection")  # diffusers' defaults for them are not SDXL's
 VAE = {
     "act_fn": "silu",
-    "latents_mean": None,
-    "latents_std": None,
     "mid_block_add_attention": True,
     "shift_factor": None,
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
 TEXT = {"layer_norm_eps": 1e-5}
-NOISE = {
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "trained_betas": None,
-}
+# The same for schedulers: of discrete noise levels, and of flows.
+NOISE = {"beta_schedule": "scaled_linear", "timestep_type": "discrete", "trained_betas": None}
+FLOW = {"invert_sigmas": False, "shift_terminal": None, "use_dynamic_shifting": False}
+# What schedulers call predictions: of discrete noise levels, and of those whose class begins with EDM.
+PREDICTION_TYPES = {"epsilon": "noise", "v_prediction": "v"}
+EDM_PREDICTION_TYPES = {"epsilon": "edm", "v_prediction": "edm-v"}
+# How SDXL's VAE scales latents.
+LATENTS: dict[str, Any] = {"latents_mean": (), "latents_std": (), "scale_factor": SDXL_BASE.vae.scale_factor}
 _ATTENDS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 
 
@@ -106,9 +109,6 @@ def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig
         raise CheckpointError(f"{folder} is {other}; expected the folder of a StableDiffusionXLPipeline")
     index.check({"force_zeros_for_empty_prompt": True})
     scheduler = read(SCHEDULER)
-    other = scheduler_family(scheduler.values)
-    if other is not None:
-        raise CheckpointError(f"{folder} is {other}, says {SCHEDULER}; expected one that predicts epsilon")
     fields = {part: read(f"{part}/config.json") for part in PARTS}
     try:
         vae, unet = vae_config(fields["vae"]), unet_config(fields["unet"])
@@ -119,7 +119,7 @@ def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig
             text=(text_config(fields["text_encoder"], first=True), text_config(fields["text_encoder_2"], first=False)),
             size=fields["unet"].integer("sample_size", 128) * vae.downscale,
             size_channels=fields["unet"].integer("addition_time_embed_dim"),
-            noise=_noise_config(scheduler),
+            noise=noise_config(scheduler),
             defaults=known_defaults(_name(index, folder)),
         )
         check_values(config)
@@ -132,8 +132,12 @@ def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig
     # Nothing in a folder says what SDXL was trained on; and Turbo, which has SDXL's numbers, names another size.
     sdxl = SDXL_INPAINTING if config.inpaints else SDXL_BASE
     config = replace(config, name=sdxl.name, size=sdxl.size, buckets=sdxl.buckets, defaults=sdxl.defaults)
-    if config != sdxl:
-        raise CheckpointError(f"{folder} is not quite SDXL: {', '.join(differences(config, sdxl))}")
+    # What its kin may have of their own: another prediction, and other latents.
+    plain = replace(config, noise=predicting(config.noise, "noise"))
+    if config.vae.latents_std:
+        plain = replace(plain, vae=replace(vae, **LATENTS))
+    if plain != sdxl:
+        raise CheckpointError(f"{folder} is not quite SDXL: {', '.join(differences(plain, sdxl))}")
     return config
 
 
@@ -193,14 +197,17 @@ def vae_config(fields: Fields) -> VAEConfig:
     kinds = {f"{way.lower()}_block_types": [f"{way}{coder}Block2D"] * len(multipliers) for way, coder in ways}
     fields.check(kinds, tuple(kinds))
     fields.check({"out_channels": fields.integer("in_channels", 3)})
+    latents = fields.integer("latent_channels", 4)
     return VAEConfig(
         channels=channels,
         multipliers=multipliers,
         res_blocks=fields.integer("layers_per_block", 1),
         scale_factor=fields.number("scaling_factor", 0.18215),
-        latent_channels=fields.integer("latent_channels", 4),
+        latent_channels=latents,
         image_channels=fields.integer("in_channels", 3),
         norm_groups=fields.integer("norm_num_groups", 32),
+        latents_mean=fields.numbers("latents_mean", latents),
+        latents_std=fields.numbers("latents_std", latents),
     )
 
 
@@ -225,13 +232,31 @@ def text_config(fields: Fields, first: bool) -> TextConfig:
     )
 
 
-def _noise_config(fields: Fields) -> NoiseConfig:
+def noise_config(fields: Fields) -> NoiseConfig:
+    """What a ``scheduler_config.json`` says of noise levels and prediction.
+
+    How a scheduler spaces the steps of a run is not of the model. Raises ``ValueError``, mostly ``CheckpointError``.
+    """
+    kind = str(fields.values.get("_class_name"))
+    levels = NoiseConfig(steps=fields.integer("num_train_timesteps", 1000))
+    if kind.startswith("FlowMatch"):
+        fields.check(FLOW)
+        return predicting(levels, "flow", {"shift": fields.number("shift", 1.0)})
+    names = EDM_PREDICTION_TYPES if kind.startswith("EDM") else PREDICTION_TYPES
+    prediction = names.get(str(fields.values.get("prediction_type", "epsilon")))
+    if prediction is None:
+        raise fields.error("prediction_type", " or ".join(map(repr, names)))
+    if kind.startswith("EDM"):
+        sigma_data = SIGMA_DATA[prediction]
+        fields.check({"sigma_data": sigma_data}, ("sigma_data",) if sigma_data != 0.5 else ())  # diffusers' default
+        ends = {"sigma_min": 0.002, "sigma_max": 80.0}  # diffusers' defaults
+        return predicting(levels, prediction, {key: fields.number(key, value) for key, value in ends.items()})
     fields.check(NOISE, ("beta_schedule",))
-    return NoiseConfig(
-        steps=fields.integer("num_train_timesteps", 1000),
-        beta_start=fields.number("beta_start", 0.0001),
-        beta_end=fields.number("beta_end", 0.02),
-    )
+    zero_snr = fields.values.get("rescale_betas_zero_snr", False)
+    if type(zero_snr) is not bool or (zero_snr and prediction == "noise"):
+        raise fields.error("rescale_betas_zero_snr", "False" if prediction == "noise" else "True or False")
+    levels = replace(levels, beta_start=fields.number("beta_start", 0.0001), beta_end=fields.number("beta_end", 0.02))
+    return predicting(levels, prediction, {"ztsnr": int(zero_snr)})
 
 
 def check_part(path: Path, part: str, config: ModelConfig) -> None:
@@ -246,6 +271,8 @@ def check_part(path: Path, part: str, config: ModelConfig) -> None:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file} does not fit {config.name}: {error}") from error
+    if config.vae.latents_std and not found.vae.latents_std:  # these and the scale are of the U-Net's latents
+        found = replace(found, vae=replace(found.vae, **{key: getattr(config.vae, key) for key in LATENTS}))
     if found != config:
         raise CheckpointError(f"{file} does not fit {config.name}: {', '.join(differences(found, config))}")
 

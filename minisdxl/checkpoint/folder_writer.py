@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from minisdxl.checkpoint.errors import CheckpointError
-from minisdxl.checkpoint.folder_reader import INDEX, NOISE, SCHEDULER, TEXT, UNET, VAE, described_config
+from minisdxl.checkpoint.folder_reader import (
+    EDM_PREDICTION_TYPES,
+    FLOW,
+    INDEX,
+    NOISE,
+    PREDICTION_TYPES,
+    SCHEDULER,
+    TEXT,
+    UNET,
+    VAE,
+    described_config,
+)
 from minisdxl.checkpoint.json_fields import Fields, differences
 from minisdxl.config import ModelConfig, NoiseConfig, TextConfig
+from minisdxl.preconditioning import SIGMA_DATA
 from minisdxl.tokenizer import END, START, Tokenizer, Vocabulary
 
 COMPONENTS = {
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -31,14 +42,16 @@ def json_files(folder: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
         CheckpointError: if they would not describe ``config`` whole, because diffusers has no such model. Training
             sizes (``buckets``) and ``defaults`` have no place there.
     """
+    scheduler = _scheduler(config.noise)
     files: dict[str, dict[str, Any]] = {
         INDEX: {
             "_class_name": f"StableDiffusionXL{'Inpaint' if config.inpaints else ''}Pipeline",
             "_name_or_path": config.name,
             "force_zeros_for_empty_prompt": True,
             **COMPONENTS,
+            "scheduler": ["diffusers", scheduler["_class_name"]],
         },
-        SCHEDULER: _scheduler(config.noise),
+        SCHEDULER: scheduler,
         "unet/config.json": _unet(config),
         "vae/config.json": _vae(config),
         "text_encoder/config.json": _text("text_encoder", config.text[0]),
@@ -117,6 +130,8 @@ def _vae(config: ModelConfig) -> dict[str, Any]:
         "force_upcast": True,  # the official VAE overflows in fp16
         "in_channels": vae.image_channels,
         "latent_channels": vae.latent_channels,
+        "latents_mean": list(vae.latents_mean) or None,
+        "latents_std": list(vae.latents_std) or None,
         "layers_per_block": vae.res_blocks,
         "norm_num_groups": vae.norm_groups,
         "out_channels": vae.image_channels,
@@ -147,9 +162,26 @@ def _text(part: str, config: TextConfig) -> dict[str, Any]:
 
 
 def _scheduler(noise: NoiseConfig) -> dict[str, Any]:
+    types = {ours: theirs for names in (PREDICTION_TYPES, EDM_PREDICTION_TYPES) for theirs, ours in names.items()}
+    match noise.prediction:
+        case "flow":
+            kind = "FlowMatchEulerDiscreteScheduler"
+            return {"_class_name": kind, **FLOW, "num_train_timesteps": noise.steps, "shift": noise.shift}
+        case "edm" | "edm-v":
+            return {
+                "_class_name": "EDMEulerScheduler",
+                "num_train_timesteps": noise.steps,
+                "prediction_type": types[noise.prediction],
+                "sigma_data": SIGMA_DATA[noise.prediction],
+                "sigma_max": noise.sigma_max,
+                "sigma_min": noise.sigma_min,
+                "sigma_schedule": "karras" if noise.prediction == "edm" else "exponential",
+            }
     return {
-        "_class_name": COMPONENTS["scheduler"][1],
+        "_class_name": "EulerDiscreteScheduler",
         **NOISE,
+        "prediction_type": types[noise.prediction],
+        "rescale_betas_zero_snr": noise.zero_terminal_snr,
         "beta_end": noise.beta_end,
         "beta_start": noise.beta_start,
         "num_train_timesteps": noise.steps,

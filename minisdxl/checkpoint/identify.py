@@ -11,7 +11,6 @@ from minisdxl.checkpoint.layouts import PARTS, unet_layout
 from minisdxl.checkpoint.tensorfile import Shape
 from minisdxl.config import SDXL_BASE, Level
 
-V_PREDICTION = "a v-prediction model, not one that predicts epsilon"
 REFINER = "the SDXL refiner, which finishes pictures of the base model"
 
 # Diffusion transformers by the names of their blocks, as they are and with underscores for dots, as kohya's scripts
@@ -63,13 +62,7 @@ FAMILIES = (
     (r"\.motion_modules\.", "an AnimateDiff motion module"),
     (r"^(clip_g|clip_l|emb_params|string_to_param.*|bundle_emb\..*)$", "a textual inversion embedding"),
     (r"^(taesd_)?((en|de)coder\.)?(layers\.)?\d+\.conv\.\d+\.", "TAESDXL or another tiny autoencoder for previews"),
-    (r"^edm_(mean|std)$", "Playground 2.5 or another model with EDM latents"),
-    (r"^edm_vpred\.", "CosXL or another model that predicts v at EDM noise levels"),
-    (r"^(v_pred|ztsnr)$", V_PREDICTION),
 )
-
-# What predicts v, as other programs write it into a file's metadata.
-V_PREDICTION_METADATA = (("modelspec.prediction_type", "v"), ("modelspec.predict_key", "v"))
 
 # Transformer layers of each attention block on the way down, of models cut out of SDXL (which has 2, 2, 10, 10).
 SMALLER_MODELS = {(2, 2, 4, 4): "SSD-1B", (1, 1, 2, 2): "Segmind Vega", (2, 5): "KOALA-700M", (2, 6): "KOALA-1B"}
@@ -119,11 +112,6 @@ def transformer_family(names: Collection[str]) -> str | None:
 def _first(table: Iterable[tuple[str, str]], names: Collection[str]) -> str | None:
     """The entry of the first pattern that is found in one of the names."""
     return next((what for pattern, what in table if any(re.search(pattern, name) for name in names)), None)
-
-
-def predicts_v(metadata: Mapping[str, str]) -> str | None:
-    """The kind of a file whose metadata says that it predicts v; else ``None``."""
-    return V_PREDICTION if any(metadata.get(key) == value for key, value in V_PREDICTION_METADATA) else None
 
 
 def _variant(shapes: Mapping[str, Shape]) -> str | None:
@@ -204,15 +192,3 @@ def pipeline_family(index: Mapping[str, Any]) -> str | None:
         return REFINER if index.get("text_encoder") == [None, None] else None
     what = next((what for begins, what in PIPELINES if name.startswith(begins)), "no model that is known here")
     return f"{what} ({name[:60]!r})"
-
-
-def scheduler_family(scheduler: Mapping[str, Any]) -> str | None:
-    """The kind of a diffusers folder by its ``scheduler_config.json``; ``None`` if that predicts epsilon."""
-    name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
-    if name.startswith("FlowMatch"):
-        return f"a flow-matching model ({name[:60]!r})"
-    if name.startswith("EDM"):
-        return f"Playground 2.5 or another model with EDM noise levels ({name[:60]!r})"
-    if predicted == "v_prediction":
-        return V_PREDICTION
-    return None if predicted == "epsilon" else f"a model that predicts {str(predicted)[:60]!r}"

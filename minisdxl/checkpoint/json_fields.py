@@ -62,6 +62,15 @@ class Fields:
             raise self.error(key, "a finite number")
         return float(value)
 
+    def numbers(self, key: str, length: int) -> tuple[float, ...]:
+        """A list of ``length`` numbers, or none for ``null``."""
+        values = self.values.get(key)
+        if values is None:
+            return ()
+        if not isinstance(values, list) or len(values) != length or not all(map(_is_number, values)):
+            raise self.error(key, f"a list of {length} finite numbers, or null")
+        return tuple(map(float, values))
+
     def multipliers(self, key: str) -> tuple[int, tuple[int, ...]]:
         """The first of the numbers, and all as multiples of it."""
         values = self.integers(key)
@@ -85,12 +94,18 @@ def check_values(config: ModelConfig) -> None:
     """Refuses a config in which something is of a wrong type, or out of range. Raises ``ValueError`` naming it."""
     for name, value in _numbers("", config.to_dict()):
         field = name.rpartition(".")[2]
-        if field in ("name", "activation", "sampling", "prune"):
+        if field in ("name", "activation", "sampling", "prune", "prediction"):
             right = isinstance(value, str) and value.isprintable()
         elif field in ("beta_start", "beta_end"):
             right = _is_number(value) and 0 < value < 1
-        elif field in ("scale_factor", "cfg"):
+        elif field in ("scale_factor", "cfg", "shift"):
             right = _is_number(value)
+        elif field in ("sigma_min", "sigma_max"):
+            right = value is None or _is_number(value)
+        elif field in ("latents_mean", "latents_std"):
+            right = isinstance(value, tuple) and all(map(_is_number, value))
+        elif field == "zero_terminal_snr":
+            right = type(value) is bool
         elif field == "steps":
             right = type(value) is int and 1 <= value <= NOISE_LEVELS
         elif field == "multipliers":

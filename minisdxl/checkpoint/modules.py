@@ -24,6 +24,13 @@ from minisdxl.checkpoint.json_fields import check_values
 from minisdxl.checkpoint.layouts import PARTS, key_variants
 from minisdxl.checkpoint.lora import LoRA, merge, open_loras
 from minisdxl.checkpoint.openclip_names import as_transformers
+from minisdxl.checkpoint.predictions import (
+    as_asked,
+    as_stated,
+    mark_metadata,
+    mark_tensors,
+    with_own_defaults,
+)
 from minisdxl.checkpoint.published import find_weights
 from minisdxl.checkpoint.resolve import Source, find_source, misfits
 from minisdxl.checkpoint.tensorfile import Shape, write_tensors
@@ -59,7 +66,7 @@ def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 def read_config(path: str | Path, **others: str | Path | None) -> ModelConfig:
     """The config of a model, all of whose names and shapes fit it. Arguments and errors as :func:`open_source`."""
-    return open_source(path, torch.float32, **others).config
+    return _open(Path(path), torch.float32, others, None)[0].config
 
 
 def load(
@@ -68,6 +75,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     *,
     loras: Sequence[LoRA] = (),
+    prediction: str | None = None,
     **others: str | Path | None,
 ) -> tuple[ModelConfig, Modules]:
     """Reads a model, in evaluation mode. Arguments and errors as :func:`open_source`.
@@ -77,7 +85,7 @@ def load(
     tensor by tensor, with the errors of :func:`minisdxl.checkpoint.lora.open_loras` (before anything is read) and
     :func:`minisdxl.checkpoint.lora.merge`.
     """
-    source, modules = _open(Path(path), dtype, others)
+    source, modules = _open(Path(path), dtype, others, prediction)
     changes = open_loras(loras, source.config, source.shapes)
     for note in source.notes:
         logger.warning(note)
@@ -95,24 +103,32 @@ def load(
 def open_source(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
+    *,
+    prediction: str | None = None,
     **others: str | Path | None,
 ) -> Source:
-    """Finds every tensor of a model; reads headers and configs only.
+    """Finds every tensor of a model; reads headers, configs and marks only.
 
     Args:
         path: one file in the official layout, or a diffusers folder; or one part, if ``others`` are the rest.
         dtype: that is wanted: it decides between plain weights and an fp16 variant, where a folder has both.
+        prediction: what the U-Net predicts, as :func:`minisdxl.checkpoint.predictions.parse_prediction` reads it;
+            ``None`` for what the files say, and noise where they say nothing.
         others: for some of ``PARTS`` (``vae=``, ``unet=``, ``text_encoder=``, ``text_encoder_2=``), a file or folder
             with that part in either layout, or a name that :func:`minisdxl.checkpoint.published.find_weights` knows;
             ``None`` for the part in ``path``. What is replaced need not be in ``path``.
 
     Raises:
-        CheckpointError: if something is damaged, something else, or has missing, unexpected or mis-shaped tensors.
+        CheckpointError: if something is damaged, something else, or has missing, unexpected or mis-shaped tensors, or
+            if files contradict each other about the prediction.
+        ValueError: if ``prediction`` is unknown.
     """
-    return _open(Path(path), dtype, others)[0]
+    return _open(Path(path), dtype, others, prediction)[0]
 
 
-def _open(path: Path, dtype: torch.dtype, given: Mapping[str, str | Path | None]) -> tuple[Source, Modules]:
+def _open(
+    path: Path, dtype: torch.dtype, given: Mapping[str, str | Path | None], prediction: str | None
+) -> tuple[Source, Modules]:
     """The source of a model, and the model without memory. Raises ``TypeError`` for a part that is not in ``PARTS``."""
     if given.keys() - PARTS.keys():
         raise TypeError(f"{min(given.keys() - PARTS.keys())} is no part of a model, expected {', '.join(PARTS)}")
@@ -130,6 +146,7 @@ def _open(path: Path, dtype: torch.dtype, given: Mapping[str, str | Path | None]
     weight_files += [_open_other(other, part, dtype, config) for part, other in others.items()]
     if "unet" in others:
         config = inpainting_or_not(config, next(files for files in weight_files if "unet" in files.parts))
+    config, notes = _with_prediction(config, path, weight_files, others.get("unet"), prediction)
     try:
         _check_extent(config, sum(len(holder.entries) for holder in weight_files))
         modules = without_memory(config)
@@ -138,7 +155,7 @@ def _open(path: Path, dtype: torch.dtype, given: Mapping[str, str | Path | None]
     source = find_source(config, official_shapes(modules), weight_files)
     for part, other in others.items():
         folder_reader.check_part(other, part, config)
-    return source, modules
+    return replace(source, notes=(*notes, *source.notes)), modules
 
 
 def inpainting_or_not(config: ModelConfig, files: WeightFiles) -> ModelConfig:
@@ -171,12 +188,14 @@ def save(path: str | Path, config: ModelConfig, modules: Modules, dtype: torch.d
     if problems:
         raise CheckpointError(f"cannot write {path}: the modules do not fit {config.name}: {problems}")
     specs = {name: (dtype, shape) for name, shape in shapes.items()}
-    write_tensors(path, specs, tensors.values(), file_metadata(config))
+    marks = mark_tensors(config)
+    specs |= {name: (torch.float32, tuple(mark.shape)) for name, mark in marks.items()}
+    write_tensors(path, specs, (tensors | marks).values(), file_metadata(config))
 
 
 def file_metadata(config: ModelConfig) -> dict[str, str]:
     """What a file says of the model in it."""
-    return {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}
+    return {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict()), **mark_metadata(config)}
 
 
 def official_state_dict(modules: Modules) -> dict[str, Tensor]:
@@ -212,6 +231,51 @@ def _file_config(holder: WeightFiles) -> ModelConfig:
         return config
     except (ValueError, TypeError, RecursionError) as error:
         raise _damaged(holder.path, error) from error
+
+
+def _with_prediction(
+    config: ModelConfig, path: Path, weight_files: Sequence[WeightFiles], unet: Path | None, asked: str | None
+) -> tuple[ModelConfig, list[str]]:
+    """The config of the model in ``path`` with what its U-Net predicts, and lines for the log.
+
+    A U-Net from elsewhere that says nothing is taken to predict what the model's own does. Raises as
+    :func:`open_source`.
+    """
+    files = next(files for files in weight_files if "unet" in files.parts)
+    if asked is not None:
+        return with_own_defaults(as_asked(config, files, asked), SDXL_BASE), []
+    notes: list[str] = []
+    if path.is_file() or unet is None:
+        own = weight_files[0] if path.is_file() else files
+        config, notes = as_stated(config, own, declared=path.is_dir() or CONFIG_KEY in own.metadata)
+    if unet is not None:
+        theirs = _described_unet(unet, files)
+        if theirs is not None:
+            config = _with_unet(config, theirs)
+        before = config
+        config, more = as_stated(config, files, declared=theirs is not None)
+        if before.vae.latents_std and before.noise.prediction != config.noise.prediction:
+            raise CheckpointError(
+                f"{files.path} predicts {config.noise.prediction!r}, not of the latents of {path}; expected a U-Net "
+                f"that predicts {before.noise.prediction!r} beside it"
+            )
+        notes = [*notes, *more]
+    return with_own_defaults(config, SDXL_BASE), notes
+
+
+def _described_unet(path: Path, files: WeightFiles) -> ModelConfig | None:
+    """The config of the whole model that a U-Net is taken from, if it is known by more than marks."""
+    if (path / folder_reader.INDEX).is_file():
+        return _folder_config(path)
+    return _file_config(files) if CONFIG_KEY in files.metadata else None
+
+
+def _with_unet(config: ModelConfig, theirs: ModelConfig) -> ModelConfig:
+    """``config`` with what another model's U-Net predicts, and the scale of its latents where that is not SDXL's."""
+    if theirs.vae.latents_std == config.vae.latents_std and theirs.vae.latents_mean == config.vae.latents_mean:
+        return replace(config, noise=theirs.noise)
+    scale = {key: getattr(theirs.vae, key) for key in folder_reader.LATENTS}
+    return replace(config, noise=theirs.noise, vae=replace(config.vae, **scale))
 
 
 def _folder_config(path: Path) -> ModelConfig:

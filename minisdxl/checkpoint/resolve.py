@@ -20,8 +20,8 @@ from torch import Tensor
 
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.fp8_scales import Scale, find_scales
-from minisdxl.checkpoint.identify import predicts_v
 from minisdxl.checkpoint.layouts import PARTS, TensorMapping, key_variants
+from minisdxl.checkpoint.predictions import MARKS
 from minisdxl.checkpoint.tensorfile import FLOATS, READABLE, Shape, TensorFile
 from minisdxl.checkpoint.weight_files import WeightFiles
 from minisdxl.config import ModelConfig
@@ -239,14 +239,15 @@ def _find(files: WeightFiles, config: ModelConfig, shapes: Mapping[str, Shape]) 
     }
     others = tuple(part.prefix for key, part in PARTS.items() if key not in files.parts)
     scales, of_scales = find_scales(files)
+    has_unet = "unet" in files.parts or any(name.startswith(PARTS["unet"].prefix) for name in entries)
+    not_weights = of_scales | set(MARKS if has_unet else ())
     found = {
         name: entry.shape
         for name, entry in entries.items()
-        if name not in of_scales and not _match(name, files, UNUSED + SKIPPED) and not name.startswith(others)
+        if name not in not_weights and not _match(name, files, UNUSED + SKIPPED) and not name.startswith(others)
     }
     problems = misfits(found, expected)
-    what = predicts_v(files.metadata) or (files.family() if problems else None)
-    if what:
+    if problems and (what := files.family()):
         raise CheckpointError(f"{files.path} is {what}; expected {_wanted(files, config)}")
     if problems:
         raise CheckpointError(f"{files.path} does not fit {config.name}: {problems}")

@@ -10,7 +10,7 @@ from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.lora import LoRA, open_loras
 from minisdxl.checkpoint.modules import open_source
 from minisdxl.checkpoint.resolve import Source
-from minisdxl.cli.options import DTYPES, add_device, find_device
+from minisdxl.cli.options import DTYPES, add_device, add_prediction, find_device
 from minisdxl.loading import load, weights_path
 from minisdxl.pipeline import SDXL
 from minisdxl.prompting.chunks import Embedding
@@ -27,6 +27,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "minisdxl.download, or an id on the Hugging Face hub",
     )
     add_parts(parser)
+    add_prediction(parser)
     add(
         "--lora",
         action="append",
@@ -71,7 +72,9 @@ def open_model(options: argparse.Namespace) -> tuple[Source, Mapping[str, Embedd
     In ``options``, LoRAs and embeddings are replaced by what they name. Raises ``ValueError`` or ``OSError`` for files
     that are missing, damaged or not this model's.
     """
-    weights = open_source(weights_path(options.weights), DTYPES[options.dtype], **parts_of(options))
+    weights = open_source(
+        weights_path(options.weights), DTYPES[options.dtype], prediction=options.prediction, **parts_of(options)
+    )
     options.lora = [LoRA.parse(text) for text in options.lora]
     open_loras(options.lora, weights.config, weights.shapes)
     options.embedding = [EmbeddingFile.parse(text) for text in options.embedding]
@@ -87,5 +90,6 @@ def load_model(options: argparse.Namespace) -> SDXL:
         loras=options.lora,
         embeddings=options.embedding,
         tokenizer=options.tokenizer,
+        prediction=options.prediction,
         **parts_of(options),
     )

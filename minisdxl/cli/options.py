@@ -95,6 +95,16 @@ def find_device(name: str) -> str:
     return name
 
 
+def add_prediction(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for what a U-Net predicts."""
+    parser.add_argument(
+        "--prediction",
+        metavar="NAME",
+        help="what the U-Net predicts: noise, v (with zero terminal SNR; v:ztsnr=0 is without), edm (Playground 2.5), "
+        "edm-v (CosXL), or flow, as in flow:shift=3 (default: what the files say, else noise)",
+    )
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """(width, height) of ``WxH``. Raises ``argparse.ArgumentTypeError`` for other texts."""
     match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from minisdxl.config import NoiseConfig
-from minisdxl.sampler import Denoiser, NoisePredictor, UNetInputs, denoise, discrete_sigmas
+from minisdxl.preconditioning import preconditioner
+from minisdxl.sampler import Denoiser, NoisePredictor, UNetInputs, denoise
 from minisdxl.steps.evaluate import Tensors, evaluator
 from minisdxl.steps.forecast import Point, forecast
 from minisdxl.steps.kept import Kept
@@ -80,7 +81,7 @@ class _Run:
     ) -> None:
         self.scale, self.planner, self.rows = scale, planner, rows
         self.evaluate = evaluator(unet)
-        self.levels, self.sigmas = discrete_sigmas(noise), list(sigmas)
+        self.preconditioning, self.sigmas = preconditioner(noise), list(sigmas)
         inputs = {"unconditional": unconditional, "conditional": conditional}
         if scale == 1:
             del inputs["unconditional"]
@@ -118,7 +119,7 @@ class _Run:
             new.update(found)
             return predicted.float()
 
-        denoised = denoise(network, torch.cat([x] * len(branches)), sigma, self.levels)
+        denoised = denoise(network, torch.cat([x] * len(branches)), sigma, self.preconditioning)
         averaged = {kind for kind in ("self", "cross") if getattr(plan, f"{kind}_attention") == "averaged"}
         self.kept.put(new, branches, frozenset(averaged))
         return dict(zip(branches, denoised.chunk(len(branches)), strict=True))

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minisdxl.config import SDXL_BASE
-from minisdxl.sampler import Denoiser, denoise, discrete_sigmas, image_generators, initial_noise, sigmas
+from minisdxl.config import SDXL_BASE, NoiseConfig
+from minisdxl.preconditioning import preconditioner
+from minisdxl.sampler import Denoiser, denoise, image_generators, initial_noise, sigmas
 
 NOISE = SDXL_BASE.noise
 SHAPE = (4, 8, 8)
@@ -28,10 +29,10 @@ def epsilon_network(scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
     return network
 
 
-def network_denoiser(network: Callable[[Tensor, Tensor], Tensor]) -> Denoiser:
+def network_denoiser(network: Callable[[Tensor, Tensor], Tensor], noise: NoiseConfig = NOISE) -> Denoiser:
     """``denoise`` without guidance and without a plan."""
-    levels = discrete_sigmas(NOISE)
-    return lambda x, sigma, step: denoise(network, x, sigma, levels)
+    preconditioning = preconditioner(noise)
+    return lambda x, sigma, step: denoise(network, x, sigma, preconditioning)
 
 
 def gaussian_denoiser(mean: float, deviation: float) -> Denoiser:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from atedm import BlockPlan, Pruning, TokenPlan
 from minisdxl.config import NoiseConfig
+from minisdxl.preconditioning import discrete_sigmas, preconditioner
 from minisdxl.sampler import (
     Solver,
     Spacing,
     UNetInputs,
     denoise,
-    discrete_sigmas,
     euler,
     guided_denoiser,
     image_generators,
@@ -146,8 +146,9 @@ def test_preconditioning_gives_back_the_exact_denoiser() -> None:
         return noise.float()
 
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    scales = preconditioner(NOISE)
     errors = [
-        (denoise(network, x * sigma, sigma, levels) - exact(x * sigma, sigma, 0)).abs().max().item() / max(sigma, 1)
+        (denoise(network, x * sigma, sigma, scales) - exact(x * sigma, sigma, 0)).abs().max().item() / max(sigma, 1)
         for sigma in levels.tolist()
     ]
     print(f"preconditioning: max error of D over all 1000 sigmas {max(errors):.1e}")
@@ -165,7 +166,7 @@ def test_c_noise_is_the_nearest_index() -> None:
     x = torch.zeros(1, *SHAPE)
     between = 0.51 * levels[500] + 0.49 * levels[501]
     for sigma in (0.0, float(levels[500]), float(between), 100.0):
-        denoise(network, x, sigma, levels)
+        denoise(network, x, sigma, preconditioner(NOISE))
     assert seen == [0, 500, 500, 999]
 
 

@@ -23,7 +23,8 @@ from diffusers import (
 from torch import Tensor
 
 from minisdxl.config import SDXL_BASE, SHAPES
-from minisdxl.sampler import discrete_sigmas, image_generators, initial_noise
+from minisdxl.preconditioning import discrete_sigmas
+from minisdxl.sampler import image_generators, initial_noise
 from minisdxl.samplings import LEVELS, SAMPLINGS, Sampling, find_sampling
 from minisdxl.settings import first_step
 from tests.minisdxl.denoisers import NOISE, SHAPE, epsilon_network, network_denoiser, relative_error, start

@@ -13,7 +13,8 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
-from minisdxl.sampler import Denoiser, Solver, discrete_sigmas, euler, image_generators, initial_noise, sigmas
+from minisdxl.preconditioning import discrete_sigmas
+from minisdxl.sampler import Denoiser, Solver, euler, image_generators, initial_noise, sigmas
 from minisdxl.samplings import lcm_timesteps
 from minisdxl.solvers import churned_euler, dpmpp_2m, dpmpp_2m_sde, euler_ancestral, heun, lcm, tcd, unipc
 from tests.minisdxl.denoisers import (

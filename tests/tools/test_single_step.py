@@ -11,7 +11,7 @@ import torch
 
 from atedm import DENSE, parse_preset
 from minisdxl.pipeline import SDXL
-from minisdxl.sampler import discrete_sigmas
+from minisdxl.preconditioning import discrete_sigmas
 from tools.evaluation.step_changes import drawn_pictures, outcomes
 from tools.single_step import main
 

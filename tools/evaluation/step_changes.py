@@ -15,7 +15,7 @@ from torch import Tensor
 from atedm import DENSE, TokenPlan, parse_preset
 from minisdxl.cost import count
 from minisdxl.pipeline import SDXL
-from minisdxl.sampler import discrete_sigmas
+from minisdxl.preconditioning import discrete_sigmas
 from minisdxl.settings import micro_conditioning
 from minisdxl.transformer import AttentionBlock
 from tools.drawn.painting import draw, object_mask
@@ -71,7 +71,12 @@ def drawn_pictures(
 
 
 def outcomes(sdxl: SDXL, pictures: Pictures, presets: Sequence[str], timesteps: Sequence[int]) -> Iterator[Outcome]:
-    """Runs all presets at all timesteps. Raises ``ValueError`` for an unknown preset or one that does not fit."""
+    """Runs all presets at all timesteps.
+
+    Raises ``ValueError`` for an unknown preset or one that does not fit, and for a model that does not predict noise.
+    """
+    if sdxl.config.noise.prediction != "noise":
+        raise ValueError(f"the model predicts {sdxl.config.noise.prediction!r}, expected one that predicts 'noise'")
     sites = list(sdxl.config.unet.attention_sites())
     plans = {preset: parse_preset(preset).plan(STEPS - 1, STEPS, sites) for preset in presets}
     levels, size = discrete_sigmas(sdxl.config.noise), tuple(pictures.latents.shape[2:])

@@ -23,7 +23,17 @@ DEEP = "deep" * 3  # placeholder for deeply nested lists, until the JSON is text
 WORDS = (
     *("v_prediction", "gelu", "quick_gelu", "linear", "F16", "F32", "BF16", "I16", "U8", "F8_E4M3", "F\n16", "F128"),
     *("../model.safetensors", "/etc/passwd", "diffusion_pytorch_model.safetensors", "StableDiffusionPipeline", "..."),
-    *("__metadata__", "v_pred", "edm_mean", "model_ema.decay", "lora_unet_x.alpha", "x" * 5000, ".a" * 50_000, "\0"),
+    *(
+        "__metadata__",
+        "v_pred",
+        "ztsnr",
+        "edm_mean",
+        "model_ema.decay",
+        "lora_unet_x.alpha",
+        "x" * 5000,
+        ".a" * 50_000,
+        "\0",
+    ),
     *("x.weight_scale", "model.diffusion_model.scaled_fp8", "bundle_emb.x.clip_l", "lora_te_x.alpha", "x.comfy_quant"),
     *("", "x", "\n", "a\u2028b", "\ud800", "日本", "\u202e", "/", "%s", "{}", "control_model.x", "first_stage_model.x"),
 )

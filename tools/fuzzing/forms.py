@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from minisdxl.checkpoint.folder_writer import json_files
 from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.modules import file_metadata, official_shapes, open_source, without_memory
+from minisdxl.checkpoint.predictions import PLAYGROUND
 from minisdxl.checkpoint.weight_files import LORA_FILE
-from minisdxl.config import Level, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from minisdxl.config import Level, ModelConfig, NoiseConfig, TextConfig, UNetConfig, VAEConfig
 from minisdxl.convert import write_folder
 from minisdxl.tokenizer import END, START, Vocabulary
 
@@ -46,6 +48,22 @@ CONFIG = ModelConfig(
     size=8,
     size_channels=2,
 )
+
+# The same with other predictions.
+V = replace(CONFIG, noise=NoiseConfig(prediction="v", zero_terminal_snr=True))
+EDM = replace(
+    CONFIG,
+    noise=NoiseConfig(prediction="edm", sigma_min=0.002, sigma_max=80.0),
+    vae=replace(CONFIG.vae, latents_mean=(-1.5, 0.25, 2.0, 3.0), latents_std=(8.5, 6.0, 5.5, 0.5)),
+)
+EDM_V = replace(CONFIG, noise=NoiseConfig(prediction="edm-v", sigma_min=0.002, sigma_max=120.0))
+FLOW = replace(CONFIG, noise=NoiseConfig(prediction="flow", shift=3.0))
+V_MARKS = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+EDM_MARKS = {
+    "edm_mean": torch.tensor(EDM.vae.latents_mean).view(1, 4, 1, 1),
+    "edm_std": torch.tensor(EDM.vae.latents_std).view(1, 4, 1, 1),
+}
+EDM_V_MARKS = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
 
 LORA = "lora.safetensors"
 LORA_FOLDER = "lora"
@@ -138,6 +156,7 @@ class Form:
     damaged: str = ""  # how the paths begin of the files that get damaged
     official: bool = False  # whether nothing but names and shapes says which model it is
     like: str | None = None  # the form with the same names whose numbers tell where they come from
+    config: ModelConfig = CONFIG
 
     @property
     def subject(self) -> str:
@@ -242,6 +261,34 @@ def forms() -> dict[str, Form]:
         )
         for form, name in lora_names.items()
     }
+    described_as = {
+        name: {f"model/{path}": json.dumps(text).encode() for path, text in json_files(Path("model"), config).items()}
+        for name, config in {"v": V, "edm": EDM, "edm-v": EDM_V, "flow": FLOW}.items()
+    }
+    predictions = {
+        "v file": Form(
+            {single: file_bytes(official | V_MARKS), **tokenizer}, single, {}, single, official=True, config=V
+        ),
+        "edm file": Form(
+            {single: file_bytes(official | EDM_MARKS), **tokenizer},
+            single,
+            {},
+            single,
+            official=True,
+            config=replace(EDM, defaults=PLAYGROUND),
+        ),
+        "edm-v file": Form(
+            {single: file_bytes(official | EDM_V_MARKS, file_metadata(EDM_V)), **tokenizer},
+            single,
+            {},
+            single,
+            config=EDM_V,
+        ),
+        "v folder": Form(folder | described_as["v"], "model", {}, "model/", config=V),
+        "edm folder": Form(folder | described_as["edm"], "model", {}, "model/", config=EDM),
+        "edm-v folder": Form(folder | described_as["edm-v"], "model", {}, "model/scheduler", config=EDM_V),
+        "flow folder": Form(folder | described_as["flow"], "model", {}, "model/scheduler", config=FLOW),
+    }
     return {
         "converted file": Form({single: file_bytes(converted(official), metadata), **tokenizer}, single, {}, single),
         "fp8 file": Form(
@@ -268,6 +315,7 @@ def forms() -> dict[str, Form]:
             openclip,
         ),
         "--unet file": Form({**beside("unet"), unet: file_bytes(parts["unet"])}, single, {"unet": unet}, unet),
+        **predictions,
         **loras,
     }
 

@@ -19,7 +19,24 @@ from minisdxl.checkpoint.folder_writer import COMPONENTS
 from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.modules import CONFIG_KEY
 from tools.fuzzing.damage import Case
-from tools.fuzzing.forms import CONFIG, IDS, LORAS, LYCORIS, LYCORIS_MODULES, Files, bytes_of, forms, role, weights
+from tools.fuzzing.forms import (
+    CONFIG,
+    EDM_MARKS,
+    EDM_V_MARKS,
+    IDS,
+    LORAS,
+    LYCORIS,
+    LYCORIS_MODULES,
+    V_MARKS,
+    Files,
+    bytes_of,
+    forms,
+    role,
+    weights,
+)
+
+MARKS = (*V_MARKS, *EDM_MARKS, *EDM_V_MARKS)  # tensors that say what a U-Net predicts
+WORDS = ("modelspec.prediction_type", "modelspec.predict_key")  # of metadata that say it
 
 
 class Violation(Exception):
@@ -28,13 +45,17 @@ class Violation(Exception):
 
 def stored(files: Files, variant: bool) -> dict[str, Tensor]:
     """The tensors to load, by folder (or file) and name, from fp16 files first if ``variant``, else from plain ones."""
+    tensors: dict[str, Tensor] = {}
+    for path in chosen(files, variant):
+        tensors |= {f"{role(path)}: {name}": tensor for name, tensor in read_tensors(bytes_of(files[path])).items()}
+    return tensors
+
+
+def chosen(files: Files, variant: bool) -> list[str]:
+    """The safetensors files that are read: of each role those in fp16 first if ``variant``, else the plain ones."""
     paths = [path for path, content in files.items() if path.endswith(".safetensors") and isinstance(content, bytes)]
     preferred = {role(path) for path in paths if (".fp16." in path) == variant}
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        if (".fp16." in path) == variant or role(path) not in preferred:
-            tensors |= {f"{role(path)}: {name}": tensor for name, tensor in read_tensors(bytes_of(files[path])).items()}
-    return tensors
+    return [path for path in paths if (".fp16." in path) == variant or role(path) not in preferred]
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -61,7 +82,7 @@ def origins(form: str) -> Origins:
     tensors = {
         name: tensor
         for name, tensor in found.items()
-        if tensor.any() and not name.startswith(lora) and not name.endswith("position_ids")
+        if tensor.any() and not name.startswith(lora) and not name.endswith(("position_ids", *MARKS))
     }
     numbers, order = flat(tensors.values()).sort()
     wanted = flat(weights().values())
@@ -200,13 +221,15 @@ def may_be_added(form: str, name: str) -> bool:
     given = form.removeprefix("--").partition(" ")[0].replace("-", "_")
     unused = [part.prefix for key, part in PARTS.items() if given in PARTS and key != given]
     harmless = ("model_ema.", "denoiser.", *unused, *(("bundle_emb.",) if given == "lora" else ()))
+    if name in MARKS:  # what they say is compared with the config
+        return given not in ("vae", "lora")
     return name.startswith(harmless) or name.endswith(("position_ids", "logit_scale", "scaled_fp8"))
 
 
 # Fields that do not describe the model, or that repeat the shapes of its tensors.
 FREE = {
-    "model": {*COMPONENTS, "_name_or_path"},
-    "scheduler": {"_class_name", "timestep_spacing"},
+    "model": {*COMPONENTS, "_name_or_path", "scheduler"},
+    "scheduler": {"_class_name", "sigma_schedule", "timestep_spacing"},
     "unet": {
         *("_class_name", "addition_time_embed_dim", "block_out_channels", "cross_attention_dim", "in_channels"),
         *("layers_per_block", "out_channels", "projection_class_embeddings_input_dim", "transformer_layers_per_block"),
@@ -227,7 +250,8 @@ NEEDED = {"unet": {"addition_embed_type", "use_linear_projection"}, "scheduler":
 DEFAULTS = {
     **{"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "norm_num_groups": 32, "sample_size": 128},
     **{"attention_head_dim": 8, "scaling_factor": 0.18215, "num_attention_heads": 8, "hidden_act": "quick_gelu"},
-    **{"eos_token_id": 49407, "_name_or_path": None},
+    **{"eos_token_id": 49407, "_name_or_path": None, "latents_mean": None, "latents_std": None, "shift": 1.0},
+    **{"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "sigma_min": 0.002, "sigma_max": 80.0},
 }
 
 
@@ -241,6 +265,15 @@ def put_field(config: dict[str, Any], part: str, key: str, value: Any) -> bool:
             config["noise"]["steps"] = value
         case "scheduler", "beta_start" | "beta_end":
             config["noise"][key] = float(value)
+        case "scheduler", "sigma_min" | "sigma_max" | "shift":
+            config["noise"][key] = float(value)
+        case "scheduler", "prediction_type":
+            kinds = ("edm", "edm-v") if config["noise"]["prediction"].startswith("edm") else ("noise", "v")
+            config["noise"]["prediction"] = kinds[("epsilon", "v_prediction").index(value)]
+        case "scheduler", "rescale_betas_zero_snr":
+            config["noise"]["zero_terminal_snr"] = value
+        case "vae", "latents_mean" | "latents_std":
+            config["vae"][key] = [float(number) for number in value or ()]
         case "unet", "attention_head_dim":  # the number of heads; the config has their width
             config["unet"]["head_channels"] = 8 // (value[-1] if isinstance(value, list) else value)
         case "unet" | "vae", "norm_num_groups":
@@ -264,13 +297,15 @@ def put_field(config: dict[str, Any], part: str, key: str, value: Any) -> bool:
 
 def right_config(case: Case, folder: Path) -> dict[str, Any]:
     """The config in the files. Raises ``Violation`` if they describe no such model."""
-    config: dict[str, Any] = json.loads(json.dumps(CONFIG.to_dict()))
-    form = forms()[case.form]
+    form, described = forms()[case.form], "unet" not in forms()[case.form].options
+    config: dict[str, Any] = json.loads(json.dumps(form.config.to_dict()))
     if form.weights.endswith(".safetensors"):
+        config = json.loads(json.dumps(CONFIG.to_dict()))
         with safe_open(folder / form.weights, "pt") as file:
             metadata = file.metadata() or {}
         if CONFIG_KEY in metadata:
             config = merged(config, json.loads(metadata[CONFIG_KEY]))
+        described &= CONFIG_KEY in metadata
     for path, before in form.files.items():
         part = role(path).rpartition("/")[2]
         if not path.endswith((f"{part}/config.json", "model_index.json", "scheduler_config.json")):
@@ -285,7 +320,65 @@ def right_config(case: Case, folder: Path) -> dict[str, Any]:
             passed_over = key in old if key in new else key in NEEDED.get(part, ())
             if not known and passed_over and key not in FREE[part]:
                 raise Violation(f"ignored {key}, which is {new.get(key)!r:.100}, expected {old[key]!r:.100}")
+    said = with_marks(config, *unet_says(case))
+    if not described:
+        return said
+    if not nearly_equal(said, config):
+        raise Violation(f"loaded with the config {config} whose U-Net is marked as {said}")
     return config
+
+
+def unet_says(case: Case) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors of the file or files of the U-Net by name, and the words of their metadata for its prediction."""
+    form = forms()[case.form]
+    place = form.options.get("unet", form.weights if form.weights.endswith(".safetensors") else f"{form.weights}/unet")
+    found = stored(case.files, case.dtype == torch.float16)
+    tensors = {name.partition(": ")[2]: tensor for name, tensor in found.items() if name.startswith(f"{place}: ")}
+    words: set[str] = set()
+    for path in chosen(case.files, case.dtype == torch.float16):
+        if role(path) == place:
+            data = bytes_of(case.files[path])
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+            words |= {metadata[key] for key in WORDS if key in metadata}
+    return tensors, words
+
+
+def with_marks(config: dict[str, Any], tensors: Mapping[str, Tensor], words: Collection[str]) -> dict[str, Any]:
+    """A config with what marks say, else with what metadata say."""
+    noise, vae = config["noise"], config["vae"]
+    plain = {"prediction": "noise", "zero_terminal_snr": False, "sigma_min": None, "sigma_max": None, "shift": 1.0}
+
+    def numbers(name: str) -> list[float]:
+        return [float(f"{number:.7g}") for number in tensors[name].double().flatten().tolist()]
+
+    if "edm_mean" in tensors:
+        noise = {**noise, **plain, "prediction": "edm", "sigma_min": 0.002, "sigma_max": 80.0}
+        vae = {**vae, "scale_factor": 0.5, "latents_mean": numbers("edm_mean"), "latents_std": numbers("edm_std")}
+        if config["defaults"] == json.loads(json.dumps(CONFIG.to_dict()))["defaults"] and config["name"] == CONFIG.name:
+            config = {**config, "defaults": json.loads(json.dumps(forms()["edm file"].config.to_dict()))["defaults"]}
+    elif "edm_vpred.sigma_max" in tensors:
+        lowest = numbers("edm_vpred.sigma_min")[0] if "edm_vpred.sigma_min" in tensors else 0.002
+        highest = numbers("edm_vpred.sigma_max")[0]
+        noise = {**noise, **plain, "prediction": "edm-v", "sigma_min": lowest, "sigma_max": highest}
+    elif "v_pred" in tensors:
+        noise = {**noise, **plain, "prediction": "v", "zero_terminal_snr": "ztsnr" in tensors}
+    elif "v" in words and noise["prediction"] not in ("v", "edm-v"):
+        noise = {**noise, **plain, "prediction": "v"}
+    elif "epsilon" in words and noise["prediction"] not in ("noise", "edm"):
+        noise = {**noise, **plain}
+    return {**config, "noise": noise, "vae": vae}
+
+
+def nearly_equal(one: Any, other: Any) -> bool:
+    """Whether two configs are equal up to the rounding of fp32, and settings that do not draw another model."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = (one.keys() | other.keys()) - {"defaults"}
+        return all(nearly_equal(one.get(key), other.get(key)) for key in keys)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(nearly_equal, one, other))
+    if isinstance(one, float) and isinstance(other, int | float):
+        return abs(one - other) <= 1e-6 * abs(one)
+    return bool(one == other)
 
 
 def merged(sound: Any, found: Any) -> Any:

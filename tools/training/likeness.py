@@ -17,7 +17,7 @@ from atedm import DENSE
 from atedm.graph.inputs import AttentionInputs
 from atedm.tokens import TokenSet
 from minisdxl.pipeline import SDXL
-from minisdxl.sampler import discrete_sigmas
+from minisdxl.preconditioning import discrete_sigmas
 from minisdxl.transformer import AttentionBlock, TransformerLayer
 from minisdxl.unet import UNet
 from tools.drawn.world import random_open_scene, random_scene

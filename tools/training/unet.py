@@ -24,8 +24,8 @@ from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.checkpoint.modules import Modules, load, save
 from minisdxl.config import SHAPES
 from minisdxl.pipeline import SDXL
+from minisdxl.preconditioning import discrete_sigmas
 from minisdxl.prompting.encoders import PromptEncoders
-from minisdxl.sampler import discrete_sigmas
 from minisdxl.text import TextEmbeddings
 from minisdxl.tokenizer import Tokenizer
 from minisdxl.transformer import AttentionBlock

@@ -17,7 +17,7 @@ import torch
 
 from minisdxl.checkpoint.containers import container
 from minisdxl.checkpoint.errors import CheckpointError
-from minisdxl.checkpoint.identify import family, predicts_v
+from minisdxl.checkpoint.identify import family
 from minisdxl.checkpoint.modules import open_source
 from minisdxl.convert import write_folder
 from minisdxl.tokenizer import read_vocabulary
@@ -142,10 +142,6 @@ FAMILIES: dict[str, tuple[Shapes, str]] = {
     "Vega": (with_depths({4: 1, 5: 1, 7: 2, 8: 2}), "Segmind Vega"),
     "KOALA-700M": (with_depths({4: 2, 7: 5}), "KOALA-700M"),
     "KOALA-1B": (with_depths({4: 2, 7: 6}), "KOALA-1B"),
-    "v-prediction": (with_tensors(v_pred=(0,), ztsnr=(0,)), "a v-prediction model"),
-    "zero terminal SNR": (with_tensors(ztsnr=(0,)), "a v-prediction model"),
-    "Playground 2.5": (with_tensors(edm_mean=(1, 4, 1, 1), edm_std=(1, 4, 1, 1)), "Playground 2.5"),
-    "CosXL": (with_tensors(edm_vpred__sigma_max=(), edm_vpred__sigma_min=()), "CosXL"),
     "LoRA, kohya": ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (8, 1280)}, "a LoRA"),
     "LoRA, peft": ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (8, 1280)}, "a LoRA"),
     "LoRA, older diffusers": ({"unet.down_blocks.1.to_q_lora.down.weight": (8, 1280)}, "a LoRA"),
@@ -264,15 +260,9 @@ def test_a_part_may_be_all_that_is_wanted(name: str, parts: list[str], expected:
     assert family(FAMILIES[name][0], parts) == expected
 
 
-@pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
-def test_prediction_is_read_from_metadata_too(key: str) -> None:
-    assert "v-prediction" in str(predicts_v({key: "v"}))
-    assert predicts_v({key: "epsilon"}) is None
-
-
 OTHER_MODELS = [
     *("SD 1.x", "SD 2.x", "SD 1.x U-Net", "refiner", "refiner U-Net", "pix2pix", "SSD-1B", "Vega"),
-    *("KOALA-700M", "KOALA-1B", "v-prediction", "Playground 2.5", "CosXL", "LoRA, kohya", "LoRA, peft", "SD 3", "Flux"),
+    *("KOALA-700M", "KOALA-1B", "LoRA, kohya", "LoRA, peft", "SD 3", "Flux"),
     *("TAESDXL", "Control-LoRA", "Wan", "Qwen-Image", "Z-Image", "HunyuanVideo", "SVDQuant", "nf4", "quanto"),
     *("Flux, diffusers", "ControlNet", "ControlNet, diffusers", "text encoder, transformers", "text encoder, OpenCLIP"),
 ]

@@ -344,8 +344,6 @@ def test_other_families_are_named(tmp_path: Path) -> None:
     official = manifest.official_shapes()
     sparse_file(path, {**official, "model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)})
     assert "is a pix2pix editing model (8 input channels, not 4); expected a whole SDXL base model" in refusal(path)
-    sparse_file(path, {**official, "v_pred": (0,)})
-    assert "is a v-prediction model" in refusal(path)
     sparse_file(path, {name: shape for name, shape in official.items() if name.startswith("first_stage_model.")})
     assert "is only the VAE of a model" in refusal(path)
     path.write_bytes(b"<!DOCTYPE html>")

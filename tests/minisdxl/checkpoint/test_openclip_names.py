@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -50,11 +51,11 @@ def folder(files: list[Path]) -> Path:
     return target
 
 
-def state(path: Path, **parts: Path) -> Tensors:
+def state(path: Path, **parts: Any) -> Tensors:
     return official_state_dict(load(path, "cpu", torch.float32, loras=(), **parts)[1])
 
 
-def opened(path: Path, **parts: Path) -> Source:
+def opened(path: Path, **parts: Any) -> Source:
     return open_source(path, torch.float32, **parts)
 
 
