@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 from atedm.presets import parse_preset
 from minisdxl.cli.options import Parser, add_pruning, parse_size
 from minisdxl.cli.presets import settle_preset
-from minisdxl.config import MODELS, SDXL_BASE, ModelConfig
+from minisdxl.config import MODELS, SDXL_BASE, SDXL_REFINER, ModelConfig, check_refiner
 from minisdxl.cost import Kind, format_flops, summary
+from minisdxl.sampler import sigmas
+from minisdxl.settings import REFINER_START, split_step
 
 BAR = 40  # characters of the longest bar
 
@@ -57,6 +60,18 @@ def find_config(model: str) -> ModelConfig:
     return read_config(model)
 
 
+def _stages(config: ModelConfig, options: argparse.Namespace) -> list[tuple[ModelConfig, range]]:
+    """The models that take part and the steps of each, in the official spacing. Raises ``ValueError``."""
+    if options.refiner is None:
+        if options.refiner_start is not None:
+            raise ValueError(f"--refiner-start is {options.refiner_start} without --refiner, expected both")
+        return [(config, range(options.steps))]
+    refiner = find_config(options.refiner)
+    check_refiner(options.refiner, refiner, config)
+    split = split_step(options.refiner_start, sigmas(options.steps, config.noise), config.noise)
+    return [(config, range(split)), (refiner, range(split, options.steps))]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 0 on success, 2 with one line on bad input."""
     parser = Parser(prog="python -m minisdxl.flops", description="FLOPs of one U-Net call, dense and pruned.")
@@ -65,6 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add_pruning(parser)
+    add("--refiner", metavar="NAME|PATH", help=f"count the last steps for this refiner, such as {SDXL_REFINER.name}")
+    add(
+        "--refiner-start",
+        type=float,
+        metavar="SHARE",
+        help=f"with --refiner: share of the noise schedule that the base model does (default: {REFINER_START})",
+    )
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     with parser.one_line("nothing was printed"):
@@ -72,18 +94,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size = config.picture_size(options.size)
         prune = settle_preset(config, options)
         schedule = parse_preset(prune) if prune is not None else None
-        width, height = (side // config.vae.downscale for side in size)
-        calls, dense = (summary(config, height, width, asked, options.steps) for asked in (schedule, None))
+        _, height, width = config.latent_shape(size)
+        stages = _stages(config, options)
+        counted = [
+            [summary(each, height, width, asked, options.steps, span) for asked in (schedule, None)]
+            for each, span in stages
+        ]
     predicted = {}
     if config.noise.prediction != "noise":
         from minisdxl.checkpoint.predictions import prediction_text  # as above
 
         predicted = {"prediction": prediction_text(config.noise)}
-    title = ", ".join([config.name, *(f"predicts {text}" for text in predicted.values())])
-    title += f", {size[0]}x{size[1]} pixels, {options.steps} steps, {prune or 'dense'}"
-    text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}"
+    texts = []
+    for (each, span), (calls, dense) in zip(stages, counted, strict=True):
+        steps = f"steps {span[0]} to {span[-1]} of {options.steps}" if len(stages) > 1 else f"{options.steps} steps"
+        title = ", ".join([each.name, *(f"predicts {text}" for text in predicted.values())])
+        title += f", {size[0]}x{size[1]} pixels, {steps}, {prune or 'dense'}"
+        texts.append(f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}")
+    result = {**counted[0][0], **predicted}
+    if len(stages) > 1:
+        both = {
+            key: round(sum(calls[key] * len(span) for (_, span), (calls, _) in zip(stages, counted, strict=True)))
+            for key in ("average", "dense")
+        }
+        both = {key: round(flops / options.steps) for key, flops in both.items()}
+        texts.append(
+            f"average of all {options.steps} steps  {format_flops(both['average'])}, "
+            f"{both['average'] / both['dense']:.1%} of dense ({format_flops(both['dense'])})"
+        )
+        result = {
+            **both,
+            **predicted,
+            "base": counted[0][0],
+            "refiner": counted[1][0],
+            "steps": [len(span) for _, span in stages],
+        }
     try:
-        print(json.dumps({**calls, **predicted}, indent=1) if options.json else text, flush=True)
+        print(json.dumps(result, indent=1) if options.json else "\n\n".join(texts), flush=True)
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe; Python would report that at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from atedm.plan import TokenPlan
 from minisdxl.cli.jobs import Job
 from minisdxl.cli.picture_files import InitImage, side_by_side, write_picture
 from minisdxl.cli.previews import Preview, RGBMap, fit_rgb
+from minisdxl.config import ModelConfig
 from minisdxl.cost import count, format_flops
 from minisdxl.pipeline import SDXL
 from minisdxl.samplings import Sampling
-from minisdxl.settings import Settings, first_step, token_plans
+from minisdxl.settings import Settings, first_step, split_step, token_plans
 
 LOW_MEMORY_STRIP_ROWS = 8  # rows of the latent decoded at once, with --low-memory
 
@@ -77,18 +78,25 @@ class Run:
 
     def step_flops(self, prune: str | None, job: Job) -> list[int]:
         """What the U-Net costs for a job's picture in each step that is run, both halves of guidance together."""
-        config, strength = self.sdxl.config, self.options.strength
-        f, text = config.vae.downscale, self.context_length(job)
-        width, height = job.size
-
-        def cost(plan: TokenPlan) -> int:
-            return count(config, height // f, width // f, plan, text).total
-
-        plans, calls = token_plans(config, prune, job.steps), self.sampling.calls(job.steps)
-        costs = {plan: cost(plan) for plan in set(plans)}
-        guidance = 1 if job.cfg == 1 else 2
+        config, strength, text = self.sdxl.config, self.options.strength, self.context_length(job)
         first = 0 if strength is None else first_step(job.steps, strength)
-        return [guidance * calls[step] * costs[plans[step]] for step in range(first, job.steps)]
+        stages = [config] * job.steps
+        if self.sdxl.refiner is not None:
+            sigmas = self.sampling.sigmas(job.steps, config.noise)
+            split = split_step(self.options.refiner_start, sigmas, config.noise, first)
+            stages[split:] = [self.sdxl.refiner.config] * (job.steps - split)
+        _, height, width = config.latent_shape(job.size)
+        plans = {stage.name: token_plans(stage, prune, job.steps) for stage in stages}
+
+        @cache
+        def cost(stage: ModelConfig, plan: TokenPlan) -> int:
+            return count(stage, height, width, plan, text).total
+
+        guidance, calls = 1 if job.cfg == 1 else 2, self.sampling.calls(job.steps)
+        return [
+            guidance * calls[step] * cost(stages[step], plans[stages[step].name][step])
+            for step in range(first, job.steps)
+        ]
 
     @cached_property
     def _rgb(self) -> RGBMap:
@@ -125,6 +133,7 @@ class Run:
                 target_size=options.target_size,
                 image=None if self.source is None else self.source.image,
                 strength=options.strength,
+                refiner_start=options.refiner_start,
                 mask=None if self.mask is None else self.mask.image,
                 strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
             )
