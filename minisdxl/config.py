@@ -227,33 +227,45 @@ def inpainting_channels(latent: int) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A complete model: U-Net, VAE, two text encoders, noise levels, picture size and default settings."""
+    """A complete model: U-Net, VAE, text encoders, noise levels, picture size and default settings.
+
+    SDXL has two text encoders, and its refiner the second one alone.
+    """
 
     name: str
     unet: UNetConfig
     vae: VAEConfig
-    text: tuple[TextConfig, TextConfig]
+    text: tuple[TextConfig, ...]
     size: int  # side of a picture in pixels, when none is asked for
-    size_channels: int = 256  # embedding of each of six size numbers; official: ConcatTimestepEmbedderND.outdim
+    size_channels: int = 256  # embedding of each size number; official: ConcatTimestepEmbedderND.outdim
     noise: NoiseConfig = NoiseConfig()
     buckets: tuple[tuple[int, int], ...] = ()  # (width, height) of all pictures it was trained on; () if not recorded
     defaults: Defaults = Defaults()
+    # Of the refiner: the aesthetic score that it is told in place of the target size, and that of the unconditional
+    # half. Its empty negative prompts are encoded, where SDXL's become zeros.
+    scores: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        kinds = {(len(self.text), len(self.scores))} & {(2, 0), (1, 2)}
+        _require(
+            bool(kinds),
+            f"{len(self.text)} text encoders and {len(self.scores)} aesthetic scores, expected 2 and none, "
+            "or 1 and 2 of a refiner",
+        )
         for bucket in self.buckets:
             _require(
                 len(bucket) == 2 and all(isinstance(side, int) and side >= 8 for side in bucket),
                 f"training bucket is {bucket}, expected a width and a height in pixels",
             )
-        pooled = self.text[1].projection
-        _require(pooled is not None, "the second text encoder needs a projection: its pooled output feeds the U-Net")
+        pooled = self.text[-1].projection
+        _require(pooled is not None, "the last text encoder needs a projection: its pooled output feeds the U-Net")
         assert pooled is not None
         context = sum(encoder.width for encoder in self.text)
         _require(
             context == self.unet.context_channels,
             f"text encoders give {context} context channels, the U-Net takes {self.unet.context_channels}",
         )
-        vector = pooled + 6 * self.size_channels
+        vector = pooled + (5 if self.refines else 6) * self.size_channels
         _require(
             vector == self.unet.vector_channels,
             f"text and sizes give {vector} vector channels, the U-Net takes {self.unet.vector_channels}",
@@ -270,6 +282,11 @@ class ModelConfig:
         """Whether it is an inpainting model, whose U-Net sees the mask and the masked picture beside the latent."""
         return self.unet.in_channels == inpainting_channels(self.vae.latent_channels)
 
+    @property
+    def refines(self) -> bool:
+        """Whether it is a refiner, which is trained on the last steps alone."""
+        return bool(self.scores)
+
     def picture_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """The (width, height) of a picture in pixels; ``None`` is the size that the model was made for.
 
@@ -284,6 +301,10 @@ class ModelConfig:
                     f"picture {name} is {side} pixels, expected a multiple of 8 from {smallest} to {LARGEST_SIDE}"
                 )
         return width, height
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """The (channels, height, width) of the latent of a picture of ``size``, (width, height)."""
+        return self.vae.latent_channels, size[1] // self.vae.downscale, size[0] // self.vae.downscale
 
     def nearest_bucket(self, size: tuple[int, int]) -> tuple[int, int] | None:
         """The training bucket with the aspect ratio nearest to ``size``; ``None`` if there are no buckets."""
@@ -304,14 +325,14 @@ class ModelConfig:
             unet = {**data["unet"], "levels": tuple(Level(**level) for level in data["unet"]["levels"])}
             vae = {**data["vae"], "multipliers": tuple(data["vae"]["multipliers"])}
             vae |= {key: _tuple(vae.get(key, ())) for key in ("latents_mean", "latents_std")}  # absent in older files
-            clip, openclip = (TextConfig(**encoder) for encoder in data["text"])
             parts = {
                 "unet": UNetConfig(**unet),
                 "vae": VAEConfig(**vae),
-                "text": (clip, openclip),
+                "text": tuple(TextConfig(**encoder) for encoder in data["text"]),
                 "noise": NoiseConfig(**data["noise"]),
                 "buckets": tuple(tuple(bucket) for bucket in data.get("buckets", ())),  # absent in older files
                 "defaults": _defaults(data),
+                "scores": tuple(map(float, data.get("scores", ()))),
             }
             return cls(**{**data, **parts})
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -322,6 +343,25 @@ def _tuple(values: Any) -> tuple[Any, ...]:
     if not isinstance(values, list | tuple):
         raise TypeError(f"{values!r:.60} is no list")
     return tuple(values)
+
+
+def check_refiner(path: object, refiner: ModelConfig, base: ModelConfig) -> None:
+    """Raises ``ValueError`` unless ``refiner``, at ``path``, is one that works on latents and tokens of ``base``."""
+    if not refiner.refines:
+        raise ValueError(f"{path} is {refiner.name}, expected a refiner, which has one text encoder")
+    if base.refines:
+        raise ValueError(f"{base.name} is refined by {path}, expected a base model")
+    found, expected = (
+        (config.vae.latent_channels, config.vae.downscale, config.vae.scale_factor, config.text[-1].vocabulary)
+        for config in (refiner, base)
+    )
+    if refiner.noise != base.noise:
+        raise ValueError(f"{path} has noise {refiner.noise}, expected {base.noise} of {base.name}")
+    if found != expected:
+        raise ValueError(
+            f"{path} has (latent channels, downscale, scale factor, vocabulary) {found}, expected {expected} "
+            f"of {base.name}"
+        )
 
 
 def known_defaults(name: str) -> Defaults:
@@ -392,6 +432,23 @@ SDXL_BASE = ModelConfig(
 # diffusers/stable-diffusion-xl-1.0-inpainting-0.1: unet/config.json.
 SDXL_INPAINTING = replace(SDXL_BASE, name="sdxl-inpainting", unet=replace(SDXL_BASE.unet, in_channels=9))
 
+# stabilityai/stable-diffusion-xl-refiner-1.0: sd_xl_refiner.yaml, unet/config.json; the scores are those of diffusers.
+SDXL_REFINER = replace(
+    SDXL_BASE,
+    name="sdxl-refiner",
+    unet=UNetConfig(
+        model_channels=384,
+        levels=(Level(1, 0), Level(2, 4), Level(4, 4), Level(4, 0)),
+        middle_depth=4,
+        res_blocks=2,
+        head_channels=64,
+        context_channels=1280,
+        vector_channels=2560,
+    ),
+    text=SDXL_BASE.text[1:],
+    scores=(6.0, 2.5),
+)
+
 SHAPES = ModelConfig(
     name="shapes",
     unet=UNetConfig(
@@ -423,4 +480,4 @@ SHAPES = ModelConfig(
     ),
 )
 
-MODELS = {config.name: config for config in (SDXL_BASE, SDXL_INPAINTING, SHAPES)}
+MODELS = {config.name: config for config in (SDXL_BASE, SDXL_INPAINTING, SDXL_REFINER, SHAPES)}

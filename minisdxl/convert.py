@@ -21,7 +21,7 @@ from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.folder_reader import INDEX, SCHEDULER, noise_config
 from minisdxl.checkpoint.folder_writer import json_files, tokenizer_files
 from minisdxl.checkpoint.json_fields import Fields
-from minisdxl.checkpoint.layouts import PARTS, layout
+from minisdxl.checkpoint.layouts import PARTS, file_name, layout, model_parts
 from minisdxl.checkpoint.lora import Change, LoRA, merge, open_loras
 from minisdxl.checkpoint.modules import file_metadata, open_source
 from minisdxl.checkpoint.predictions import mark_tensors, prediction_text
@@ -103,11 +103,12 @@ def write_single(source: Source, path: Path, dtype: torch.dtype | None = None, c
     Raises:
         CheckpointError: if the file cannot be written, numbers are too large for the dtype, or a LoRA cannot be read.
     """
+    dtypes = {name: dtype or source.stored[name].dtype for name in source.shapes}
     specs: dict[str, Spec] = {
-        name: (dtype or source.stored[name].dtype, shape) for name, shape in source.shapes.items()
+        file_name(name, source.config): (dtypes[name], shape) for name, shape in source.shapes.items()
     }
     table = _by_tensor(changes)
-    tensors = (_read(source, name, specs[name][0], table) for name in source.shapes)
+    tensors = (_read(source, name, dtypes[name], table) for name in dtypes)
     marks = mark_tensors(source.config)
     specs |= {name: (torch.float32, tuple(mark.shape)) for name, mark in marks.items()}
     write_tensors(path, specs, chain(tensors, marks.values()), file_metadata(source.config))
@@ -148,7 +149,7 @@ def write_folder(
             for name, text in files.items():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 (temporary / name).write_text(text, encoding="utf-8")
-            for part in PARTS:
+            for part in model_parts(source.config):
                 _write_part(source, part, temporary / part / f"{PARTS[part].weights}.safetensors", dtype, table)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error

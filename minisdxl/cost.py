@@ -237,24 +237,27 @@ def _product(rows: int, inner: int, columns: int) -> int:
     return 2 * rows * inner * columns
 
 
-def summary(config: ModelConfig, height: int, width: int, schedule: Schedule | None, steps: int) -> dict[str, Any]:
+def summary(
+    config: ModelConfig, height: int, width: int, schedule: Schedule | None, steps: int, span: range | None = None
+) -> dict[str, Any]:
     """FLOPs of one U-Net call on a latent of ``height`` x ``width``, ready for JSON.
 
     ``dense`` is the dense model, ``steady`` the last of ``steps`` steps, ``pruneless`` the first one and ``average``
-    the mean of all. ``blocks`` lists each :class:`Work` of the steady step, with ranking and recovery. A ``schedule``
-    of ``None`` is dense. Raises ``ValueError`` as :func:`count`, for steps out of range, or if nothing is pruned.
+    the mean of all; of those in ``span``, where a model does not run all. ``blocks`` lists each :class:`Work` of the
+    steady step, with ranking and recovery. A ``schedule`` of ``None`` is dense. Raises ``ValueError`` as :func:`count`,
+    for steps out of range, or if nothing is pruned.
     """
     if not 1 <= steps <= config.noise.steps:
         raise ValueError(f"steps is {steps}, expected 1 to {config.noise.steps}")
     sites = list(config.unet.attention_sites())
-    plans = [DENSE if schedule is None else schedule.plan(step, steps, sites) for step in range(steps)]
+    plans = [DENSE if schedule is None else schedule.plan(step, steps, sites) for step in span or range(steps)]
     calls = {plan: count(config, height, width, plan, config.text[0].context_length) for plan in {DENSE, *plans}}
     steady = calls[plans[-1]]
     return {
         "dense": calls[DENSE].total,
         "steady": steady.total,
         "pruneless": calls[plans[0]].total,
-        "average": round(sum(calls[plan].total * times for plan, times in Counter(plans).items()) / steps),
+        "average": round(sum(calls[plan].total * times for plan, times in Counter(plans).items()) / len(plans)),
         "blocks": [work._asdict() for work in steady.works],
     }
 

@@ -15,9 +15,10 @@ from typing import Any
 from atedm.presets import parse_preset
 from minisdxl.cli.options import Parser, add_pruning, add_steps, parse_size
 from minisdxl.cli.presets import settle_fast, settle_preset
-from minisdxl.config import MODELS, SDXL_BASE, ModelConfig
+from minisdxl.config import MODELS, SDXL_BASE, SDXL_REFINER, ModelConfig, check_refiner
 from minisdxl.cost import Kind, format_flops, summary
-from minisdxl.settings import Settings, check_settings
+from minisdxl.sampler import sigmas
+from minisdxl.settings import REFINER_START, Settings, check_settings, split_step
 from minisdxl.steps.cost import picture_cost
 from minisdxl.steps.plan import StepPlan, describe
 
@@ -91,6 +92,18 @@ def find_config(model: str) -> ModelConfig:
     return read_config(model)
 
 
+def _stages(config: ModelConfig, options: argparse.Namespace) -> list[tuple[ModelConfig, range]]:
+    """The models that take part and the steps of each, in the official spacing. Raises ``ValueError``."""
+    if options.refiner is None:
+        if options.refiner_start is not None:
+            raise ValueError(f"--refiner-start is {options.refiner_start} without --refiner, expected both")
+        return [(config, range(options.steps))]
+    refiner = find_config(options.refiner)
+    check_refiner(options.refiner, refiner, config)
+    split = split_step(options.refiner_start, sigmas(options.steps, config.noise), config.noise)
+    return [(config, range(split)), (refiner, range(split, options.steps))]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 0 on success, 2 with one line on bad input."""
     parser = Parser(
@@ -104,6 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--sampling", metavar="NAME", help="for the cost of a picture (default: the model's best)")
     add_pruning(parser)
     add_steps(parser)
+    add("--refiner", metavar="NAME|PATH", help=f"count the last steps for this refiner, such as {SDXL_REFINER.name}")
+    add(
+        "--refiner-start",
+        type=float,
+        metavar="SHARE",
+        help=f"with --refiner: share of the noise schedule that the base model does (default: {REFINER_START})",
+    )
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     with parser.one_line("nothing was printed"):
@@ -112,19 +132,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settle_fast(options, config)  # these two may end the program with a list of presets
         prune = settle_preset(config, options)
         schedule = parse_preset(prune) if prune is not None else None
-        width, height = (side // config.vae.downscale for side in size)
-        calls, dense = (summary(config, height, width, asked, options.steps) for asked in (schedule, None))
-        calls["picture"], of_picture = picture(options, config, prune, height, width)
+        _, height, width = config.latent_shape(size)
+        stages = _stages(config, options)
+        counted = [
+            [summary(each, height, width, asked, options.steps, span) for asked in (schedule, None)]
+            for each, span in stages
+        ]
+        if len(stages) == 1:
+            of_picture, about = picture(options, config, prune, height, width)
+        elif options.skip is not None or options.guide is not None:
+            raise ValueError("--refiner with --skip or --guide, expected one of them")
     predicted = {}
     if config.noise.prediction != "noise":
         from minisdxl.checkpoint.predictions import prediction_text  # as above
 
         predicted = {"prediction": prediction_text(config.noise)}
-    title = ", ".join([config.name, *(f"predicts {text}" for text in predicted.values())])
-    title += f", {size[0]}x{size[1]} pixels, {options.steps} steps, {prune or 'dense'}"
-    text = f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}\n\n{of_picture}"
+    texts = []
+    for (each, span), (calls, dense) in zip(stages, counted, strict=True):
+        steps = f"steps {span[0]} to {span[-1]} of {options.steps}" if len(stages) > 1 else f"{options.steps} steps"
+        title = ", ".join([each.name, *(f"predicts {text}" for text in predicted.values())])
+        title += f", {size[0]}x{size[1]} pixels, {steps}, {prune or 'dense'}"
+        texts.append(f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}")
+    if len(stages) == 1:
+        texts.append(about)
+        result = {**counted[0][0], "picture": of_picture, **predicted}
+    else:
+        both = {
+            key: round(sum(calls[key] * len(span) for (_, span), (calls, _) in zip(stages, counted, strict=True)))
+            for key in ("average", "dense")
+        }
+        both = {key: round(flops / options.steps) for key, flops in both.items()}
+        texts.append(
+            f"average of all {options.steps} steps  {format_flops(both['average'])}, "
+            f"{both['average'] / both['dense']:.1%} of dense ({format_flops(both['dense'])})"
+        )
+        result = {
+            **both,
+            **predicted,
+            "base": counted[0][0],
+            "refiner": counted[1][0],
+            "steps": [len(span) for _, span in stages],
+        }
     try:
-        print(json.dumps({**calls, **predicted}, indent=1) if options.json else text, flush=True)
+        print(json.dumps(result, indent=1) if options.json else "\n\n".join(texts), flush=True)
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe; Python would report that at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

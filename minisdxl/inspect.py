@@ -39,6 +39,8 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.sampling == "list":
         print(list_samplings())
         return
+    if options.refiner is not None:
+        raise ValueError(f"--refiner is {options.refiner}, expected none: the page shows the steps of one model")
     weights, embeddings = open_model(options)
     settle_picture(options, weights.config)
     options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets

@@ -14,6 +14,7 @@ from minisdxl.checkpoint import modules
 from minisdxl.checkpoint.embeddings import EmbeddingFile, read_embeddings
 from minisdxl.checkpoint.lora import LoRA
 from minisdxl.checkpoint.published import find_weights
+from minisdxl.config import check_refiner
 from minisdxl.pipeline import SDXL
 from minisdxl.prompting.encoders import PromptEncoders
 from minisdxl.tokenizer import Tokenizer, load_vocabulary
@@ -35,6 +36,7 @@ def load(
     embeddings: Sequence[str | Path | EmbeddingFile] = (),
     tokenizer: str | Path | None = None,
     prediction: str | None = None,
+    refiner: str | Path | None = None,
 ) -> SDXL:
     """Loads a model.
 
@@ -61,12 +63,14 @@ def load(
             or beside the weights, or else CLIP's own vocabulary.
         prediction: what the U-Net predicts, where its files do not say it or say something else: ``"noise"``, ``"v"``,
             ``"edm"``, ``"edm-v"`` or ``"flow"``, with settings as in ``"v:ztsnr=0"`` or ``"flow:shift=3"``.
+        refiner: the SDXL refiner, in the forms of ``weights``; it does the last steps, and reads the same prompts with
+            a text encoder of its own.
 
     Raises:
         CheckpointError: if a file is damaged, or is not an SDXL model, or a LoRA or embedding for one. The message
             says what it is.
         ValueError: if the prediction is unknown, the scale of a LoRA is not a finite number, a prompt cannot hold the
-            name of an embedding or two have it, or a vocabulary is not the model's.
+            name of an embedding or two have it, a vocabulary is not the model's, or ``refiner`` is none of it.
         FileNotFoundError: if a file is missing.
     """
     path = weights_path(weights)
@@ -85,9 +89,14 @@ def load(
             prediction=prediction,
         )
         known = read_embeddings(embeddings, [lora.file for lora in merged], config)
-        return SDXL(
-            config, parts.unet, parts.vae, PromptEncoders(parts.text, known), Tokenizer(*vocabulary, config.text)
-        )
+        text, tokens = PromptEncoders(parts.text, known), Tokenizer(*vocabulary, config.text)
+        second = None
+        if refiner is not None:
+            check_refiner(refiner, modules.read_config(weights_path(refiner)), config)
+            theirs, refining = modules.load(weights_path(refiner), device, dtype)
+            encoder = PromptEncoders(refining.text, known)
+            second = SDXL(theirs, refining.unet, parts.vae, encoder, Tokenizer(*vocabulary, theirs.text))
+        return SDXL(config, parts.unet, parts.vae, text, tokens, refiner=second)
 
 
 @contextmanager

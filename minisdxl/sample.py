@@ -16,7 +16,7 @@ from minisdxl.checkpoint.predictions import prediction_text
 from minisdxl.checkpoint.published import is_hub_id
 from minisdxl.checkpoint.resolve import Source
 from minisdxl.cli.jobs import batches, find_jobs
-from minisdxl.cli.models import add_model, load_model, open_model, parts_of
+from minisdxl.cli.models import add_model, load_model, open_model, open_refiner, parts_of
 from minisdxl.cli.options import Parser, add_pruning, add_steps, plain_warnings
 from minisdxl.cli.picture_files import InitImage
 from minisdxl.cli.pictures import add_picture, list_samplings, read_mask, read_source, settle_picture
@@ -25,6 +25,7 @@ from minisdxl.cli.reports import check_writable, hardware, sha256, versions, wri
 from minisdxl.cli.runs import Run
 from minisdxl.cli.workers import add_workers, check_workers, parse_output
 from minisdxl.loading import weights_path
+from minisdxl.settings import token_plans
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,12 +44,15 @@ def _sample(options: argparse.Namespace) -> None:
         return
     weights, embeddings = open_model(options)
     _check_counts(options)
-    sampling = settle_picture(options, weights.config)
+    refiner = open_refiner(options, weights.config)
+    sampling = settle_picture(options, weights.config, None if refiner is None else refiner.config)
     settle_fast(options, weights.config)  # these two may end the program with a list of presets
     if options.compare and (options.prune, options.skip, options.guide) == (None, None, None):
         options.prune = True
     options.prune = settle_preset(weights.config, options)
     check_plans(options, weights.config)
+    if refiner is not None:
+        token_plans(refiner.config, options.prune, options.steps)  # raises for a preset that does not fit it
     check_workers(options)
     if options.workers is not None:  # files are named within the folder, which may be on another file system
         options.folder, options.out = str(options.out), Path()
@@ -59,7 +63,7 @@ def _sample(options: argparse.Namespace) -> None:
     mask = read_mask(options, source)
     if note := preset_note(weights.config, options.prune):
         print(f"note: {note}", file=sys.stderr)
-    describe = partial(_settings, options, weights, source, mask)
+    describe = partial(_settings, options, weights, refiner, source, mask)
     run_of = partial(Run, sampling=sampling, options=options, source=source, mask=mask)
     if options.workers is not None:
         from minisdxl.scale.pictures import context_chunks, make_at_scale  # import Ray
@@ -150,7 +154,12 @@ def _check_counts(options: argparse.Namespace) -> None:
 
 
 def _settings(
-    options: argparse.Namespace, weights: Source, source: InitImage | None, mask: InitImage | None, device: str
+    options: argparse.Namespace,
+    weights: Source,
+    refiner: Source | None,
+    source: InitImage | None,
+    mask: InitImage | None,
+    device: str,
 ) -> dict[str, Any]:
     """The settings that all pictures of a run share, enough to make them again, under the names of the options.
 
@@ -178,7 +187,10 @@ def _settings(
     embeddings = [
         {"file": each.path.name, "name": each.name, "sha256": sha256([each.path])} for each in options.embedding
     ]
-    changes = {key: files for key, files in (("lora", loras), ("embedding", embeddings)) if files}
+    changes: dict[str, Any] = {key: files for key, files in (("lora", loras), ("embedding", embeddings)) if files}
+    if refiner is not None:
+        name = options.refiner if is_hub_id(options.refiner) else weights_path(options.refiner).name
+        changes |= {"refiner": name, "refiner_sha256": sha256(refiner.files), "refiner_start": options.refiner_start}
     made_with = {"model": weights.config.name, "torch": torch.__version__, "device": device}
     return {**shared, **sizes, **image, **model, **changes, **made_with}
 

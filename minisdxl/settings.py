@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 from torch import Tensor
@@ -13,10 +13,14 @@ from torch import Tensor
 from atedm.plan import DENSE, TokenPlan
 from atedm.presets import parse_preset
 from atedm.schedule import Schedule
-from minisdxl.config import ModelConfig
+from minisdxl.config import ModelConfig, NoiseConfig
+from minisdxl.preconditioning import discrete_sigmas
 from minisdxl.samplings import Sampling, find_sampling
+from minisdxl.solvers import in_stages
 from minisdxl.steps.methods import Adaptive, RunFacts, Static
 from minisdxl.steps.presets import RunPlanner, plan_run, with_history
+
+REFINER_START = 0.8  # the refiner is trained on the last 200 of 1000 noise levels; diffusers: denoising_end
 
 Size = tuple[int, int]  # width and height, or left and top, in pixels
 
@@ -41,6 +45,7 @@ class Settings:
     image: Image.Image | None = None  # a picture to start from, stretched to the size
     strength: float | None = None  # with an image, and only then: share of the steps to run, above 0, up to 1
     mask: Image.Image | None = None  # with an image: only what is white in it is drawn anew; strength is 1 by default
+    refiner_start: float | None = None  # with a refiner, and only then: share of the noise schedule that the base does
     strip_rows: int | None = None  # decode in strips of so many latent rows: less memory, the same picture
 
 
@@ -56,13 +61,15 @@ class CheckedSettings:
     sigmas: Tensor  # noise levels of all steps and a final 0, (steps + 1,) float64
     plans: list[TokenPlan]  # of all steps
     first: int  # the first step that is run: 0, except with an image
+    split: int  # the first step of the refiner; ``steps`` without one
     planner: RunPlanner | None  # of the steps that are run, where settings skip work or guidance
 
 
-def check_settings(settings: Settings, config: ModelConfig) -> CheckedSettings:
+def check_settings(settings: Settings, config: ModelConfig, refiner: ModelConfig | None = None) -> CheckedSettings:
     """Checks settings and fills in defaults. Warns of settings without effect.
 
-    Raises ``ValueError`` for a setting out of range.
+    With the config of a ``refiner``, the last steps have its token plans, and the solver starts anew with it. Raises
+    ``ValueError`` for a setting out of range.
     """
     if settings.images_per_prompt < 1:
         raise ValueError(f"images_per_prompt is {settings.images_per_prompt}, expected 1 or more")
@@ -82,21 +89,31 @@ def check_settings(settings: Settings, config: ModelConfig) -> CheckedSettings:
     sigmas = sampling.sigmas(steps, config.noise)
     plans = token_plans(config, settings.prune, steps)
     first = 0 if settings.strength is None else first_step(steps, settings.strength)
+    split = steps if refiner is None else split_step(settings.refiner_start, sigmas, config.noise, first)
+    if refiner is not None:
+        plans[split:] = token_plans(refiner, settings.prune, steps)[split:]
+        sampling = replace(sampling, solver=in_stages(sampling.solver, split - first))
+    elif settings.refiner_start is not None:
+        raise ValueError(f"refiner_start is {settings.refiner_start} without a refiner, expected both")
     size = sampling.picture_size(config, settings.size)
     if settings.size not in (None, (sampling.size, sampling.size)):
         _warn_outside_buckets(config, size)
     sizes = micro_conditioning(size, settings.original_size, settings.crop, settings.target_size)
     planner = None
     if settings.skip is not None or settings.guide is not None or any(map(with_history, plans)):
+        if refiner is not None:
+            raise ValueError("there is a refiner, expected no skip, no guide, and no recovery own-change beside it")
         facts = RunFacts(steps, first, tuple(sigmas.tolist()), cfg, sampling.fresh_noise)
         planner = plan_run(config.unet, plans[first:], facts, settings.skip, settings.guide)
-    return CheckedSettings(sampling, steps, cfg, size, sizes, sigmas, plans, first, planner)
+    return CheckedSettings(sampling, steps, cfg, size, sizes, sigmas, plans, first, split, planner)
 
 
 def check_pictures(config: ModelConfig, image: bool, mask: bool) -> None:
-    """Raises ``ValueError`` for a mask without an image, and for an inpainting model without a mask."""
+    """Raises ``ValueError`` for a mask without an image, and for a model without what it needs of them."""
     if mask and not image:
         raise ValueError("there is a mask without an image, expected both: the image is kept where the mask is black")
+    if config.refines and not image:
+        raise ValueError(f"{config.name} finishes pictures, expected an image, or a base model beside it")
     if config.inpaints and not mask:
         raise ValueError(f"{config.name} is an inpainting model, expected an image and a mask to draw anew")
 
@@ -120,6 +137,28 @@ def first_step(n: int, strength: float) -> int:
     return n - run
 
 
+def split_step(start: float | None, sigmas: Tensor, noise: NoiseConfig, first: int = 0) -> int:
+    """The refiner's first step: that whose timestep is among the last 1 - ``start`` of those of training.
+
+    Of 50 steps in the official spacing these are numbers 40 to 49 at 0.8. As ``denoising_end`` and ``denoising_start``
+    of diffusers' pipelines. ``sigmas`` are of all steps, and ``first`` is the first that is run. Raises ``ValueError``
+    unless 0 < start < 1 and both models have a step.
+    """
+    start = REFINER_START if start is None else start
+    if not 0 < start < 1:
+        raise ValueError(f"refiner_start is {start}, expected more than 0 and less than 1, such as {REFINER_START}")
+    levels = discrete_sigmas(noise)
+    cutoff = round(noise.steps - start * noise.steps)
+    steps = sigmas[:-1].tolist()
+    split = sum(int((levels / sigma).log().abs().argmin()) >= cutoff for sigma in steps)
+    if not first < split < len(steps):
+        whom = "refiner" if split > first else "base model"
+        raise ValueError(
+            f"refiner_start {start} leaves the {whom} none of the steps {first} to {len(steps) - 1} of {len(steps)}"
+        )
+    return split
+
+
 def token_plans(config: ModelConfig, prune: str | bool | Schedule | None, steps: int) -> list[TokenPlan]:
     """The token plan of each step. Raises ``ValueError`` for an unknown preset, or one that does not fit the U-Net."""
     if prune is None or prune is False:
@@ -141,6 +180,17 @@ def micro_conditioning(size: Size, original: Size | None, crop: Size, target: Si
         if min(pair) < least:
             raise ValueError(f"{name} is {pair[0]} x {pair[1]}, expected {least} or more pixels on both sides")
     return [*reversed(original), *reversed(crop), *reversed(target)]
+
+
+def size_numbers(config: ModelConfig, sizes: list[int]) -> tuple[list[float], list[float]]:
+    """The size numbers of both halves of guidance, conditional first: ``sizes``, or those of a refiner.
+
+    A refiner is told the original size, the crop and an aesthetic score.
+    """
+    if not config.refines:
+        return list(sizes), list(sizes)
+    score, negative = config.scores
+    return [*sizes[:4], score], [*sizes[:4], negative]
 
 
 def _warn_outside_buckets(config: ModelConfig, size: Size) -> None:

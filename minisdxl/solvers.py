@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minisdxl.config import SDXL_BASE
 from minisdxl.preconditioning import discrete_sigmas
-from minisdxl.sampler import Denoiser, draw_noise
+from minisdxl.sampler import Denoiser, Solver, draw_noise
 
 TCD_GAMMA = 0.3  # the stochasticity that TCD's authors recommend; diffusers: eta of TCDScheduler.step
 
@@ -234,6 +234,31 @@ def _corrected(past: Sequence[_Evaluation], denoised: Tensor, lambda_: float) ->
         rho = (b_1 - b_2) / (1 - r)
         correction = rho * (past[0].denoised - last.denoised) / r + (b_1 - rho) * change
     return math.exp(-h) * last.x - math.expm1(-h) * (last.denoised + correction)
+
+
+def by_stage(first: Denoiser, second: Denoiser, split: int) -> Denoiser:
+    """The first denoiser before step ``split``, and the second from there on."""
+    return lambda x, sigma, step: (first if step < split else second)(x, sigma, step)
+
+
+def in_stages(solver: Solver, split: int) -> Solver:
+    """A solver that starts anew at step ``split``, where another model takes over.
+
+    What it has kept of the first model's steps is dropped, as in two runs of diffusers.
+    """
+
+    def staged(
+        denoiser: Denoiser, x: Tensor, sigmas: Tensor, generators: Sequence[torch.Generator]
+    ) -> Iterator[Tensor]:
+        def second(x: Tensor, sigma: float, step: int) -> Tensor:
+            return denoiser(x, sigma, split + step)
+
+        between = x
+        for between in solver(denoiser, x, sigmas[: split + 1], generators):
+            yield between
+        yield from solver(second, between, sigmas[split:], generators)
+
+    return staged
 
 
 def _check_generators(generators: Sequence[torch.Generator], x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The two text encoders of SDXL, CLIP ViT-L/14 and OpenCLIP ViT-bigG/14: prompts to context and pooled vector.
+"""The text encoders of SDXL, CLIP ViT-L/14 and OpenCLIP ViT-bigG/14: prompts to context and pooled vector.
 
 The U-Net attends to the context, and the pooled vector is added to its time embedding. The transformer layers are in
 ``clip``; this file says which of their states SDXL uses.
@@ -40,14 +40,14 @@ class TextEmbeddings:
 def size_embedding(sizes: Tensor, channels: int) -> Tensor:
     """SDXL's micro-conditioning: each size number embedded on its own (official: ``ConcatTimestepEmbedderND``).
 
-    ``sizes`` (B, 6) are in pixels: original height, width; crop top, left; target height, width. ``channels`` is the
-    width of the embedding of one number. Returns (B, 6 * channels), float64 if ``sizes`` are, else float32. Raises
-    ``ValueError`` for ``sizes`` of another shape.
+    ``sizes`` (B, 6): original height, width; crop top, left; target height, width, all in pixels. (B, 5) of the refiner
+    end in an aesthetic score. ``channels`` is the width of one embedding. Returns (B, 6 * channels), float64 if
+    ``sizes`` are, else float32. Raises ``ValueError`` for ``sizes`` of another shape.
     """
-    if sizes.ndim != 2 or sizes.shape[1] != 6:
-        raise ValueError(f"sizes have shape {tuple(sizes.shape)}, expected (B, 6)")
+    if sizes.ndim != 2 or sizes.shape[1] not in (5, 6):
+        raise ValueError(f"sizes have shape {tuple(sizes.shape)}, expected (B, 6), or (B, 5) for the refiner")
     embedded = sinusoidal_embedding(sizes.flatten(), channels)
-    return rearrange(embedded, "(b n) c -> b (n c)", n=6)
+    return rearrange(embedded, "(b n) c -> b (n c)", n=sizes.shape[1])
 
 
 class TextEncoder(nn.Module):
@@ -81,24 +81,24 @@ class TextEncoder(nn.Module):
 
 
 class TextEncoders(nn.Module):
-    """Both text encoders. ``configs`` is ``ModelConfig.text``."""
+    """Both text encoders, or the second alone in the refiner. ``configs`` is ``ModelConfig.text``."""
 
-    def __init__(self, configs: tuple[TextConfig, TextConfig]) -> None:
+    def __init__(self, configs: tuple[TextConfig, ...]) -> None:
         super().__init__()
         self.configs = configs
-        self.clip, self.openclip = (TextEncoder(config) for config in configs)
+        self.clip = TextEncoder(configs[0]) if len(configs) > 1 else None
+        self.openclip = TextEncoder(configs[-1])
 
-    def forward(self, ids: Tensor, ids_2: Tensor) -> TextEmbeddings:
-        """Encodes the two tensors (B, L) of token ids of :class:`Tokenizer`, one padded for each encoder."""
-        hidden, _ = self.clip(ids)
-        hidden_2, pooled = self.openclip(ids_2)
-        return TextEmbeddings(torch.cat([hidden, hidden_2], dim=-1), pooled)
+    def forward(self, *ids: Tensor) -> TextEmbeddings:
+        """Encodes the tensors (B, L) of token ids of :class:`Tokenizer`, one padded for each encoder."""
+        encoders = filter(None, (self.clip, self.openclip))
+        hidden, pooled = zip(*(encoder(each) for encoder, each in zip(encoders, ids, strict=True)), strict=True)
+        return TextEmbeddings(torch.cat(hidden, dim=-1), pooled[-1])
 
     def encode(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
         """Encodes B prompts on the device of the weights. Warns of a prompt that is too long, and truncates it."""
         device = next(self.parameters()).device
-        ids, ids_2 = tokenizer(prompts)
-        return self(ids.to(device), ids_2.to(device))
+        return self(*(ids.to(device) for ids in tokenizer(prompts)))
 
     def encode_negative(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
         """Encodes B negative prompts for guidance. An empty one becomes zeros, not the encoding of ""."""

@@ -52,10 +52,8 @@ class Tokenizer:
     tokenizers (OpenCLIP would spell it out). The pooled output then describes the text before the first end token.
     """
 
-    def __init__(
-        self, vocabulary: dict[str, int], merges: list[tuple[str, str]], configs: tuple[TextConfig, TextConfig]
-    ):
-        """Checks the vocabulary against both configs. Raises ``ValueError`` where they do not belong together."""
+    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]], configs: tuple[TextConfig, ...]):
+        """Checks the vocabulary against all configs. Raises ``ValueError`` where they do not belong together."""
         for config in configs:
             found = (len(vocabulary), vocabulary.get(START), vocabulary.get(END))
             expected = (config.vocabulary, config.start_token, config.end_token)
@@ -71,24 +69,24 @@ class Tokenizer:
             unknown = [token for token in ("".join(merge), *merge) if token not in vocabulary]
             if unknown:
                 raise ValueError(f"merge {merge} needs {unknown}, which the vocabulary does not have")
-        if configs[0].context_length != configs[1].context_length:
+        if len({config.context_length for config in configs}) > 1:
             raise ValueError(f"text encoders take {[c.context_length for c in configs]} tokens, expected one length")
         self.configs = configs
         self.encoder = byte_pair_encoder(vocabulary, merges)
 
     @classmethod
-    def from_directory(cls, directory: str | Path, configs: tuple[TextConfig, TextConfig]) -> Tokenizer:
+    def from_directory(cls, directory: str | Path, configs: tuple[TextConfig, ...]) -> Tokenizer:
         """Of the vocabulary in a folder. Raises what :func:`read_vocabulary` and the constructor raise."""
         return cls(*read_vocabulary(directory), configs)
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids for each of the two encoders.
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Token ids for each of the encoders.
 
         Args:
             prompts: B texts. One with more tokens than fit is cut, with a ``UserWarning`` that shows the lost text.
 
         Returns:
-            Two (B, context_length) int64 tensors: start token, text, end token, then that encoder's pad token.
+            For each a (B, context_length) int64 tensor: start token, text, end token, then that encoder's pad token.
 
         Raises:
             TypeError: for a single string, which would be read letter by letter.
@@ -96,8 +94,7 @@ class Tokenizer:
         if isinstance(prompts, str):
             raise TypeError(f"prompts is the string {prompts!r}, expected a list of strings")
         rows = list(map(self._encode, prompts))
-        first, second = (self.pad(rows, config) for config in self.configs)
-        return first, second
+        return tuple(self.pad(rows, config) for config in self.configs)
 
     def _encode(self, prompt: str) -> list[int]:
         encoded = self.encoder.encode(prompt, add_special_tokens=False)

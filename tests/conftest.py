@@ -32,7 +32,10 @@ def load_once(shapes: SDXL) -> Callable[..., SDXL]:
     """Stands in for ``load`` in commands: the shared model where the bundled one is asked for as it is."""
 
     def load(weights: str = "shapes", **options: Any) -> SDXL:
-        none: dict[str, Any] = {**dict.fromkeys(PARTS), "loras": [], "embeddings": [], "tokenizer": None}
+        none: dict[str, Any] = dict.fromkeys((*PARTS, "tokenizer", "refiner", "prediction")) | {
+            "loras": [],
+            "embeddings": [],
+        }
         as_it_is = {"device": "cpu", "dtype": torch.float32, **none}
         asked = {name: value for name, value in options.items() if value != as_it_is[name]}
         return shapes if weights == "shapes" and not asked else minisdxl.load(weights, **options)

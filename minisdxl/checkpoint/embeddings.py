@@ -104,6 +104,8 @@ def _bundled(path: Path) -> list[tuple[str, Sequence[Place]]]:
 
 def _read(name: str, places: Sequence[Place], config: ModelConfig) -> Embedding:
     """Checks and reads both tensors. Raises ``CheckpointError``."""
+    if config.refines:
+        raise CheckpointError(f"{places[0][0].path} is for the two text encoders of SDXL, {config.name} has one")
     room, vectors = config.text[0].context_length - 2, []
     for (file, tensor), text in zip(places, config.text, strict=True):
         entry, what = file.entries[tensor], f"{file.path} has {tensor} of the embedding {name!r}"

@@ -21,6 +21,7 @@ from minisdxl.checkpoint.weight_files import LORA_FILE, WEIGHTS, part_folder
 from minisdxl.config import (
     SDXL_BASE,
     SDXL_INPAINTING,
+    SDXL_REFINER,
     Level,
     ModelConfig,
     NoiseConfig,
@@ -107,37 +108,44 @@ def described_config(folder: Path, read: Callable[[str], Fields]) -> ModelConfig
     other = pipeline_family(index.values)
     if other is not None:
         raise CheckpointError(f"{folder} is {other}; expected the folder of a StableDiffusionXLPipeline")
-    index.check({"force_zeros_for_empty_prompt": True})
+    refines = index.values.get("text_encoder") == [None, None]
+    index.check({"force_zeros_for_empty_prompt": not refines, "requires_aesthetics_score": refines})
     scheduler = read(SCHEDULER)
-    fields = {part: read(f"{part}/config.json") for part in PARTS}
+    parts = [part for part in PARTS if part != "text_encoder" or not refines]
+    fields = {part: read(f"{part}/config.json") for part in parts}
     try:
         vae, unet = vae_config(fields["vae"]), unet_config(fields["unet"])
         config = ModelConfig(
             name=_name(index, folder),
             unet=unet,
             vae=vae,
-            text=(text_config(fields["text_encoder"], first=True), text_config(fields["text_encoder_2"], first=False)),
+            text=tuple(
+                text_config(fields[part], part == "text_encoder") for part in parts if part.startswith("text_encoder")
+            ),
             size=fields["unet"].integer("sample_size", 128) * vae.downscale,
             size_channels=fields["unet"].integer("addition_time_embed_dim"),
             noise=noise_config(scheduler),
             defaults=known_defaults(_name(index, folder)),
+            scores=SDXL_REFINER.scores if refines else (),
         )
         check_values(config)
     except (ValueError, ArithmeticError) as error:  # of the config, for numbers that do not go together
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder} does not describe an SDXL model: {error}") from error
-    if (unet.model_channels, unet.levels) != (SDXL_BASE.unet.model_channels, SDXL_BASE.unet.levels):
+    official = SDXL_REFINER if refines else SDXL_INPAINTING if config.inpaints else SDXL_BASE
+    if (unet.model_channels, unet.levels) != (official.unet.model_channels, official.unet.levels):
         return config
     # Nothing in a folder says what SDXL was trained on; and Turbo, which has SDXL's numbers, names another size.
-    sdxl = SDXL_INPAINTING if config.inpaints else SDXL_BASE
-    config = replace(config, name=sdxl.name, size=sdxl.size, buckets=sdxl.buckets, defaults=sdxl.defaults)
+    config = replace(
+        config, name=official.name, size=official.size, buckets=official.buckets, defaults=official.defaults
+    )
     # What its kin may have of their own: another prediction, and other latents.
     plain = replace(config, noise=predicting(config.noise, "noise"))
     if config.vae.latents_std:
         plain = replace(plain, vae=replace(vae, **LATENTS))
-    if plain != sdxl:
-        raise CheckpointError(f"{folder} is not quite SDXL: {', '.join(differences(plain, sdxl))}")
+    if plain != official:
+        raise CheckpointError(f"{folder} is not quite SDXL: {', '.join(differences(plain, official))}")
     return config
 
 

@@ -34,6 +34,8 @@ COMPONENTS = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
+TEXTS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")  # the refiner has the second ones
+
 
 def json_files(folder: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Content of each JSON file that describes a model, by its name in the folder that is to be.
@@ -43,19 +45,22 @@ def json_files(folder: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
             sizes (``buckets``) and ``defaults`` have no place there.
     """
     scheduler = _scheduler(config.noise)
+    kind = "Img2Img" if config.refines else "Inpaint" if config.inpaints else ""
+    refiner = {"requires_aesthetics_score": True, "text_encoder": [None, None], "tokenizer": [None, None]}
+    texts = dict(zip(TEXTS[-len(config.text) :], config.text, strict=True))
     files: dict[str, dict[str, Any]] = {
         INDEX: {
-            "_class_name": f"StableDiffusionXL{'Inpaint' if config.inpaints else ''}Pipeline",
+            "_class_name": f"StableDiffusionXL{kind}Pipeline",
             "_name_or_path": config.name,
-            "force_zeros_for_empty_prompt": True,
+            "force_zeros_for_empty_prompt": not config.refines,
             **COMPONENTS,
             "scheduler": ["diffusers", scheduler["_class_name"]],
+            **(refiner if config.refines else {}),
         },
         SCHEDULER: scheduler,
         "unet/config.json": _unet(config),
         "vae/config.json": _vae(config),
-        "text_encoder/config.json": _text("text_encoder", config.text[0]),
-        "text_encoder_2/config.json": _text("text_encoder_2", config.text[1]),
+        **{f"{part}/config.json": _text(part, text) for part, text in texts.items()},
     }
     described = described_config(folder, lambda name: Fields(folder / name, files[name]))
     lost = differences(replace(described, buckets=config.buckets, defaults=config.defaults), config)
@@ -67,7 +72,7 @@ def json_files(folder: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 
 def tokenizer_files(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, str]:
-    """Text of each file of both tokenizers, by its name in the folder.
+    """Text of each file of the tokenizers, by its name in the folder.
 
     Raises:
         ValueError: if the vocabulary is not that of the text encoders.
@@ -79,7 +84,7 @@ def tokenizer_files(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, st
         "merges.txt": "\n".join(["#version: 0.2", *(f"{first} {second}" for first, second in vocabulary.merges), ""]),
     }
     files: dict[str, str] = {}
-    for folder, text in zip(("tokenizer", "tokenizer_2"), config.text, strict=True):
+    for folder, text in zip(TOKENIZERS[-len(config.text) :], config.text, strict=True):
         settings = {
             "tokenizer_class": COMPONENTS[folder][1],
             "add_prefix_space": False,

@@ -189,6 +189,6 @@ def pipeline_family(index: Mapping[str, Any]) -> str | None:
     """The kind of a diffusers folder by its ``model_index.json``, if that is not SDXL's; else ``None``."""
     name = str(index.get("_class_name"))
     if name in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"):
-        return REFINER if index.get("text_encoder") == [None, None] else None
+        return None
     what = next((what for begins, what in PIPELINES if name.startswith(begins)), "no model that is known here")
     return f"{what} ({name[:60]!r})"

@@ -110,10 +110,10 @@ def check_values(config: ModelConfig) -> None:
             right = type(value) is int and 1 <= value <= NOISE_LEVELS
         elif field == "multipliers":
             right = bool(value) and all(type(number) is int and number >= 1 for number in value)
-        elif name == "text[0].projection":
+        elif name == "text[0].projection" and not config.refines:
             right = value is None
         else:
-            right = field in ("buckets", "prune_notes") or (type(value) is int and value >= 0)
+            right = field in ("buckets", "prune_notes", "scores") or (type(value) is int and value >= 0)
         if not right:
             raise ValueError(f"{name} is {repr(value)[:100]}, a value of another kind or size than it should be")
     for index, text in enumerate(config.text):

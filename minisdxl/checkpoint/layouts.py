@@ -35,6 +35,20 @@ PARTS = {
 }
 
 
+REFINER_TEXT = "conditioner.embedders.0.model."  # the prefix of the refiner's only text encoder, SDXL's second
+
+
+def model_parts(config: ModelConfig) -> list[str]:
+    """The keys in ``PARTS`` of what a model has."""
+    return [part for part in PARTS if part != "text_encoder" or not config.refines]
+
+
+def file_name(official: str, config: ModelConfig) -> str:
+    """The name of a tensor in the model's official file: the refiner has another prefix for its text encoder."""
+    prefix = PARTS["text_encoder_2"].prefix
+    return REFINER_TEXT + official.removeprefix(prefix) if config.refines and official.startswith(prefix) else official
+
+
 @dataclass(frozen=True)
 class TensorMapping:
     """The names and the form of an official tensor in another layout."""
@@ -209,7 +223,7 @@ def layout(part: str, config: ModelConfig) -> Layout:
         case "text_encoder":
             return CLIP_LAYOUT
         case _:
-            return openclip_layout(config.text[1])
+            return openclip_layout(config.text[-1])
 
 
 KeyVariant = Callable[[str], TensorMapping]  # an official name without its part's prefix, to where a file has it
@@ -223,6 +237,8 @@ def key_variants(part: str, config: ModelConfig) -> list[KeyVariant]:
         ways += [_prefixed("diffusion_model."), _prefixed("")]
     elif part == "vae":
         ways += [_prefixed(""), vae_layout(config.vae, _OLDER_ATTENTION).mapping]
+    elif config.refines:
+        ways.append(_prefixed(REFINER_TEXT))
     else:  # transformers 5 saves a CLIPTextModel without ``text_model.``
         ways += [lambda name: _without_text_model(theirs.mapping(name)), _converted(PARTS[part].prefix)]
         inside = "clip_l.transformer." if part == "text_encoder" else "clip_g.transformer."

@@ -21,7 +21,7 @@ from torch import Tensor
 from minisdxl.checkpoint import folder_reader
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.json_fields import check_values
-from minisdxl.checkpoint.layouts import PARTS, key_variants
+from minisdxl.checkpoint.layouts import PARTS, REFINER_TEXT, file_name, key_variants, model_parts
 from minisdxl.checkpoint.lora import LoRA, merge, open_loras
 from minisdxl.checkpoint.openclip_names import as_transformers
 from minisdxl.checkpoint.predictions import (
@@ -36,7 +36,7 @@ from minisdxl.checkpoint.resolve import Source, find_source, misfits
 from minisdxl.checkpoint.tensorfile import Shape, write_tensors
 from minisdxl.checkpoint.text_names import load_official_text_state, official_text_state
 from minisdxl.checkpoint.weight_files import WeightFiles, open_file, open_part
-from minisdxl.config import SDXL_BASE, SDXL_INPAINTING, ModelConfig, inpainting_channels
+from minisdxl.config import SDXL_BASE, SDXL_INPAINTING, SDXL_REFINER, ModelConfig, inpainting_channels
 from minisdxl.text import TextEncoders
 from minisdxl.unet import UNet
 from minisdxl.vae import VAE
@@ -139,10 +139,14 @@ def _open(
         others[own[0]] = path
     elif path.is_dir():
         config = _folder_config(path)
+        own = [part for part in model_parts(config) if part not in others]
         weight_files = [open_part(path / part, part, dtype) for part in own]
     else:
-        weight_files = [open_file(path, own)]
-        config = _file_config(weight_files[0])
+        whole = open_file(path, own)
+        config = _file_config(whole)
+        weight_files = [replace(whole, parts=tuple(part for part in own if part in model_parts(config)))]
+    if absent := others.keys() - model_parts(config):
+        raise CheckpointError(f"{path} is {config.name}, which has no {PARTS[min(absent)].label} to replace")
     weight_files += [_open_other(other, part, dtype, config) for part, other in others.items()]
     if "unet" in others:
         config = inpainting_or_not(config, next(files for files in weight_files if "unet" in files.parts))
@@ -187,7 +191,7 @@ def save(path: str | Path, config: ModelConfig, modules: Modules, dtype: torch.d
     problems = misfits(shapes, official_shapes(without_memory(config)))
     if problems:
         raise CheckpointError(f"cannot write {path}: the modules do not fit {config.name}: {problems}")
-    specs = {name: (dtype, shape) for name, shape in shapes.items()}
+    specs = {file_name(name, config): (dtype, shape) for name, shape in shapes.items()}
     marks = mark_tensors(config)
     specs |= {name: (torch.float32, tuple(mark.shape)) for name, mark in marks.items()}
     write_tensors(path, specs, (tensors | marks).values(), file_metadata(config))
@@ -224,7 +228,8 @@ def _file_config(holder: WeightFiles) -> ModelConfig:
     """The config in a file's metadata, or the official one; the tensors are yet to be compared with it."""
     stored = holder.metadata.get(CONFIG_KEY)
     if stored is None:
-        return inpainting_or_not(SDXL_BASE, holder)
+        refines = any(name.startswith(REFINER_TEXT) for name in holder.entries)
+        return SDXL_REFINER if refines else inpainting_or_not(SDXL_BASE, holder)
     try:
         config = ModelConfig.from_dict(json.loads(stored))
         check_values(config)
@@ -306,7 +311,7 @@ def _check_extent(config: ModelConfig, tensors: int) -> None:
     unet, vae = config.unet, config.vae
     layers = (2 * unet.res_blocks + 1) * sum(1 + level.depth for level in unet.levels) + unet.middle_depth
     layers += 2 * vae.res_blocks * len(vae.multipliers) + sum(text.layers for text in config.text)
-    if config not in (SDXL_BASE, SDXL_INPAINTING) and layers > tensors:
+    if config not in (SDXL_BASE, SDXL_INPAINTING, SDXL_REFINER) and layers > tensors:
         raise ValueError(f"{config.name} has {layers} layers, more than there are tensors ({tensors})")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.fp8_scales import Scale, find_scales
+from minisdxl.checkpoint.identify import REFINER
 from minisdxl.checkpoint.layouts import PARTS, TensorMapping, key_variants
 from minisdxl.checkpoint.predictions import MARKS
 from minisdxl.checkpoint.tensorfile import FLOATS, READABLE, Shape, TensorFile
@@ -37,7 +38,7 @@ SKIPPED = (
     "first_stage_model.model_ema.*",
     "first_stage_model.loss.*",
     "embedding_manager*",
-    "conditioner.embedders.0.*text_projection*",  # CLIP's own, which SDXL does not use
+    "conditioner.embedders.0.transformer.*text_projection*",  # CLIP's own, which SDXL does not use
     # The picture encoder of a whole CLIP, under transformers' and OpenCLIP's names.
     "conditioner.embedders.?.*vision_model.*",
     "conditioner.embedders.?.*visual*",
@@ -247,7 +248,8 @@ def _find(files: WeightFiles, config: ModelConfig, shapes: Mapping[str, Shape]) 
         if name not in not_weights and not _match(name, files, UNUSED + SKIPPED) and not name.startswith(others)
     }
     problems = misfits(found, expected)
-    if problems and (what := files.family()):
+    what = files.family() if problems else None
+    if what and not (what == REFINER and config.refines):
         raise CheckpointError(f"{files.path} is {what}; expected {_wanted(files, config)}")
     if problems:
         raise CheckpointError(f"{files.path} does not fit {config.name}: {problems}")

@@ -44,7 +44,7 @@ def load_official_text_state(text: TextEncoders, official: Mapping[str, Tensor])
 
 def _mappings(text: TextEncoders, names: Iterable[tuple[str, str]]) -> list[tuple[str, str, TensorMapping]]:
     """Part, official name and mapping of each official tensor that the parts' diffusers names make up."""
-    layouts = {"text_encoder": CLIP_LAYOUT, "text_encoder_2": openclip_layout(text.configs[1])}
+    layouts = {"text_encoder": CLIP_LAYOUT, "text_encoder_2": openclip_layout(text.configs[-1])}
     official = dict.fromkeys((part, layouts[part].official(name)) for part, name in names)
     return [(part, name, layouts[part].mapping(name)) for part, name in official]
 

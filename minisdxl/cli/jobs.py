@@ -18,7 +18,7 @@ from minisdxl.cli.prompt_files import RANDOM, Prompt, read_prompts
 from minisdxl.cli.prompt_syntax import check_syntax
 from minisdxl.config import ModelConfig
 from minisdxl.seeds import check_seed
-from minisdxl.settings import Settings, check_settings, first_step
+from minisdxl.settings import Settings, check_settings, first_step, split_step
 
 LONGEST_NAME = 255  # bytes of a file's name, on all common file systems
 WORDS, KIND = 100, 60  # bytes of a picture's name that its prompt and its preset may take
@@ -89,9 +89,10 @@ def _own_settings(
         if options.budget is not None and (steps, size) != (options.steps, options.size):
             raise ValueError(f"--budget is {options.budget}, which is for pictures of one size and number of steps")
         methods = {"prune": options.prune, "skip": options.skip, "guide": options.guide}
-        check_settings(Settings(sampling=options.sampling, steps=steps, cfg=cfg, size=size, **methods), config)
-        if options.strength is not None:
-            first_step(steps, options.strength)
+        run = check_settings(Settings(sampling=options.sampling, steps=steps, cfg=cfg, size=size, **methods), config)
+        first = 0 if options.strength is None else first_step(steps, options.strength)
+        if options.refiner_start is not None:
+            split_step(options.refiner_start, run.sigmas, config.noise, first)
     except ValueError as error:
         raise ValueError(f"{prompt.place}: {error}") from error
     return steps, cfg, size

@@ -11,13 +11,14 @@ from minisdxl.checkpoint.lora import LoRA, open_loras
 from minisdxl.checkpoint.modules import open_source
 from minisdxl.checkpoint.resolve import Source
 from minisdxl.cli.options import DTYPES, add_device, add_prediction, find_device
+from minisdxl.config import ModelConfig, check_refiner
 from minisdxl.loading import load, weights_path
 from minisdxl.pipeline import SDXL
 from minisdxl.prompting.chunks import Embedding
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that :func:`open_model` and :func:`load_model` read."""
+    """Adds the options that :func:`open_model`, :func:`open_refiner` and :func:`load_model` read."""
     add = parser.add_argument
     add(
         "--weights",
@@ -28,6 +29,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     add_parts(parser)
     add_prediction(parser)
+    add(
+        "--refiner",
+        metavar="NAME|PATH",
+        help="the SDXL refiner, in the forms of --weights: it does the last steps (see --refiner-start)",
+    )
     add(
         "--lora",
         action="append",
@@ -81,6 +87,18 @@ def open_model(options: argparse.Namespace) -> tuple[Source, Mapping[str, Embedd
     return weights, read_embeddings(options.embedding, [lora.file for lora in options.lora], weights.config)
 
 
+def open_refiner(options: argparse.Namespace, base: ModelConfig) -> Source | None:
+    """Where the tensors of the refiner are, or ``None`` without one.
+
+    Raises ``ValueError`` or ``OSError`` for files that are missing, damaged, or no refiner of ``base``.
+    """
+    if options.refiner is None:
+        return None
+    source = open_source(weights_path(options.refiner), DTYPES[options.dtype])
+    check_refiner(options.refiner, source.config, base)
+    return source
+
+
 def load_model(options: argparse.Namespace) -> SDXL:
     """The model of options that :func:`open_model` has read. Raises as :func:`minisdxl.loading.load`."""
     return load(
@@ -91,5 +109,6 @@ def load_model(options: argparse.Namespace) -> SDXL:
         embeddings=options.embedding,
         tokenizer=options.tokenizer,
         prediction=options.prediction,
+        refiner=options.refiner,
         **parts_of(options),
     )

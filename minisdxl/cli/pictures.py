@@ -11,7 +11,7 @@ from minisdxl.cli.picture_files import InitImage, read_picture
 from minisdxl.config import ModelConfig
 from minisdxl.runtime.inpainting import check_white
 from minisdxl.samplings import LEVELS, SAMPLINGS, Sampling
-from minisdxl.settings import Settings, check_pictures, check_settings, first_step
+from minisdxl.settings import REFINER_START, Settings, check_pictures, check_settings, first_step, split_step
 
 STRENGTH, MASKED_STRENGTH = 0.6, 1.0  # the default with --image alone, and with --mask
 
@@ -64,6 +64,12 @@ def add_picture(parser: argparse.ArgumentParser) -> None:
         help=f"share of the steps to run on --image, above 0, up to 1 (default: {STRENGTH}, with --mask "
         f"{MASKED_STRENGTH:g})",
     )
+    add(
+        "--refiner-start",
+        type=float,
+        metavar="SHARE",
+        help=f"with --refiner: share of the noise schedule that the base model does (default: {REFINER_START})",
+    )
     add("--mask", metavar="FILE", help="draw anew only what is white in this picture, and keep the rest of --image")
 
 
@@ -78,7 +84,7 @@ def list_samplings() -> str:
     return "\n".join(lines)
 
 
-def settle_picture(options: argparse.Namespace, config: ModelConfig) -> Sampling:
+def settle_picture(options: argparse.Namespace, config: ModelConfig, refiner: ModelConfig | None = None) -> Sampling:
     """The sampling. Fills in options that were not given. Raises ``ValueError`` for what does not fit the model."""
     check_pictures(config, options.image is not None, options.mask is not None)
     if options.image is not None:
@@ -97,8 +103,12 @@ def settle_picture(options: argparse.Namespace, config: ModelConfig) -> Sampling
     )
     run = check_settings(asked, config)
     options.sampling, options.steps, options.cfg, options.size = run.sampling.name, run.steps, run.cfg, run.size
-    if options.strength is not None:
-        first_step(options.steps, options.strength)
+    first = 0 if options.strength is None else first_step(options.steps, options.strength)
+    if refiner is not None:
+        options.refiner_start = REFINER_START if options.refiner_start is None else options.refiner_start
+        split_step(options.refiner_start, run.sigmas, config.noise, first)
+    elif options.refiner_start is not None:
+        raise ValueError(f"--refiner-start is {options.refiner_start} without --refiner, expected both")
     return run.sampling
 
 

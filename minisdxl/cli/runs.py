@@ -20,7 +20,7 @@ from minisdxl.cli.previews import Preview, RGBMap, fit_rgb
 from minisdxl.cost import format_flops
 from minisdxl.pipeline import SDXL
 from minisdxl.samplings import Sampling
-from minisdxl.settings import Settings, check_settings
+from minisdxl.settings import CheckedSettings, Settings, check_settings
 from minisdxl.steps.cost import PictureCost, picture_cost
 from minisdxl.steps.plan import StepPlan, describe
 
@@ -46,6 +46,7 @@ class Drawn(NamedTuple):
 
     image: Image.Image
     plans: Sequence[StepPlan]
+    split: int  # the first step of the refiner; the number of steps without one
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,12 @@ class Run:
         method = Method(options.prune, options.skip, options.guide)
         made = {each: self._generate(jobs, each) for each in ((DENSE, method) if options.compare else (method,))}
         seconds = (time.perf_counter() - began) / len(jobs)
-        dense = self.cost([StepPlan()] * len(made[method][0].plans), jobs[0]).flops
-        for index, (job, (image, plans)) in enumerate(zip(jobs, made[method], strict=True)):
+        first = made[method][0]
+        dense = self.cost([StepPlan()] * len(first.plans), jobs[0], first.split).flops
+        for index, (job, (image, plans, split)) in enumerate(zip(jobs, made[method], strict=True)):
             if options.compare:
                 image = side_by_side({str(each): pictures[index].image for each, pictures in made.items()})
-            spent = self.cost(plans, job)
+            spent = self.cost(plans, job, split)
             record = own_record(job, options, self.settings)
             if options.skip is not None or options.guide is not None:
                 record |= {"realized": describe(plans)}
@@ -101,23 +103,26 @@ class Run:
         prompts = [job.prompt] if job.cfg == 1 else [job.prompt, job.negative]
         return self.sdxl.text.context_length(prompts, self.sdxl.tokenizer)
 
-    def cost(self, plans: Sequence[StepPlan], job: Job, calls: Sequence[int] | None = None) -> PictureCost:
-        """What the U-Net costs for a job's picture under the plans of the steps that are run, the last ones."""
-        config = self.sdxl.config
-        width, height = (side // config.vae.downscale for side in job.size)
-        calls = calls or self.sampling.calls(job.steps)[-len(plans) :]
-        return picture_cost(config, height, width, plans, self.context_length(job), job.cfg, calls)
+    def cost(self, plans: Sequence[StepPlan], job: Job, split: int) -> PictureCost:
+        """What the U-Net costs for a job's picture under the plans of the steps that are run, the last ones.
 
-    def _step_flops(self, plans: Sequence[StepPlan], job: Job) -> list[int]:
-        """The FLOPs of each step that is run, for one picture."""
-        steps = list(zip(plans, self.sampling.calls(job.steps)[-len(plans) :], strict=True))
-        flops = {(plan, calls): self.cost([plan], job, [calls]).flops for plan, calls in set(steps)}
-        return [flops[step] for step in steps]
+        Those from step ``split`` on are the refiner's.
+        """
+        costs = [self._cost([plan], job, step >= split, [calls]) for step, plan, calls in self._steps(plans, job)]
+        return PictureCost(*map(sum, zip(*costs, strict=True)))
 
-    def _plans(self, settings: Settings) -> Sequence[StepPlan]:
-        """The plans of the steps that are run, before the run; an adaptive method may change them."""
-        run = check_settings(settings, self.sdxl.config)
-        return run.planner.base if run.planner else [StepPlan(plan) for plan in run.plans[run.first :]]
+    def _steps(self, plans: Sequence[StepPlan], job: Job) -> Iterator[tuple[int, StepPlan, int]]:
+        """Number, plan and calls of the denoiser of each step that is run."""
+        first = job.steps - len(plans)
+        return zip(range(first, job.steps), plans, self.sampling.calls(job.steps)[first:], strict=True)
+
+    def _cost(self, plans: Sequence[StepPlan], job: Job, refined: bool, calls: Sequence[int]) -> PictureCost:
+        sdxl = self.sdxl.refiner if refined and self.sdxl.refiner is not None else self.sdxl
+        _, height, width = self.sdxl.config.latent_shape(job.size)
+        return picture_cost(sdxl.config, height, width, plans, self.context_length(job), job.cfg, calls)
+
+    def _check(self, settings: Settings) -> CheckedSettings:
+        return check_settings(settings, self.sdxl.config, self.sdxl.refiner.config if self.sdxl.refiner else None)
 
     @cached_property
     def _rgb(self) -> RGBMap:
@@ -146,21 +151,28 @@ class Run:
             target_size=options.target_size,
             image=None if self.source is None else self.source.image,
             strength=options.strength,
+            refiner_start=options.refiner_start,
             mask=None if self.mask is None else self.mask.image,
             strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
         )
-        plans, realized = self._plans(settings), list[Sequence[StepPlan]]()
-        flops, first = self._step_flops(plans, job), job.steps - len(plans)
+        run, realized = self._check(settings), list[Sequence[StepPlan]]()
+        plans = run.planner.base if run.planner else [StepPlan(plan) for plan in run.plans[run.first :]]
+        flops = {
+            step: self._cost([plan], job, step >= run.split, [calls]).flops
+            for step, plan, calls in self._steps(plans, job)
+        }
         with tqdm(total=len(plans), desc=str(method), unit="step", disable=not sys.stderr.isatty()) as bar:
 
             def on_step(step: int, _: torch.Tensor) -> None:
-                bar.set_postfix_str(f"{format_flops(len(jobs) * flops[step - first])}FLOPs/step", refresh=False)
+                bar.set_postfix_str(f"{format_flops(len(jobs) * flops[step])}FLOPs/step", refresh=False)
                 bar.update()
                 if preview is not None:
                     preview.write(step)
 
             images = self.sdxl.generate([job.prompt for job in jobs], settings, on_step=on_step, realized=realized)
-        return [Drawn(*each) for each in zip(images, realized or [plans] * len(jobs), strict=True)]
+        return [
+            Drawn(image, made, run.split) for image, made in zip(images, realized or [plans] * len(jobs), strict=True)
+        ]
 
 
 def own_record(job: Job, options: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str, Any]:

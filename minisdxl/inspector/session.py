@@ -97,6 +97,8 @@ def inspect_picture(
     asked = replace(settings or Settings(), **changes)
     if not isinstance(prompt, str):
         raise ValueError(f"prompt is {prompt!r}, expected one string")
+    if sdxl.refiner is not None:
+        raise ValueError(f"{sdxl.config.name} has a refiner, expected none: the page shows the steps of one model")
     if asked.images_per_prompt != 1:
         raise ValueError(f"images_per_prompt is {asked.images_per_prompt}, expected 1: the page shows one picture")
     plans = [None, *(each for each in (asked.prune, against) if each not in (None, False))]

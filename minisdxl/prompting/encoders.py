@@ -48,6 +48,10 @@ class PromptEncoders(TextEncoders):
         ]
         return stack(rows, lambda: self.encode([""], tokenizer))
 
+    def encode_negative(self, prompts: Sequence[str], tokenizer: Tokenizer) -> TextEmbeddings:
+        """As :meth:`TextEncoders.encode_negative`. The refiner's encoder encodes empty prompts as well."""
+        return self.encode(prompts, tokenizer) if self.clip is None else super().encode_negative(prompts, tokenizer)
+
     def context_length(self, prompts: Sequence[str], tokenizer: Tokenizer) -> int:
         """Tokens of the context that the longest of ``prompts`` needs."""
         longest = max(len(chunks(prompt, tokenizer, self.embeddings)) for prompt in prompts)
@@ -61,6 +65,8 @@ class PromptEncoders(TextEncoders):
         padded = [tokenizer.pad(ids, config).to(device) for config in self.configs]
         with ExitStack() as hooks:
             for encoder, name in ((self.clip, "clip"), (self.openclip, "openclip")):
+                if encoder is None:
+                    continue
                 table = encoder.text_model.embeddings.token_embedding
                 hooks.enter_context(table.register_forward_hook(_placing(every, name)))
             return self(*padded)

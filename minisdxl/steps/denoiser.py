@@ -18,6 +18,7 @@ from minisdxl.steps.plan import StepPlan
 from minisdxl.transformer import ContextKV
 from minisdxl.unet import PromptKV
 
+Realized = list[Sequence[StepPlan]] | None  # gets the plans of each picture as they were carried out
 Branches = tuple[str, ...]  # of guidance, in the order in which the U-Net gets them
 BRANCHES: Mapping[str, Branches] = {
     "both": ("unconditional", "conditional"),
@@ -46,7 +47,7 @@ def planned_denoiser(
     planner: Planner,
     noise: NoiseConfig,
     sigmas: Sequence[float],
-    realized: list[Sequence[StepPlan]] | None = None,
+    realized: Realized = None,
 ) -> Denoiser:
     """D(x; sigma) as :func:`minisdxl.sampler.guided_denoiser`, under the step plans of ``planner``.
 

@@ -19,7 +19,8 @@ def diffusers_unet(unet: UNet, size_channels: int = 1) -> UNet2DConditionModel:
         block_out_channels=tuple(c.channels(level) for level in range(len(c.levels))),
         down_block_types=tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
         up_block_types=tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)),
-        transformer_layers_per_block=tuple(max(depth, 1) for depth in depths),
+        # the last is the middle's too, and the only one that counts where the last level has no attention
+        transformer_layers_per_block=(*(max(depth, 1) for depth in depths[:-1]), depths[-1] or c.middle_depth or 1),
         layers_per_block=c.res_blocks,
         # diffusers' name notwithstanding, this is the number of heads
         attention_head_dim=tuple(c.channels(level) // c.head_channels for level in range(len(c.levels))),

@@ -86,11 +86,16 @@ BAD = {
     "--steps 5.5": "argument --steps: invalid int value: '5.5'",
     "--prune nothing": "unknown preset 'nothing', expected one of at-edm",
     "--prune at-edm:rho=1": "rho is 1.0, expected 0 <= rho < 1",
-    "--model sd15": "unknown model 'sd15', expected sdxl-base, sdxl-inpainting, shapes, or the path",
+    "--model sd15": "unknown model 'sd15', expected sdxl-base, sdxl-inpainting, sdxl-refiner, shapes, or the path of a",
     "--model absent.safetensors": "absent.safetensors",
     "--skip deepcache --fast faithful": "--fast faithful sets --skip, expected one of them",
     "--skip zeus --model shapes": "zeus forecasts predictions, which needs a solver of the ODE",
     "--skip deepcache --steps 1": "deepcache would change nothing: none of the 1 steps skips any work",
+    "--skip deepcache --refiner sdxl-refiner": "--refiner with --skip or --guide, expected one of them",
+    "--refiner shapes": "shapes is shapes, expected a refiner",
+    "--model shapes --refiner sdxl-refiner": "sdxl-refiner has (latent channels, downscale, scale factor, vocabulary)",
+    "--refiner-start 0.5": "--refiner-start is 0.5 without --refiner, expected both",
+    "--refiner sdxl-refiner --steps 2": "refiner_start 0.8 leaves the refiner none of the steps 0 to 1 of 2",
     "--weights shapes": "unrecognized arguments: --weights shapes",
 }
 
@@ -106,6 +111,24 @@ def test_bad_input_is_one_line(arguments: str, capsys: pytest.CaptureFixture[str
     assert error.count("\n") == 1
     assert error.endswith("\n")
     assert BAD[arguments] in error
+
+
+def test_both_models_are_counted_with_a_refiner(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last 10 of 50 steps are the refiner's; the average is of all."""
+    main(["--refiner", "sdxl-refiner", "--prune", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    main(["--refiner", "sdxl-refiner", "--prune"])
+    text = capsys.readouterr().out
+    assert found["steps"] == [40, 10]
+    base, refiner = found["base"], found["refiner"]
+    assert abs(found["average"] - (40 * base["average"] + 10 * refiner["average"]) / 50) <= 1
+    assert abs(found["dense"] - (40 * base["dense"] + 10 * refiner["dense"]) / 50) <= 1
+    # The first 15 of 50 steps are prune-less: 15 of the base's 40, and none of the refiner's.
+    assert abs(base["average"] - (15 * base["pruneless"] + 25 * base["steady"]) / 40) <= 1
+    assert refiner["average"] == refiner["steady"] == refiner["pruneless"] < refiner["dense"]
+    assert "sdxl-base, 1024x1024 pixels, steps 0 to 39 of 50, at-edm" in text
+    assert "sdxl-refiner, 1024x1024 pixels, steps 40 to 49 of 50, at-edm" in text
+    assert f"{found['average'] / found['dense']:.1%} of dense" in text
 
 
 def test_as_a_module() -> None:

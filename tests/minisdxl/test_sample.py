@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 import minisdxl
 from atedm import PRESETS
 from minisdxl.checkpoint.modules import open_source
-from minisdxl.config import SHAPES
+from minisdxl.config import SHAPES, ModelConfig
 from minisdxl.cost import count
 from minisdxl.loading import BUNDLED
 from minisdxl.pipeline import SDXL
 from minisdxl.sample import main
 from minisdxl.samplings import SAMPLINGS
 from minisdxl.settings import Settings
-from tests.minisdxl.tiny import TINY_INPAINTING, tiny_file
+from tests.minisdxl.tiny import TINY_INPAINTING, TINY_REFINER, VOCABULARY, tiny_file
 
 PROMPT = "a small red circle above a big blue square on a white background"
 QUICK = ["--steps", "2", "--size", "64x64"]
@@ -512,6 +512,68 @@ def test_dense_and_composed_side_by_side(tmp_path: Path) -> None:
     main([PROMPT, *QUICK, "--steps", "4", "--out", str(alone)])
     assert np.array_equal(both[-64:, :64], np.asarray(Image.open(alone)))
     assert not np.array_equal(both[-64:, -64:], np.asarray(Image.open(alone)))
+
+
+def test_a_refiner_is_recorded_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLOPs are those of the calls of both U-Nets, each with its own token plans."""
+    base = tiny_file(tmp_path / "base.safetensors")
+    refiner = tiny_file(tmp_path / "refiner.safetensors", seed=1, config=TINY_REFINER)
+    files = ["--weights", str(base), "--refiner", str(refiner), "--tokenizer", str(VOCABULARY)]
+    options = [PROMPT, *files, "--size", "48x64", "--steps", "10", "--prune", "moving-grid", "--sampling", "heun"]
+    found: list[int] = []
+    generate = SDXL.generate
+
+    def counted(self: SDXL, *arguments: Any, **settings: Any) -> Any:
+        assert self.refiner is not None
+        for model in (self, self.refiner):
+
+            def hook(_: torch.nn.Module, inputs: tuple[Any, ...], config: ModelConfig = model.config) -> None:
+                x, plan = inputs[0], inputs[4]
+                found.append(len(x) * count(config, x.shape[2], x.shape[3], plan).total)
+
+            model.unet.register_forward_pre_hook(hook)
+        return generate(self, *arguments, **settings)
+
+    monkeypatch.setattr(SDXL, "generate", counted)
+    report = tmp_path / "run.json"
+    main([*options, "--json", str(report), "--out", str(tmp_path / "one.png")])
+    run, record = json.loads(report.read_text()), record_of(tmp_path / "one.png")
+    print(f"{run['flops']:,} FLOPs, {run['share']:.1%} of dense, in {len(found)} calls")
+    assert run["flops"] == sum(found) < run["dense_flops"]
+    assert len(found) == 19
+    assert (record["refiner"], record["refiner_start"]) == ("refiner.safetensors", 0.8)
+    assert record["refiner_sha256"] == hashlib.sha256(refiner.read_bytes()).hexdigest()
+    other = ["--refiner-start", "0.5", "--out", str(tmp_path / "other.png")]
+    main([*options, *other])
+    assert Image.open(tmp_path / "one.png").tobytes() != Image.open(tmp_path / "other.png").tobytes()
+    alone = [PROMPT, "--weights", str(refiner), "--tokenizer", str(VOCABULARY), "--size", "48x64", "--steps", "4"]
+    monkeypatch.setattr(SDXL, "generate", generate)
+    main([*alone, "--image", str(tmp_path / "one.png"), "--strength", "0.5", "--out", str(tmp_path / "alone.png")])
+    assert Image.open(tmp_path / "alone.png").size == (48, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--weights", "base", "--refiner", "base"], "base.safetensors is tiny, expected a refiner"),
+        (["--weights", "refiner"], "tiny-refiner finishes pictures, expected an image, or a base model beside it"),
+        (["--weights", "refiner", "--refiner", "refiner"], "is refined by"),
+        (["--weights", "base", "--refiner", "refiner", "--steps", "2"], "refiner_start 0.8 leaves the refiner none"),
+        (["--weights", "base", "--refiner", "refiner", "--refiner-start", "1.5"], "refiner_start is 1.5, expected"),
+        (["--weights", "base", "--refiner-start", "0.5"], "--refiner-start is 0.5 without --refiner"),
+        (["--refiner", "refiner"], "expected (4, 4, 0.25, 640) of shapes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_refiner_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    files = {
+        "base": tiny_file(tmp_path / "base.safetensors"),
+        "refiner": tiny_file(tmp_path / "refiner.safetensors", config=TINY_REFINER),
+    }
+    given = [str(files.get(argument, argument)) for argument in arguments]
+    assert named in refused(capsys, PROMPT, "--size", "64x64", *given, "--out", str(tmp_path / "out.png"))
 
 
 def test_previews_lie_beside_the_pictures(tmp_path: Path) -> None:

@@ -71,6 +71,19 @@ BENCH_MODEL = replace(
 
 # The same as an inpainting model.
 TINY_INPAINTING = replace(TINY, name="tiny-inpainting", unet=replace(TINY.unet, in_channels=9))
+# The refiner's structure: attention on the two levels in the middle, and SDXL's second text encoder alone.
+TINY_REFINER = replace(
+    TINY,
+    name="tiny-refiner",
+    unet=replace(
+        TINY.unet,
+        levels=(Level(1, 0), Level(2, 2), Level(3, 2), Level(3, 0)),
+        context_channels=24,
+        vector_channels=40,
+    ),
+    text=TINY.text[1:],
+    scores=(6.0, 2.5),
+)
 
 
 def tiny_modules(seed: int = 0, config: ModelConfig = TINY) -> Modules:

@@ -182,10 +182,12 @@ def test_two_of_a_name_are_refused(tmp_path: Path) -> None:
 def test_an_embedding_of_a_words_own_vectors_draws_the_same_picture(tmp_path: Path) -> None:
     """An embedding that holds the token vectors of "red" stands for the word, also encoded ahead."""
     plain = minisdxl.load("shapes")
+    assert isinstance(plain.text, PromptEncoders)
+    assert plain.text.clip is not None
     token = plain.tokenizer.encoder.encode("red", add_special_tokens=False).ids
     clip, openclip = (
         encoder.text_model.embeddings.token_embedding.weight[token].detach().clone()
-        for encoder in (plain.text.clip, plain.text.openclip)  # type: ignore[union-attr]
+        for encoder in (plain.text.clip, plain.text.openclip)
     )
     files, _, _ = kohya(tmp_path, clip, openclip)
     settings: dict[str, Any] = {"steps": 2, "size": (64, 64)}

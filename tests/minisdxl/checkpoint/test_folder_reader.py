@@ -18,7 +18,7 @@ from minisdxl.checkpoint.folder_reader import INDEX, SCHEDULER, check_part, desc
 from minisdxl.checkpoint.folder_writer import json_files
 from minisdxl.checkpoint.json_fields import LARGEST, Fields, check_values
 from minisdxl.checkpoint.modules import read_config as read_model
-from minisdxl.config import SDXL_BASE, SHAPES, Level, ModelConfig
+from minisdxl.config import SDXL_BASE, SDXL_INPAINTING, SDXL_REFINER, SHAPES, Level, ModelConfig
 from tests.minisdxl.published import OFFICIAL, write_json
 from tests.minisdxl.tiny import TINY
 
@@ -43,6 +43,31 @@ def refusal(folder: Path) -> str:
     assert str(folder) in message
     assert "\n" not in message
     return message
+
+
+def test_the_published_refiners_folder_is_its_own(tmp_path: Path) -> None:
+    """stabilityai/stable-diffusion-xl-refiner-1.0: ``model_index.json`` and ``unet/config.json``."""
+    files = copy.deepcopy(OFFICIAL)
+    files[INDEX] |= {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline",
+        "force_zeros_for_empty_prompt": False,
+        "requires_aesthetics_score": True,
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+    }
+    files[UNET] |= {
+        "attention_head_dim": [6, 12, 24, 24],
+        "block_out_channels": [384, 768, 1536, 1536],
+        "cross_attention_dim": 1280,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "projection_class_embeddings_input_dim": 2560,
+        "transformer_layers_per_block": 4,
+    }
+    del files["text_encoder/config.json"]
+    assert read_config(write_json(tmp_path, files)) == SDXL_REFINER
+    files[UNET]["layers_per_block"] = 3
+    assert "is not quite SDXL: unet.res_blocks is 3, expected 2" in refusal(write_json(tmp_path, files))
 
 
 def test_the_published_folder_is_sdxl(tmp_path: Path) -> None:
@@ -78,7 +103,8 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     (INDEX, {"_class_name": "StableDiffusionXLControlNetPipeline"}, "is a variant of SDXL"),
     (INDEX, {"_class_name": "KolorsPipeline"}, "is no model that is known here ('KolorsPipeline')"),
     (INDEX, {"_class_name": ...}, "is no model that is known here"),
-    (INDEX, {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]}, "is the SDXL refiner"),
+    (INDEX, {"text_encoder": [None, None]}, "force_zeros_for_empty_prompt is True, expected False"),
+    (INDEX, {"requires_aesthetics_score": True}, "requires_aesthetics_score is True, expected False"),
     (INDEX, {"force_zeros_for_empty_prompt": False}, "force_zeros_for_empty_prompt is False, expected True"),
     (SCHEDULER, {"prediction_type": "sample"}, "prediction_type is 'sample', expected 'epsilon' or 'v_prediction'"),
     (SCHEDULER, {"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction', expected 'epsilon' or"),
@@ -109,7 +135,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     (SCHEDULER, {"beta_end": 0.02}, "is not quite SDXL: noise.beta_end is 0.02, expected 0.012"),
     (SCHEDULER, {"num_train_timesteps": 10**12}, "noise.steps is 1000000000000, a value of another kind or size"),
     (SCHEDULER, {"beta_start": -0.1}, "noise.beta_start is -0.1, a value of another kind or size"),
-    (UNET, {"in_channels": 9}, "the U-Net takes 9"),
+    (UNET, {"in_channels": 8}, "the U-Net takes 8; expected 4, or 9 of an inpainting model"),
     (UNET, {"act_fn": "gelu"}, "act_fn is 'gelu', expected 'silu'"),
     (UNET, {"norm_num_groups": 16}, "is not quite SDXL: unet.norm_groups is 16, expected 32"),
     (UNET, {"norm_eps": 1e-6}, "norm_eps is 1e-06, expected 1e-05"),
@@ -268,8 +294,12 @@ def test_the_folder_of_another_part_must_fit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"unet/config.json does not fit tiny: text encoders give 40 context"):
         check_part(tmp_path / "unet", "unet", TINY)
     write_json(tmp_path, with_fields(UNET, in_channels=9))
+    check_part(tmp_path / "unet", "unet", SDXL_INPAINTING)
+    with pytest.raises(CheckpointError, match=r"does not fit sdxl-base: unet.in_channels is 9, expected 4"):
+        check_part(tmp_path / "unet", "unet", SDXL_BASE)
+    write_json(tmp_path, with_fields(UNET, in_channels=8))
     with pytest.raises(
-        CheckpointError, match=r"does not fit sdxl-base: the VAE has 4 latent channels, the U-Net takes 9"
+        CheckpointError, match=r"does not fit sdxl-base: the VAE has 4 latent channels, the U-Net takes 8"
     ):
         check_part(tmp_path / "unet", "unet", SDXL_BASE)
 

@@ -261,7 +261,7 @@ def test_a_part_may_be_all_that_is_wanted(name: str, parts: list[str], expected:
 
 
 OTHER_MODELS = [
-    *("SD 1.x", "SD 2.x", "SD 1.x U-Net", "refiner", "refiner U-Net", "pix2pix", "SSD-1B", "Vega"),
+    *("SD 1.x", "SD 2.x", "SD 1.x U-Net", "refiner U-Net", "pix2pix", "SSD-1B", "Vega"),
     *("KOALA-700M", "KOALA-1B", "LoRA, kohya", "LoRA, peft", "SD 3", "Flux"),
     *("TAESDXL", "Control-LoRA", "Wan", "Qwen-Image", "Z-Image", "HunyuanVideo", "SVDQuant", "nf4", "quanto"),
     *("Flux, diffusers", "ControlNet", "ControlNet, diffusers", "text encoder, transformers", "text encoder, OpenCLIP"),

@@ -233,6 +233,8 @@ def test_progress_is_told(sdxl: SDXL) -> None:
 def test_bad_settings_are_refused(sdxl: SDXL, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sdxl.inspect(PROMPT, **{**SETTINGS, **settings})
+    with pytest.raises(ValueError, match="has a refiner, expected none"):
+        replace(sdxl, refiner=sdxl).inspect("a cat")
     with pytest.raises(ValueError, match="expected one string"):
         sdxl.inspect([PROMPT])  # type: ignore[arg-type]
 
