@@ -528,8 +528,9 @@ function renderChanges() {
   const series = data.changes.map((change, i) => ({ name: change.runs.map((run) => data.runs[run].name).join(" − "), values: change.values.map((x) => 100 * x), className: classes[i] }));
   by("parting").replaceChildren(...data.changes.map((change, i) => {
     const far = change.far === null ? `never by more than ${percent(change.threshold)}` : `by more than ${percent(change.threshold)} first at step ${number(change.far)}`;
-    const text = change.first === null ? "the same at every step" : `they part at step ${number(change.first)}, ${far}; now ${percent(change.values[state.step])}, at the end ${percent(change.values.at(-1))}`;
-    return element("li", {}, element("b", { className: classes[i] }, series[i].name), ` ${text}`);
+    const text = change.first === null ? "are the same at every step" : `part at step ${number(change.first)}, ${far}; now ${percent(change.values[state.step])}, at the end ${percent(change.values.at(-1))}`;
+    const names = change.runs.map((run) => data.runs[run].name).join(" and ");
+    return element("li", {}, element("b", { className: classes[i] }, names), ` ${text}`);
   }));
   by("changes").replaceChildren(chart(data.steps.map((step) => step.number), series, "step", "%", "Difference of denoised latents by step", state.step));
 }

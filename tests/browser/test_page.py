@@ -300,9 +300,9 @@ def test_words(page: Page) -> None:
 
 def test_where_the_pictures_part(page: Page, inspection: Inspection) -> None:
     lines = page.it.locator("#parting li").all_inner_texts()
-    assert [line.split(" they")[0] for line in lines] == ["dense − at-edm", "dense − tome", "at-edm − tome"]
+    assert [line.split(" part")[0] for line in lines] == ["dense and at-edm", "dense and tome", "at-edm and tome"]
     for line, change in zip(lines, data(inspection)["changes"], strict=True):
-        assert f"they part at step {change['first'] + 1}" in line
+        assert f" part at step {change['first'] + 1}" in line
     assert page.it.locator("#changes polyline").count() == 3
     now = page.it.get_attribute("#changes .now", "x1")
     page.it.fill("#step", "1")

@@ -18,8 +18,9 @@ from atedm.pruning import Pruning, prune
 from atedm.recovery import Restore
 from minisdxl.cost import count
 from minisdxl.inspector.recorder import Recorder
-from minisdxl.inspector.session import RecordedRun, Recording
+from minisdxl.inspector.session import RecordedRun, Recording, check_attention_steps
 from minisdxl.pipeline import SDXL
+from minisdxl.settings import Settings, check_settings
 from tests.minisdxl.tiny import TINY, VOCABULARY, tiny_file
 
 PROMPT = "a small red circle above a big blue square on a white background"
@@ -146,13 +147,13 @@ def test_merging_is_recorded(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_blocks_that_dsap_spares_are_not_reduced(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = recording(sdxl, monkeypatch, prune="at-edm", steps=10).runs[1]
+    run = recording(sdxl, monkeypatch, prune="at-edm").runs[1]
     sites = list(TINY.unet.attention_sites())
     for step in run.steps:
-        plan = parse_preset("at-edm").plan(step.number, 10, sites)
+        plan = parse_preset("at-edm").plan(step.number, 4, sites)
         assert set(step.reductions) == set(plan)
         assert step.plan == plan
-    assert len(run.steps[0].reductions) < len(run.steps[3].reductions)
+    assert len(run.steps[0].reductions) < len(run.steps[1].reductions)
 
 
 @pytest.mark.parametrize("sampling", ["euler", "heun"])
@@ -191,8 +192,17 @@ def test_attention_is_recorded_at_the_chosen_steps(sdxl: SDXL, monkeypatch: pyte
     assert not any(step.attention for step in runs[0].steps)
     alone = recording(sdxl, monkeypatch, attention_steps=[1]).runs
     assert [set(step.attention) for step in alone[0].steps] == [names, set(), set(), set()]
-    defaults = recording(sdxl, monkeypatch, prune="at-edm", steps=10).runs[1]
-    assert [step.number for step in defaults.steps if step.attention] == [0, 3, 9]
+
+
+@pytest.mark.parametrize(
+    ("prune", "steps", "expected"),
+    [("at-edm", 50, {0, 15, 49}), ("tome", 50, {0, 49}), (None, 50, {0, 25, 49}), ("at-edm", 1, {0})],
+)
+def test_attention_is_recorded_before_and_after_the_early_steps(
+    prune: str | None, steps: int, expected: set[int]
+) -> None:
+    run = check_settings(Settings(steps=steps, prune=prune), TINY)
+    assert check_attention_steps(None, run, [None if prune is None else parse_preset(prune)]) == expected
 
 
 def test_a_picture_to_start_from(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
