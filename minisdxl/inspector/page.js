@@ -193,12 +193,10 @@ function buildBlocks() {
       element("table", { id: `blocks-${run}` }, element("caption", {}), element("thead", {}, row(head, "th")), body,
         element("tfoot", {}, row(foot, "td"), row(ranking, "td")))));
   }
-  document.querySelector(".swatch.kept-few").style.background = rgb(ramp(0));
-  document.querySelector(".swatch.kept-many").style.background = rgb(ramp(0.9));
-  document.querySelector(".swatch.plain").style.background = color("--line");
-  document.querySelectorAll(".swatch.low").forEach((swatch) => (swatch.style.background = rgb(ramp(0))));
-  document.querySelectorAll(".swatch.high").forEach((swatch) => (swatch.style.background = rgb(ramp(1))));
-  document.querySelector(".swatch.hatched").style.background = `repeating-linear-gradient(135deg, ${color("--ink")} 0 1px, ${color("--card")} 1px 4px)`;
+  const shades = { "kept-few": 0, "kept-many": 0.9, low: 0, high: 1 };
+  for (const [name, share] of Object.entries(shades)) {
+    document.querySelectorAll(`.swatch.${name}`).forEach((swatch) => (swatch.style.background = rgb(ramp(share))));
+  }
 }
 
 function drawStrip(canvas, run, site) {

@@ -24,7 +24,7 @@ from minisdxl.settings import Settings, check_settings
 from tests.minisdxl.tiny import TINY, VOCABULARY, tiny_file
 
 PROMPT = "a small red circle above a big blue square on a white background"
-SETTINGS: dict[str, Any] = {"steps": 4, "cfg": 3.0, "seed": 5}
+SETTINGS: dict[str, Any] = {"steps": 4, "cfg": 3.0, "seed": 5, "size": (32, 32)}
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,7 @@ RANKED = dict.fromkeys([*SOURCED, "zeros", "bicubic", "direct"], "gwpr") | {
 
 
 @pytest.mark.parametrize("recovery", RANKED)
-@pytest.mark.parametrize("ranking", ["gwpr", "moving-grid", "ca-wpr"])
-def test_reductions_are_what_happened(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch, recovery: str, ranking: str) -> None:
+def test_reductions_are_what_happened(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch, recovery: str) -> None:
     """Masks against the token sets that pruning returned; sources by what the restore copies from numbered tokens."""
     spy = Spy(monkeypatch)
     schedule = replace(parse_preset("at-edm"), method=Pruning(0.6, ranking=RANKED[recovery], recovery=recovery))
@@ -171,7 +170,7 @@ def test_steps_and_their_costs(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch, samp
 
 def check_costs(run: RecordedRun, sdxl: SDXL, found: Recording, calls: list[int]) -> None:
     for step, cost, times in zip(run.steps, run.costs, calls, strict=True):
-        flops = count(sdxl.config, 16, 16, step.plan, 77)
+        flops = count(sdxl.config, 8, 8, step.plan, 77)
         assert cost.total == 2 * times * flops.total
         for site in sdxl.config.unet.attention_sites():
             works = [work.flops for work in flops.works if work.name == site.name and "ranking" not in work.kind]
