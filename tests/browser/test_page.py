@@ -334,6 +334,7 @@ def test_screens(browser: Any, path: Path, width: str, scheme: str) -> None:
         assert contrast(page, selector) >= 4.5, selector
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.it.screenshot(path=SHOTS / f"{width}-{scheme}.png", full_page=True)
+    page.it.eval_on_selector("nav", "nav => (nav.style.position = 'static')")  # it would cover a part of a panel
     for panel in page.it.locator("section").all():
         title = panel.locator("h2").inner_text().lower().replace(" ", "-")
         panel.screenshot(path=SHOTS / f"{width}-{scheme}-{title}.png")
