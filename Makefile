@@ -4,10 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= a small red circle above a big blue square on a white background
 
-.PHONY: sample test test-programs test-scale test-browser lint clean
+.PHONY: sample teach test test-programs test-scale test-browser test-teach lint clean
 
 sample: .venv/installed
 	$(BIN)/python -m minisdxl.sample "$(PROMPT)" --prune --compare
+
+# The lessons of docs/walkthrough: this sets up what they run in, and `.venv/bin/jupyter lab docs/walkthrough` opens them.
+teach: .venv/installed-teach
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadgroup
@@ -25,10 +28,14 @@ test-browser: .venv/installed-test
 		|| { echo "test-browser: there is no Chromium, and it could not be installed; the page was not tested"; exit 3; }
 	$(BIN)/python -m pytest -m browser tests/browser
 
+test-teach: .venv/installed-test .venv/installed-teach
+	$(BIN)/python -m pytest -m teach tests/walkthrough
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=docs/walkthrough $(BIN)/mypy docs/walkthrough/checks docs/walkthrough/course.py docs/walkthrough/solutions
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -43,6 +50,10 @@ lint: .venv/installed-test
 
 .venv/installed-scale: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,scale]"
+	touch $@
+
+.venv/installed-teach: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[teach]"
 	touch $@
 
 clean:

@@ -32,6 +32,7 @@ FILES = (
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / "docs").glob("*/README.md"),
     *(ROOT / "weights").glob("*/README.md"),
 )
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}

@@ -5,8 +5,9 @@
         --references coco/val2017 --inception pt_inception-2015-12-05-6726825d.pth --clip clip-vit-large-patch14
 
 Every picture is a row of a CSV file in the folder --out, written when its batch is done. A run that was stopped
-continues where it was. With --shard 1/2 and --shard 2/2 two machines share the work: copy their files into one folder,
-and --table reports on all of them.
+continues where it was. With --workers 8 eight processes share the work, on one machine or on a Ray cluster; they also
+compute the features for FID and CLIP score. With --shard 1/2 and --shard 2/2 two machines without a common folder share
+it: copy their files into one folder, and --table reports on all of them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from minisdxl.checkpoint.atomic import atomic_path
+from minisdxl.checkpoint.modules import open_source
 from minisdxl.cli.options import DTYPES, Parser, find_device, plain_warnings
 from minisdxl.cli.reports import versions, write_report
-from minisdxl.loading import load
-from minisdxl.settings import Settings, check_settings
+from minisdxl.cli.workers import add_workers, check_workers
+from minisdxl.loading import load, weights_path
+from minisdxl.settings import CheckedSettings, Settings, check_settings
 from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
 from tools.evaluation.paired_statistics import INTERVALS
 from tools.evaluation.pictures import (
@@ -34,10 +37,10 @@ from tools.evaluation.pictures import (
     solve,
 )
 from tools.evaluation.plots import CAPTION_ACCURACY, LATENT_ERROR, save_figure
-from tools.evaluation.rows import DENSE, Folder
+from tools.evaluation.rows import DENSE, Folder, Row
 from tools.evaluation.run_options import model_options, settings_of
 from tools.evaluation.set_metrics import REFERENCES, Drawn, SetMetrics
-from tools.evaluation.summaries import as_json, common_rows, markdown_table, summarize
+from tools.evaluation.summaries import Summary, as_json, common_rows, markdown_table, summarize
 
 
 def _parser() -> Parser:
@@ -64,11 +67,15 @@ def _parser() -> Parser:
         help="drawn captions: unseen in training, or all (default: test)",
     )
     add(
-        "--prompts", type=Path, metavar="FILE", help="captions from this .txt, .jsonl or .csv file, not of drawn scenes"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="captions from this .txt, .jsonl or .csv file, or COCO's captions_val2017.json, not of drawn scenes",
     )
     add("--references", type=Path, metavar="DIR", help="folder of real pictures for FID; with --inception")
     add("--inception", type=Path, metavar="FILE", help="Inception's weights for FID, as torch-fidelity has them")
     add("--clip", type=Path, metavar="DIR", help="a CLIP model for CLIP score, in the layout of transformers")
+    add_workers(parser)
     return parser
 
 
@@ -80,31 +87,71 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ValueError("FID and CLIP score are for --prompts, expected a file of captions")
     if options.captions < 1:
         raise ValueError(f"--captions is {options.captions}, expected 1 or more")
+    check_workers(options)
     captions, source = _captions(options)
-    sdxl = load(
-        options.weights, device=find_device(options.device), dtype=DTYPES[options.dtype], tokenizer=options.tokenizer
-    )
+    references = find_pictures(options.references) if options.references else []
+    config = open_source(weights_path(options.weights), DTYPES[options.dtype]).config
     asked = Settings(sampling=options.sampling, steps=options.steps, cfg=options.cfg, size=options.size)
-    run = check_settings(asked, sdxl.config)
+    run = check_settings(asked, config)
     options.sampling = run.sampling.name
-    solved = solve(sdxl.config, run.size, options.presets, run.steps, options.share, options.share_for)
+    solved = solve(config, run.size, options.presets, run.steps, options.share, options.share_for)
     if options.baseline is not None and options.baseline not in solved:
         raise ValueError(f"--baseline is {options.baseline}, expected one of {', '.join(solved)}")
     baseline = None if options.baseline is None else solved[options.baseline]
-    fid = Fid(options.inception, find_pictures(options.references), sdxl.device) if options.inception else None
+    settings, presets = settings_of(options, config, run.size, run.steps, run.cfg, source), list(solved.values())
+    if options.workers is not None:
+        _at_scale(options, captions, run, settings, presets, baseline, references)
+        return
+    sdxl = load(
+        options.weights, device=find_device(options.device), dtype=DTYPES[options.dtype], tokenizer=options.tokenizer
+    )
+    fid = Fid(options.inception, references, sdxl.device) if options.inception else None
     clip = ClipScore(options.clip, sdxl.device) if options.clip else None
-    settings = settings_of(options, sdxl, run.size, run.steps, run.cfg, source)
     folder = Folder(options.out, settings)
     evaluation = Evaluation(sdxl, captions, folder, run.steps, run.cfg, run.size, options.batch, options.sampling)
-    presets = list(solved.values())
     if not options.table:
         evaluation.run(presets, options.shard)
         missing = evaluation.missing(presets)
         if missing:
             print(f"{missing} pictures are left to other shards; --table reports on those that are there")
             return
+    rows = common_rows(folder.rows, presets, options.captions)
+    numbers = [row.number for row in rows[DENSE]]
     metrics = SetMetrics(evaluation, Drawn(sdxl.vae, run.size[0]), fid, clip)
-    _report(evaluation, metrics, presets, baseline, settings, options)
+    own = metrics.drawn.own_distance(len(numbers)) if captions.drawn and len(numbers) > 1 else None
+    _report(summarize(rows, baseline, metrics.of(numbers)), rows, baseline, own, settings, options)
+
+
+def _at_scale(
+    options: argparse.Namespace,
+    captions: Captions,
+    run: CheckedSettings,
+    settings: dict[str, Any],
+    presets: Sequence[str],
+    baseline: str | None,
+    references: Sequence[Path],
+) -> None:
+    """The same by the workers of a cluster. Raises as :func:`_evaluate`, and ``ConnectionError``."""
+    from minisdxl.scale.cluster import connected, place  # imports Ray
+    from tools.evaluation.at_scale import MergedMetrics, make_rows
+    from tools.evaluation.worker import Task
+
+    if options.shard != (1, 1):
+        raise ValueError("--shard is {}/{} with --workers, expected one of them".format(*options.shard))
+    with connected(options.ray_address):
+        placement = place(options.workers, options.device, options.threads)
+        options.device = placement.device
+        if placement.threads is not None:
+            settings["threads"] = placement.threads
+        Folder(options.out, settings)
+        task = Task(options, captions, settings, run.steps, run.cfg, run.size, placement.threads, Path.cwd())
+        if not options.table:
+            make_rows(placement, task, presets)
+        rows = common_rows(Folder(options.out, settings).rows, presets, options.captions)
+        numbers = [row.number for row in rows[DENSE]]
+        metrics = MergedMetrics(placement, task, references, presets, numbers)
+    own = metrics.own_distance() if captions.drawn and len(numbers) > 1 else None
+    _report(summarize(rows, baseline, metrics.of), rows, baseline, own, settings, options)
 
 
 def _captions(options: argparse.Namespace) -> tuple[Captions, str]:
@@ -115,22 +162,22 @@ def _captions(options: argparse.Namespace) -> tuple[Captions, str]:
 
 
 def _report(
-    evaluation: Evaluation,
-    metrics: SetMetrics,
-    presets: Sequence[str],
+    summaries: Sequence[Summary],
+    rows: Mapping[str, Sequence[Row]],
     baseline: str | None,
+    own: float | None,
     settings: Mapping[str, Any],
     options: argparse.Namespace,
 ) -> None:
-    """Writes the table to stdout and table.md, all numbers to summary.json, and plots to PNG files."""
-    rows = common_rows(evaluation.folder.rows, presets, options.captions)
-    numbers = [row.number for row in rows[DENSE]]
-    summaries = summarize(rows, baseline, metrics.of(numbers))
-    text = [markdown_table(summaries, baseline), "", f"{len(numbers)} captions. {INTERVALS}"]
-    if evaluation.captions.drawn and len(numbers) > 1:
-        drawn = metrics.drawn.own_distance(len(numbers))
+    """Writes the table to stdout and table.md, all numbers to summary.json, and plots to PNG files.
+
+    ``own`` is the Fréchet distance of other drawn pictures.
+    """
+    count = len(rows[DENSE])
+    text = [markdown_table(summaries, baseline), "", f"{count} captions. {INTERVALS}"]
+    if own is not None:
         text.append(
-            f"The same number of other drawn pictures has a Fréchet distance of {drawn:.4g} to the {REFERENCES} drawn."
+            f"The same number of other drawn pictures has a Fréchet distance of {own:.4g} to the {REFERENCES} drawn."
         )
     print("\n".join(text))
     with atomic_path(options.out / "table.md") as path:
@@ -140,11 +187,11 @@ def _report(
         "settings": settings,
         "versions": versions(),
         "machines": sorted({row.machine for each in rows.values() for row in each}),
-        "captions": len(numbers),
+        "captions": count,
         "presets": [as_json(each) for each in summaries],
     }
     write_report(str(options.out / "summary.json"), report)
-    if evaluation.captions.drawn:
+    if options.prompts is None:
         save_figure(options.out / "caption-accuracy.png", summaries, [CAPTION_ACCURACY], "flops_share")
     save_figure(options.out / "latent-error.png", summaries, [LATENT_ERROR], None)
 

@@ -82,7 +82,7 @@ def make(
 ) -> Iterator[Evaluation]:
     """Makes the missing pictures of each part, unless ``--table`` was given, and yields its evaluation."""
     for part in parts:
-        settings = settings_of(options, sdxl, size, part.steps, part.cfg, "drawn, test")
+        settings = settings_of(options, sdxl.config, size, part.steps, part.cfg, "drawn, test")
         folder = Folder(options.out / f"{options.sampling}-{part.steps}-steps-cfg-{part.cfg:g}", settings)
         evaluation = Evaluation(sdxl, captions, folder, part.steps, part.cfg, size, options.batch, options.sampling)
         if not options.table:
@@ -168,7 +168,7 @@ def _experiment(options: argparse.Namespace) -> None:
             return
     findings = find(experiment, parts, evaluations, Drawn(sdxl.vae, size[0]), options.captions)
     command = shlex.join(["python", "-m", "tools.experiments", *options.arguments])
-    settings = settings_of(options, sdxl, size, parts[0].steps, parts[0].cfg, "drawn, test")
+    settings = settings_of(options, sdxl.config, size, parts[0].steps, parts[0].cfg, "drawn, test")
     text = page(name, findings, notes, command, settings)
     print(text)
     options.results.mkdir(parents=True, exist_ok=True)

@@ -193,12 +193,10 @@ function buildBlocks() {
       element("table", { id: `blocks-${run}` }, element("caption", {}), element("thead", {}, row(head, "th")), body,
         element("tfoot", {}, row(foot, "td"), row(ranking, "td")))));
   }
-  document.querySelector(".swatch.kept-few").style.background = rgb(ramp(0));
-  document.querySelector(".swatch.kept-many").style.background = rgb(ramp(0.9));
-  document.querySelector(".swatch.plain").style.background = color("--line");
-  document.querySelectorAll(".swatch.low").forEach((swatch) => (swatch.style.background = rgb(ramp(0))));
-  document.querySelectorAll(".swatch.high").forEach((swatch) => (swatch.style.background = rgb(ramp(1))));
-  document.querySelector(".swatch.hatched").style.background = `repeating-linear-gradient(135deg, ${color("--ink")} 0 1px, ${color("--card")} 1px 4px)`;
+  const shades = { "kept-few": 0, "kept-many": 0.9, low: 0, high: 1 };
+  for (const [name, share] of Object.entries(shades)) {
+    document.querySelectorAll(`.swatch.${name}`).forEach((swatch) => (swatch.style.background = rgb(ramp(share))));
+  }
 }
 
 function drawStrip(canvas, run, site) {
@@ -528,8 +526,9 @@ function renderChanges() {
   const series = data.changes.map((change, i) => ({ name: change.runs.map((run) => data.runs[run].name).join(" − "), values: change.values.map((x) => 100 * x), className: classes[i] }));
   by("parting").replaceChildren(...data.changes.map((change, i) => {
     const far = change.far === null ? `never by more than ${percent(change.threshold)}` : `by more than ${percent(change.threshold)} first at step ${number(change.far)}`;
-    const text = change.first === null ? "the same at every step" : `they part at step ${number(change.first)}, ${far}; now ${percent(change.values[state.step])}, at the end ${percent(change.values.at(-1))}`;
-    return element("li", {}, element("b", { className: classes[i] }, series[i].name), ` ${text}`);
+    const text = change.first === null ? "are the same at every step" : `part at step ${number(change.first)}, ${far}; now ${percent(change.values[state.step])}, at the end ${percent(change.values.at(-1))}`;
+    const names = change.runs.map((run) => data.runs[run].name).join(" and ");
+    return element("li", {}, element("b", { className: classes[i] }, names), ` ${text}`);
   }));
   by("changes").replaceChildren(chart(data.steps.map((step) => step.number), series, "step", "%", "Difference of denoised latents by step", state.step));
 }

@@ -182,7 +182,7 @@ class LayerWatcher:
             return
         cross_kind = "dense" if how.graph == "by-head" else how.graph  # as atedm.pruning.prune
         graphs = LazyGraph(self_attention, how.graph), LazyGraph(cross_attention, cross_kind)
-        ranked = scores(how.ranking, tokens, *graphs, how.iterations, how.seed)[-1].double()
+        ranked = scores(how.ranking, tokens, *graphs, how.iterations, how.seed)[-1].cpu().double()
         positions = torch.arange(tokens.size) if tokens.positions is None else tokens.positions[-1].cpu()
         stayed = kept.positions[-1].cpu()
         sources = None
@@ -199,7 +199,7 @@ class LayerWatcher:
                 self.layer,
                 nothing.index_fill(0, positions, True),
                 nothing.index_fill(0, stayed, True),
-                torch.full((tokens.size,), torch.nan, dtype=torch.float64).index_copy(0, positions, ranked.cpu()),
+                torch.full((tokens.size,), torch.nan, dtype=torch.float64).index_copy(0, positions, ranked),
                 sources,
             )
         )

@@ -63,27 +63,34 @@ def connected(address: str | None) -> Iterator[None]:
     """A context with Ray: an instance of its own that ends with it, or the cluster at ``address``.
 
     In the context nothing is written to stdout, where Ray would tell of each worker that it starts again.
-    Raises ``ConnectionError`` for an address where no cluster answers.
+    Raises ``ConnectionError`` for an address where no cluster answers, and if Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing about the run anywhere
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+        try:
+            ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+        except Exception as error:  # Ray raises this type itself where a machine is too busy
+            ray.shutdown()
+            raise ConnectionError(f"Ray did not start ({_one_line(error)}); the same command tries again") from error
     else:
         try:
             _knock(address)
             ray.init(address, **quiet)
         except (OSError, RuntimeError, ValueError, RayError) as error:  # RuntimeError: another version of Ray
-            reason = " ".join(str(error).split())
             raise ConnectionError(
-                f"--ray-address is {address}, where no cluster answers ({reason:.200}); expected auto, HOST:PORT or "
-                "ray://HOST:PORT of one that runs"
+                f"--ray-address is {address}, where no cluster answers ({_one_line(error)}); expected auto, HOST:PORT "
+                "or ray://HOST:PORT of one that runs"
             ) from error
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             yield
     finally:
         ray.shutdown()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _knock(address: str) -> None:
@@ -137,7 +144,7 @@ def answers(placement: Placement, worker: type, task: object, units: Sequence[ob
     for _ in range(ROUNDS):
         for answer in _round(placement, worker, task, left):
             if isinstance(answer, RayError):
-                reason, lost = " ".join(str(answer).split()), lost + 1
+                reason, lost = _one_line(answer), lost + 1
                 if lost >= LOST_IN_A_ROW:
                     raise ChildProcessError(
                         f"{lost} units in a row each ended their worker {RETRIES + 1} times, as one does that needs "

@@ -28,7 +28,8 @@ from tools.evaluation.rows import Row, read_rows
 
 PRESET = "at-edm:rho=0.3"
 QUICK = ("--steps", "2", "--size", "64x64", "--presets", PRESET, "--device", "cpu")
-TOKENIZER = Path(__file__).parents[2] / "weights" / "shapes" / "tokenizer"
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ROOT / "weights" / "shapes" / "tokenizer"
 
 
 @pytest.fixture(autouse=True)
@@ -193,12 +194,15 @@ def test_inceptions_file_must_hold_tensors_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
+    return write_clip(tmp_path / "clip")
+
+
+def write_clip(folder: Path) -> Path:
     """A CLIP of random weights, in a folder as transformers keeps them."""
     torch.manual_seed(0)
     shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**shared, "vocab_size": 640, "bos_token_id": 638, "eos_token_id": 639, "max_position_embeddings": 77}
     config = CLIPConfig(text_config=text, vision_config={**shared, "image_size": 32, "patch_size": 8}, projection_dim=8)
-    folder = tmp_path / "clip"
     CLIPModel(config).save_pretrained(folder)
     sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)

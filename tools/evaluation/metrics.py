@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minisdxl.vae import VAE
+from tools.evaluation.statistics import Statistics, distance
 
 Picture = NDArray[np.uint8]
 
@@ -65,25 +66,8 @@ def latent_error(latent: Tensor, reference: Tensor) -> float:
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Squared Fréchet distance of two normal distributions fitted to features (n, D) and (m, D).
-
-    |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)): Dowson and Landau 1982, and for pictures Heusel et al. 2017. With
-    few samples it is too large, by an amount that depends on n and m. So compare only distances of equal n and m.
-    Raises ``ValueError`` for fewer than 2 samples and for unequal D.
-    """
-    if min(len(features), len(reference)) < 2 or features.shape[1:] != reference.shape[1:]:
-        raise ValueError(
-            f"features are {tuple(features.shape)} and {tuple(reference.shape)}, expected 2 or more rows, equally long"
-        )
-    means = [each.double().mean(dim=0) for each in (features, reference)]
-    factors = []  # R with R^T R = covariance
-    for each, mean in zip((features, reference), means, strict=True):
-        centered = (each.double() - mean) / math.sqrt(len(each) - 1)
-        factors.append(torch.linalg.qr(centered, mode="r").R)
-    # tr (C C')^(1/2) is the sum of the singular values of R R'^T, exact also for covariances without full rank.
-    shared = torch.linalg.svdvals(factors[0] @ factors[1].T).sum()
-    spread = factors[0].square().sum() + factors[1].square().sum() - 2 * shared
-    return float((means[0] - means[1]).square().sum() + spread)
+    """Squared Fréchet distance of features (n, D) and (m, D), as :func:`tools.evaluation.statistics.distance`."""
+    return distance(Statistics.of(features), Statistics.of(reference))
 
 
 @torch.no_grad()

@@ -51,6 +51,12 @@ class Fid:
         for path in references:
             self.metric.update(_pixels(path).to(device), real=True)
 
+    @torch.no_grad()
+    def features(self, pictures: Iterable[Path]) -> Tensor:
+        """Inception's features of one or more pictures (n, D), float64."""
+        pixels = (_pixels(path).to(self.metric.device) for path in pictures)
+        return torch.cat([self.metric.inception(each).double().cpu() for each in pixels])
+
     def __call__(self, pictures: Iterable[Path]) -> float:
         """The distance of two or more pictures."""
         self.metric.reset()
@@ -94,6 +100,13 @@ class ClipScore:
         model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         self.metric: Any = CLIPScore(model_name_or_path=lambda: (ClipFeatures(model), processor)).to(device)
+
+    @torch.no_grad()
+    def cosine(self, picture: Path, caption: str) -> float:
+        """100 times the cosine of one picture and its caption, which may be below 0."""
+        self.metric.reset()
+        self.metric.update(_pixels(picture).to(self.metric.device), [caption])
+        return float(self.metric.score)
 
     @torch.no_grad()
     def __call__(self, pictures: Iterable[Path], captions: Iterable[str]) -> float:

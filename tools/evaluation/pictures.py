@@ -27,6 +27,7 @@ from minisdxl.settings import Settings
 from minisdxl.steps.plan import StepPlan
 from tools.drawn.detector import check
 from tools.drawn.world import held_out, parse_caption, random_scene
+from tools.evaluation.coco import coco_captions
 from tools.evaluation.methods import Method, parse_method, picture_flops, settings_of
 from tools.evaluation.metrics import latent_error, psnr, ssim
 from tools.evaluation.rows import DENSE, Folder, Row
@@ -60,11 +61,16 @@ def drawn_captions(count: int, split: str = "test") -> Captions:
 
 
 def file_captions(path: Path, count: int) -> Captions:
-    """The first ``count`` prompts of a file.
+    """The first ``count`` prompts of a file, or those of an annotation file (:func:`coco_captions`).
 
     Raises as ``read_prompts``, and ``ValueError`` for too few prompts, or for one with its own seed or negative prompt,
     because all captions of an evaluation have the same settings.
     """
+    if path.suffix.lower() == ".json":
+        texts = coco_captions(path)
+        if len(texts) < count:
+            raise ValueError(f"{path} has {len(texts)} pictures, expected {count} or more; or fewer --captions")
+        return Captions(tuple(texts[:count]), drawn=False)
     prompts = read_prompts(path)
     if len(prompts) < count:
         raise ValueError(f"{path} has {len(prompts)} prompts, expected {count} or more; or fewer --captions")
@@ -157,7 +163,7 @@ class Evaluation:
                 numbers = range(start, min(start + self.batch, len(self.captions)))
                 missing = [number for number in numbers if not self.folder.has(preset, number)]
                 if missing:
-                    rows = list(self._make(preset, numbers, missing))
+                    rows = self.make(preset, numbers, missing)
                     self.folder.add(file, rows)
                     print(f"captions {numbers[0]} to {numbers[-1]}, {preset}: {_progress(rows)}", flush=True)
 
@@ -165,6 +171,10 @@ class Evaluation:
         """The number of missing rows."""
         kinds = {DENSE, *presets}
         return sum(not self.folder.has(kind, number) for kind in kinds for number in range(len(self.captions)))
+
+    def make(self, preset: str, numbers: range, wanted: Sequence[int]) -> list[Row]:
+        """Makes one batch of a preset, and returns the rows that are wanted. Dense ones must be there already."""
+        return list(self._make(preset, numbers, wanted))
 
     def _make(self, preset: str, numbers: range, wanted: Sequence[int]) -> Iterator[Row]:
         """Makes the whole batch, so that rounding is the same in every run, and yields the rows that are wanted."""

@@ -4,6 +4,7 @@
     rows.csv                 or rows-2-of-4.csv for the second of four shards
     pictures/PRESET/NUMBER.png
     latents/NUMBER.npy       of the dense model, float32
+    features/PRESET/NUMBER.npz    with workers: features for FID, and the cosine for CLIP score
 
 Every file appears whole or not at all. Folders of several shards are merged by copying them into one.
 """
@@ -15,6 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -105,12 +107,17 @@ class Folder:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._check_settings(settings)
-        self.rows: Rows = {}
-        for file in sorted(path.glob("rows*.csv")):
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All rows, read when they are first needed."""
+        rows: Rows = {}
+        for file in sorted(self.path.glob("rows*.csv")):
             for row in read_rows(file):
-                known = self.rows.setdefault((row.preset, row.number), row)
+                known = rows.setdefault((row.preset, row.number), row)
                 if _facts(known) != _facts(row):
                     raise ValueError(f"{file} has another {row.preset} of caption {row.number} than the file before it")
+        return rows
 
     def has(self, preset: str, number: int) -> bool:
         """Whether this row and its files exist."""
@@ -123,7 +130,16 @@ class Folder:
         mine = {(row.preset, row.number): row for row in (read_rows(target) if target.exists() else [])}
         mine |= {(row.preset, row.number): row for row in rows}
         write_rows(target, mine.values())
-        self.rows |= mine
+        self.rows.update(mine)
+
+    def merge_files(self) -> None:
+        """Merges all files of rows into ``rows.csv``."""
+        files = sorted(self.path.glob("rows*.csv"))
+        if files != [self.path / "rows.csv"]:
+            write_rows(self.path / "rows.csv", self.rows.values())
+            for file in files:
+                if file.name != "rows.csv":
+                    file.unlink()
 
     def picture_path(self, preset: str, number: int) -> Path:
         """The path of a picture."""
@@ -135,6 +151,23 @@ class Folder:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as path:
             image.save(path)
+
+    def features_path(self, preset: str, number: int) -> Path:
+        """The path of what the metrics of all pictures together need of one."""
+        return self.path / "features" / self.picture_path(preset, number).parent.name / f"{number:05}.npz"
+
+    def save_features(self, preset: str, number: int, features: Mapping[str, NDArray[Any]]) -> None:
+        """Writes the features of a picture, by name."""
+        target = self.features_path(preset, number)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = dict(features)
+        with atomic_path(target) as path:
+            np.savez(path, **arrays)
+
+    def features(self, preset: str, number: int) -> dict[str, NDArray[Any]]:
+        """The features of a picture. Raises ``OSError`` or ``ValueError`` if they are missing or damaged."""
+        with np.load(self.features_path(preset, number), allow_pickle=False) as arrays:
+            return dict(arrays)
 
     def picture(self, preset: str, number: int) -> NDArray[np.uint8]:
         """A picture (H, W, 3). Raises ``OSError`` or ``ValueError`` if it is missing or damaged."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minisdxl.cli.options import DTYPES, Parser, add_device, parse_size
+from minisdxl.config import ModelConfig
 from minisdxl.loading import weights_path
-from minisdxl.pipeline import SDXL
 from minisdxl.samplings import SAMPLINGS
 from tools.evaluation.pictures import parse_shard, weights_sha256
 
@@ -36,11 +36,11 @@ def model_options(parser: Parser, *, weights: str, out: Path) -> None:
 
 
 def settings_of(
-    options: argparse.Namespace, sdxl: SDXL, size: tuple[int, int], steps: int, cfg: float, captions: str
+    options: argparse.Namespace, config: ModelConfig, size: tuple[int, int], steps: int, cfg: float, captions: str
 ) -> dict[str, Any]:
     """The settings that all rows of a folder share; ``captions`` describes the captions."""
     return {
-        "model": sdxl.config.name,
+        "model": config.name,
         "weights": weights_path(options.weights).name,
         "sha256": weights_sha256(options.weights, DTYPES[options.dtype]),
         "captions": captions,

@@ -31,11 +31,15 @@ class Drawn:
 
     def own_distance(self, count: int) -> float:
         """Distance of ``count`` other drawn pictures, as a perfect model would have."""
-        return self.distance(self._draw("other", count))
+        return frechet_distance(self.features("other", count), self._references)
+
+    def features(self, seed: str, count: int) -> torch.Tensor:
+        """Features (n, D) of ``count`` drawn pictures: the references have the seed "reference"."""
+        return vae_features(self.vae, self._draw(seed, count))
 
     @cached_property
     def _references(self) -> torch.Tensor:
-        return vae_features(self.vae, self._draw("reference", REFERENCES))
+        return self.features("reference", REFERENCES)
 
     def _draw(self, seed: str, count: int) -> Iterator[Picture]:
         rng = random.Random(seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -50,6 +50,7 @@ def test_equal_values_and_no_values_are_packed() -> None:
     assert scaled(np.empty(0))["data"] == ""
 
 
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([0.0, 1e-9, 0.1, 0.1 + 1e-12, 2.0, 3.0]), min_size=1, max_size=40))
 def test_ranks_of_scores_are_those_of_top_k(values: list[float]) -> None:
     """Also where scores are equal, or closer than a step."""

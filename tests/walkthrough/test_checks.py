@@ -1,0 +1,133 @@
+"""The checkers of docs/walkthrough: a solution is right, and of a typical wrong answer they say what is off."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.walkthrough.lessons import LESSONS, exercises, load_module, solution
+
+EXERCISES = [exercise for lesson in LESSONS for exercise in exercises(lesson)]
+
+# Wrong answers, each with a part of what must be said about it.
+WRONG: dict[str, list[tuple[Any, str]]] = {
+    "1.1": [
+        (lambda x, d, s, t: x + (s - t) * (x - d) / s, "wrong sign"),
+        (lambda x, d, s, t: x + (t - s) * (x - d), "left out the division"),
+        (lambda x, d, s, t: d, "denoised latent itself"),
+        (lambda x, d, s, t: x.sum(), "the shape is"),
+        (lambda x, d, s, t: 1 / 0, "ZeroDivisionError"),
+        (lambda x, d, s, t: x, "the numbers differ"),
+        (3, "expected a function"),
+    ],
+    "1.2": [
+        (lambda u, c, scale: c + scale * (u - c), "changed places"),
+        (lambda u, c, scale: c + scale * (c - u), "scale + 1"),
+    ],
+    "1.3": [
+        (64, "counts positions"),
+        (6, "both sides"),
+        (1 / 48, "other way round"),
+        (47, "47 times"),
+        ("a", "number"),
+    ],
+    "2.1": [
+        ("output_blocks.5.1", "is up.1.2"),
+        ("output_blocks.4", "numbered block"),
+        ("output_blocks.4.0", "ResBlock, not attention"),
+        ("up.1.1", "there is no up.1.1"),
+        (4, "name in quotes"),
+    ],
+    "2.2": [(11, "attention blocks"), (60, "left out the middle"), (34, "left out the way up"), (69, "not 69")],
+    "2.3": [
+        (lambda level, w, h: (w >> level) * (h >> level), "8 times shorter"),
+        (lambda level, w, h: (w // 8) * (h // 8), "positions at level 0"),
+        (lambda level, w, h: (w // 8) * (h // 8) / 2**level, "quarter"),
+        (lambda level, w, h: (w // 8 >> level) * (h // 8 >> level), "rounded up"),
+        (lambda level, w, h: 5, "expected 64 x 64"),
+    ],
+    "3.1": [
+        (lambda A, s: A @ s, "A^T s"),
+        (lambda A, s: A.T @ s, "do not sum to 1"),
+        (lambda A, s: A.T @ s / (A.T @ s).norm(), "Euclidean"),
+        (lambda A, s: A.sum(dim=0) / A.sum(), "voters count the same"),
+    ],
+    "3.2": [
+        (lambda A, s: A @ s, "entropy is missing"),
+        (lambda A, s: (A @ s) / (A * A.log()).sum(dim=1), "negative"),
+        (lambda A, s: (A @ s) / -(A * A.log2()).sum(dim=1), "natural"),
+        (lambda A, s: (A @ s) * -(A * A.log()).sum(dim=1), "multiply"),
+    ],
+    "3.3": [
+        (torch.eye(4)[[1, 0, 0, 0]], "do not settle"),
+        (torch.full((4, 4), 0.25), "does not receive most"),
+        (torch.tensor([[1.0, 0, 0, 0]]).expand(4, 4), "does not win"),
+        (torch.ones(4, 4), "share"),
+        (torch.ones(3, 3), "the shape is (3, 3)"),
+        ("a map", "4 rows"),
+    ],
+    "4.1": [
+        (lambda s, rho: s.topk(max(1, round(len(s) * rho))).indices.sort().values, "share that is pruned"),
+        (lambda s, rho: s.topk(max(1, round(len(s) * (1 - rho)))).indices, "sort the indices"),
+        (lambda s, rho: (-s).topk(max(1, round(len(s) * (1 - rho)))).indices.sort().values, "lowest scores"),
+        (lambda s, rho: s.topk(round(len(s) * (1 - rho))).indices.sort().values, "one token at least"),
+        (lambda s, rho: s > s.quantile(rho), "mask"),
+        (lambda s, rho: s.topk(1).indices, "1 stay, expected"),
+    ],
+    "4.2": [
+        (lambda A, kept, pruned: kept[A[pruned][:, kept].argmax(dim=1)], "where the pruned token looks"),
+        (lambda A, kept, pruned: A[kept][:, pruned].argmax(dim=0), "count among the kept"),
+        (lambda A, kept, pruned: A[:, pruned].argmax(dim=0), "pruned themselves"),
+    ],
+    "4.3": [
+        (lambda v, kept, source: torch.zeros(6, 2, dtype=v.dtype).index_copy(0, kept, v), "should copy their source"),
+        (lambda v, kept, source: torch.cat([v, 0 * v]), "stand in front"),
+        (lambda v, kept, source: v[source], "IndexError"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def checks() -> ModuleType:
+    return load_module("checks")
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_the_solution_is_right(checks: ModuleType, exercise: str) -> None:
+    verdict = checks.check(exercise, solution(exercise))
+    assert verdict.right, verdict.message
+    assert repr(verdict) == f"Exercise {exercise}: right."
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer", "said"),
+    [pytest.param(key, *each, id=f"{key}-{each[1]}") for key, answers in WRONG.items() for each in answers],
+)
+def test_of_a_wrong_answer_the_checker_says_what_is_off(
+    checks: ModuleType, exercise: str, answer: Any, said: str
+) -> None:
+    verdict = checks.check(exercise, answer)
+    assert not verdict.right
+    assert said in verdict.message, verdict.message
+
+
+def test_every_exercise_has_wrong_answers() -> None:
+    assert [exercise for exercise in EXERCISES if exercise not in WRONG] == []
+
+
+@pytest.mark.parametrize("nothing", [None, ..., lambda *_: None, lambda *_: ...])
+def test_an_open_exercise_is_no_error(checks: ModuleType, nothing: Any) -> None:
+    for exercise in EXERCISES:
+        verdict = checks.check(exercise, nothing)
+        assert not verdict.right
+        assert "yet" in verdict.message or "expected" in verdict.message, verdict.message
+
+
+def test_an_exercise_that_there_is_not_is_refused(checks: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"expected one of 1\.1, 1\.2, 1\.3"):
+        checks.check("1.9", 1)
+    with pytest.raises(ValueError, match="there is no lesson '9'"):
+        checks.check("9.1", 1)
