@@ -87,6 +87,35 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         (lambda v, kept, source: torch.cat([v, 0 * v]), "stand in front"),
         (lambda v, kept, source: v[source], "IndexError"),
     ],
+    "5.1": [
+        (lambda steps, tau: tau, "of every 50 steps"),
+        (lambda steps, tau: tau * steps / 50, "whole number"),
+        (lambda steps, tau: round(tau * steps / 50), "to the even number"),
+        (lambda steps, tau: tau * steps // 50, "rounds down"),
+        (lambda steps, tau: 3, "you have 3, expected 15"),
+    ],
+    "5.2": [
+        (lambda sites: {site.name for site in sites if site.index == 0}, "mid block"),
+        (lambda sites: {site.name for site in sites if site.stage == "down" and site.index == 0}, "down-stages alone"),
+        (lambda sites: {site.name for site in sites if site.stage == "up"}, "too many: up.1.0, up.1.1"),
+        (lambda sites: {"down.1.0", "up.1.2"}, "each level"),
+        (lambda sites: {"down.1.1", "down.2.1", "up.1.0", "up.2.0"}, "changed places"),
+        (lambda sites: set(sites), "names of the blocks"),
+        (lambda sites: "down.1.0", "set of names"),
+        (
+            lambda sites: (
+                {{s.level: s.name for s in sites if s.stage == "up"}[level] for level in (1, 2)}
+                | {{s.level: s.name for s in reversed(sites) if s.stage == "down"}[level] for level in (1, 2)}
+            ),
+            "order of the list",
+        ),
+    ],
+    "5.3": [
+        (lambda A: A.var(correction=0), "variance of A itself"),
+        (lambda A: (len(A) * A).var(), "minus one"),
+        (lambda A: (len(A) * A).std(correction=0), "standard deviation"),
+        (lambda A: (len(A) * A).square().mean(), "the mean"),
+    ],
 }
 
 
