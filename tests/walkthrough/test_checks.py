@@ -116,6 +116,27 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         (lambda A: (len(A) * A).std(correction=0), "standard deviation"),
         (lambda A: (len(A) * A).square().mean(), "the mean"),
     ],
+    "6.1": [
+        (lambda n, C: 4 * n * C * C + 2 * n * n * C, "multiply-accumulates"),
+        (lambda n, C: 8 * n * C * C + 2 * n * n * C, "two products"),
+        (lambda n, C: 8 * n * C * C, "products with the map are missing"),
+        (lambda n, C: 4 * n * n * C, "projections are missing"),
+        (lambda n, C: 6 * n * C * C + 4 * n * n * C, "four projections"),
+        (lambda n, C: n, "you have 4,096"),
+    ],
+    "6.2": [
+        (lambda a, b, early, steps: (a + b) / 2, "equally many"),
+        (lambda a, b, early, steps: (early * b + (steps - early) * a) / steps, "changed places"),
+        (lambda a, b, early, steps: early * a + (steps - early) * b, "Divide by the steps"),
+        (lambda a, b, early, steps: a, "expected 4.339"),
+    ],
+    "6.3": [
+        (0.63, "in later steps alone"),
+        (0.5, "above 4.1 T."),
+        (0.9, "smaller rho"),
+        (63, "between 0 and 1"),
+        (0.705, "hundredths"),
+    ],
 }
 
 
