@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from tests.walkthrough.lessons import LESSONS, exercises, load_module, solution
 
 EXERCISES = [exercise for lesson in LESSONS for exercise in exercises(lesson)]
+
+
+def cosines(values: Tensor) -> Tensor:
+    return normalize(values, dim=1) @ normalize(values, dim=1).T
+
 
 # Wrong answers, each with a part of what must be said about it.
 WRONG: dict[str, list[tuple[Any, str]]] = {
@@ -136,6 +143,21 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         (0.9, "smaller rho"),
         (63, "between 0 and 1"),
         (0.705, "hundredths"),
+    ],
+    "7.1": [
+        (lambda v: normalize(v, dim=1) @ normalize(v, dim=1).T, "mean is still in"),
+        (lambda v: (v - v.mean(dim=0)) @ (v - v.mean(dim=0)).T, "products, not cosines"),
+        (lambda v: cosines(v - v.mean(dim=1, keepdim=True)), "over tokens"),
+    ],
+    "7.2": [
+        (lambda v, kept: kept[(v @ v[kept].T).argmax(dim=1)], "long tokens win"),
+        (lambda v, kept: (normalize(v, dim=1) @ normalize(v[kept], dim=1).T).argmax(dim=1), "count among the kept"),
+        (lambda v, kept: cosines(v).fill_diagonal_(-2).argmax(dim=1), "pruned themselves"),
+    ],
+    "7.3": [
+        (lambda row: torch.full_like(row, 1 / len(row)), "equal scores"),
+        (lambda row: row * len(row), "sum to 1"),
+        (lambda row: row.square(), "the numbers differ"),
     ],
 }
 
