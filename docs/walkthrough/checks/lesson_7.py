@@ -31,8 +31,8 @@ def centered_cosine(answer: Any) -> str | None:
 
 def nearest_kept(answer: Any) -> str | None:
     """``answer(values, kept)`` is (N,): indices of kept tokens among all."""
-    values = torch.randn(9, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    values = values * torch.linspace(0.2, 4, 9, dtype=torch.float64)[:, None]  # lengths that mislead products
+    values = torch.randn(9, 3, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+    values = values * torch.linspace(0.05, 9, 9, dtype=torch.float64)[:, None]  # lengths that mislead products
     kept = torch.tensor([2, 5, 8])
     directions = F.normalize(values, dim=1)
     cosines = directions @ directions[kept].T
