@@ -129,8 +129,8 @@ def byte_pair_encoder(vocabulary: dict[str, int], merges: list[tuple[str, str]])
 def load_vocabulary(weights: Path, directory: str | Path | None) -> Vocabulary:
     """The vocabulary for a checkpoint, which is a file or a diffusers folder.
 
-    That in ``directory`` where one is given; else that in the folder ``tokenizer`` in or beside ``weights``; else
-    CLIP's own (:func:`clip_vocabulary`).
+    That in ``directory`` where one is given; else that in the folder ``tokenizer`` in or beside ``weights``, or in a
+    refiner's ``tokenizer_2``; else CLIP's own (:func:`clip_vocabulary`).
 
     Only tokens and merges are taken from a folder, so the ids of a prompt do not depend on where they came from. They
     are those of Stability AI's own code, which differ from the published tokenizer of encoder 2 in "!" alone: see
@@ -138,7 +138,7 @@ def load_vocabulary(weights: Path, directory: str | Path | None) -> Vocabulary:
     """
     if directory is not None:
         return read_vocabulary(directory)
-    for folder in (weights / "tokenizer", weights.parent / "tokenizer"):
+    for folder in (weights / "tokenizer", weights / "tokenizer_2", weights.parent / "tokenizer"):
         if folder.is_dir():
             return read_vocabulary(folder)
     return clip_vocabulary()

@@ -32,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from minisdxl import sample
@@ -39,11 +40,11 @@ from minisdxl.checkpoint import modules, tensorfile
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.modules import Modules, official_state_dict, without_memory
 from minisdxl.cli.options import DTYPES, Parser
-from minisdxl.config import SDXL_BASE, ModelConfig
+from minisdxl.config import ModelConfig
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
 from tools.fuzzing.damage import Case, make_case
-from tools.fuzzing.forms import CONFIG, Files, forms
+from tools.fuzzing.forms import CONFIG, INPAINTING, REFINER, Files, forms
 from tools.fuzzing.truth import Violation, flat, right_config, right_tokens, right_weights
 
 SECONDS = 5  # most processor time for one case
@@ -64,9 +65,10 @@ def examine(case: Case, folder: Path) -> Result:
     form = forms()[case.form]
     options: dict[str, Any] = {name: folder / path for name, path in form.options.items() if name != "lora"}
     options["loras"] = [folder / path for name, path in form.options.items() if name == "lora"]
-    base = CONFIG if form.official else SDXL_BASE  # the config of a file that names no model
+    known_sizes = {"SDXL_BASE": CONFIG, "SDXL_INPAINTING": INPAINTING, "SDXL_REFINER": REFINER}
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(modules, "SDXL_BASE", base))
+        if form.official:  # which is known by names and shapes
+            patches.enter_context(mock.patch.multiple(modules, **known_sizes))
         patches.enter_context(mock.patch.object(modules, "without_memory", skeleton))
         patches.enter_context(mock.patch.object(tensorfile, "MAPPED", 64 if case.mapped else tensorfile.MAPPED))
         message = None
@@ -137,6 +139,10 @@ def check_command(case: Case, folder: Path, refused: bool) -> None:
     dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
     options = [f"--{name.replace('_', '-')}={folder / path}" for name, path in form.options.items()]
     quick = ["--steps=1", "--size=8x8", "--device=cpu", f"--dtype={dtype}", f"--out={picture}"]
+    if form.config.inpaints or form.config.refines:  # which start from a picture
+        start = folder / "start.png"
+        Image.new("RGB", (8, 8), "white").save(start)  # as a mask too: all is drawn anew
+        quick += [f"--image={start}", f"--mask={start}" if form.config.inpaints else "--strength=1"]
     output, code = io.StringIO(), 0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(output):
         try:

@@ -38,7 +38,7 @@ from minisdxl.sampler import image_generators, initial_noise
 from minisdxl.samplings import SAMPLINGS
 from minisdxl.settings import split_step
 from minisdxl.text import TextEncoders
-from minisdxl.tokenizer import read_vocabulary
+from minisdxl.tokenizer import load_vocabulary, read_vocabulary
 from tests.minisdxl.peers import diffusers_unet, diffusers_vae
 from tests.minisdxl.test_images import drawing
 from tests.minisdxl.test_pipeline import diffusers_pipeline, diffusers_text_config
@@ -256,6 +256,7 @@ def test_files_of_a_refiner_come_back(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "refiner" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionXLImg2ImgPipeline"
     assert (index["text_encoder"], index["tokenizer"]) == ([None, None], [None, None])
+    assert load_vocabulary(tmp_path / "refiner", None) == read_vocabulary(VOCABULARY)  # its folder is tokenizer_2
     write_single(open_source(tmp_path / "refiner"), tmp_path / "again.safetensors")
     modules = load(file)[1]
     saved = official_state_dict(modules)

@@ -82,7 +82,7 @@ def record_of(path: str | Path) -> Any:
 
 def command_of(record: dict[str, Any], folder: Path) -> list[str]:
     """The arguments that make a picture again, from its record alone; ``folder`` has the files that it started from."""
-    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in folder.iterdir()}
+    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in folder.iterdir() if path.is_file()}
     record |= {key: files[record[f"{key}_sha256"]] for key in ("image", "mask") if key in record}
     flags = [
         *("negative", "seed", "sampling", "steps", "cfg", "size", "original_size", "crop", "target_size"),

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from minisdxl.checkpoint.folder_writer import json_files
-from minisdxl.checkpoint.layouts import PARTS
+from minisdxl.checkpoint.layouts import PARTS, file_name
 from minisdxl.checkpoint.modules import file_metadata, official_shapes, open_source, without_memory
 from minisdxl.checkpoint.predictions import PLAYGROUND
 from minisdxl.checkpoint.weight_files import LORA_FILE
@@ -47,6 +47,16 @@ CONFIG = ModelConfig(
     ),
     size=8,
     size_channels=2,
+)
+
+# The same as an inpainting model, and as a refiner: attention in the middle levels, and one text encoder.
+INPAINTING = replace(CONFIG, name="fuzz-inpainting", unet=replace(CONFIG.unet, in_channels=9))
+REFINER = replace(
+    CONFIG,
+    name="fuzz-refiner",
+    unet=replace(CONFIG.unet, levels=(Level(1, 0), Level(2, 1), Level(2, 0)), context_channels=8, vector_channels=18),
+    text=CONFIG.text[1:],
+    scores=(6.0, 2.5),
 )
 
 # The same with other predictions.
@@ -157,6 +167,12 @@ class Form:
     official: bool = False  # whether nothing but names and shapes says which model it is
     like: str | None = None  # the form with the same names whose numbers tell where they come from
     config: ModelConfig = CONFIG
+    base: ModelConfig = CONFIG  # that of a file without a config
+
+    @property
+    def numbers(self) -> ModelConfig:
+        """The model whose ``weights`` are in the files."""
+        return self.config if self.config in (INPAINTING, REFINER) else CONFIG
 
     @property
     def subject(self) -> str:
@@ -165,12 +181,12 @@ class Form:
 
 
 @cache
-def weights() -> dict[str, Tensor]:
-    """The model's weights by official names: fp16 numbers that are all different, so that each shows its origin.
+def weights(config: ModelConfig = CONFIG) -> dict[str, Tensor]:
+    """The weights of a model by the names of its modules: fp16 numbers that are all different, to show their origin.
 
     Their bits count up from the smallest normal number, so most numbers are small, as in a real model.
     """
-    shapes = official_shapes(without_memory(CONFIG))
+    shapes = official_shapes(without_memory(config))
     sizes = [math.prod(shape) for shape in shapes.values()]
     index = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
     numbers = (0x0400 + index // 2 - 0x8000 * (index % 2)).to(torch.int16).view(torch.float16)
@@ -211,12 +227,7 @@ def forms() -> dict[str, Form]:
         "conditioner.embedders.1.model.logit_scale": torch.zeros(()),
         "denoiser.sigmas": torch.zeros(9),
     }
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        (place / single).write_bytes(file_bytes(official, metadata))
-        write_folder(open_source(place / single), place / "model", VOCABULARY)
-        paths = [path for path in sorted((place / "model").rglob("*")) if path.is_file()]
-        folder: Files = {str(path.relative_to(place)): path.read_bytes() for path in paths}
+    folder = folder_files(CONFIG)
     tokenizer: Files = {f"tokenizer/{name}": folder[f"model/tokenizer/{name}"] for name in ("vocab.json", "merges.txt")}
     files = {part: f"model/{part}/{PARTS[part].weights}" for part in PARTS}
     parts = {part: tensors_of(bytes_of(folder[f"{path}.safetensors"])) for part, path in files.items()}
@@ -317,7 +328,51 @@ def forms() -> dict[str, Form]:
         "--unet file": Form({**beside("unet"), unet: file_bytes(parts["unet"])}, single, {"unet": unet}, unet),
         **predictions,
         **loras,
+        **other_models(tokenizer),
     }
+
+
+def file_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a model by their names in a file."""
+    return {file_name(name, config): tensor for name, tensor in weights(config).items()}
+
+
+def folder_files(config: ModelConfig) -> Files:
+    """A model as a diffusers folder named ``model``."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        (place / "model.safetensors").write_bytes(file_bytes(file_tensors(config), file_metadata(config)))
+        write_folder(open_source(place / "model.safetensors"), place / "model", VOCABULARY)
+        paths = [path for path in sorted((place / "model").rglob("*")) if path.is_file()]
+        return {str(path.relative_to(place)): path.read_bytes() for path in paths}
+
+
+def other_models(tokenizer: Files) -> dict[str, Form]:
+    """Forms of the inpainting model and of the refiner, and an inpainting U-Net beside a plain model."""
+    table: dict[str, Form] = {}
+    single, unet = "model.safetensors", "unet.safetensors"
+    for name, config in {"inpainting": INPAINTING, "refiner": REFINER}.items():
+        tensors, own = file_tensors(config), partial(Form, config=config, base=config)
+        described: Files = {single: file_bytes(tensors, file_metadata(config)), **tokenizer}
+        plain: Files = {single: file_bytes(tensors), **tokenizer}
+        table[f"{name} file"] = own(described, single, {}, single)
+        table[f"official {name} file"] = own(plain, single, {}, single, official=True)
+        table[f"{name} folder"] = own(folder_files(config), "model", {}, "model/")
+    prefix, whole = PARTS["unet"].prefix, weights(INPAINTING)
+    shapes = {name: tensor for name, tensor in weights().items() if name.startswith(prefix)}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in shapes.items()}
+    table["--unet file of inpainting"] = Form(
+        {
+            single: file_bytes({**whole, **zeros}, file_metadata(CONFIG)),
+            unet: file_bytes({name: tensor for name, tensor in whole.items() if name.startswith(prefix)}),
+            **tokenizer,
+        },
+        single,
+        {"unet": unet},
+        unet,
+        config=INPAINTING,
+    )
+    return table
 
 
 def role(path: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from minisdxl.checkpoint.folder_writer import COMPONENTS
 from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.modules import CONFIG_KEY
+from minisdxl.config import ModelConfig
 from tools.fuzzing.damage import Case
 from tools.fuzzing.forms import (
     CONFIG,
@@ -85,7 +86,7 @@ def origins(form: str) -> Origins:
         if tensor.any() and not name.startswith(lora) and not name.endswith(("position_ids", *MARKS))
     }
     numbers, order = flat(tensors.values()).sort()
-    wanted = flat(weights().values())
+    wanted = flat(weights(forms()[form].numbers).values())
     places = torch.searchsorted(numbers, wanted)
     assert torch.equal(numbers[places], wanted)
     return Origins(set(found), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, order[places])
@@ -115,7 +116,9 @@ def right_weights(case: Case) -> tuple[Tensor, Tensor]:
         raise Violation(f"loaded with {new[0][:100]!r}, a tensor that is not of the model")
     numbers = flat(found[name].double() * scales[name] for name in sound.shapes)[sound.places]
     # The VAE is fp32 always.
-    numbers = torch.where(vae_mask(), numbers.float().double(), numbers.to(case.dtype).double())
+    numbers = torch.where(
+        vae_mask(forms()[case.form].numbers), numbers.float().double(), numbers.to(case.dtype).double()
+    )
     if case.form == LYCORIS:
         return merge_lycoris(numbers, found, case.dtype)
     if case.form in LORAS:
@@ -210,10 +213,10 @@ def with_lengths(weight: Tensor, error: Tensor, lengths: Tensor) -> tuple[Tensor
 
 
 @cache
-def vae_mask() -> Tensor:
+def vae_mask(config: ModelConfig) -> Tensor:
     """Mask of the numbers that belong to the VAE."""
     prefix = PARTS["vae"].prefix
-    return flat(torch.full_like(tensor, name.startswith(prefix)) for name, tensor in weights().items()).bool()
+    return flat(torch.full_like(tensor, name.startswith(prefix)) for name, tensor in weights(config).items()).bool()
 
 
 def may_be_added(form: str, name: str) -> bool:
@@ -257,7 +260,7 @@ DEFAULTS = {
 
 def put_field(config: dict[str, Any], part: str, key: str, value: Any) -> bool:
     """Sets the field of a config that a field of a folder's JSON stands for. Returns whether there is one."""
-    text = config["text"][part == "text_encoder_2"]
+    text = config["text"][-1 if part == "text_encoder_2" else 0]  # a refiner has the second one alone
     match part, key:
         case "model", "_name_or_path":
             config["name"] = value if isinstance(value, str) and value.isprintable() else part
@@ -300,12 +303,14 @@ def right_config(case: Case, folder: Path) -> dict[str, Any]:
     form, described = forms()[case.form], "unet" not in forms()[case.form].options
     config: dict[str, Any] = json.loads(json.dumps(form.config.to_dict()))
     if form.weights.endswith(".safetensors"):
-        config = json.loads(json.dumps(CONFIG.to_dict()))
+        config = json.loads(json.dumps(form.base.to_dict()))
         with safe_open(folder / form.weights, "pt") as file:
             metadata = file.metadata() or {}
         if CONFIG_KEY in metadata:
             config = merged(config, json.loads(metadata[CONFIG_KEY]))
         described &= CONFIG_KEY in metadata
+    if "unet" in form.options:  # whose tensors say whether it is one for inpainting
+        config["unet"]["in_channels"] = form.config.unet.in_channels
     for path, before in form.files.items():
         part = role(path).rpartition("/")[2]
         if not path.endswith((f"{part}/config.json", "model_index.json", "scheduler_config.json")):
@@ -392,7 +397,7 @@ def merged(sound: Any, found: Any) -> Any:
 
 def right_tokens(case: Case, pad: int) -> list[tuple[str, list[int]]]:
     """Some words and their token ids, by the simplest form of byte-pair encoding."""
-    folder = next(path for path in forms()[case.form].files if path.endswith("tokenizer/vocab.json")).rpartition("/")[0]
+    folder = next(path for path in forms()[case.form].files if path.endswith("/vocab.json")).rpartition("/")[0]
     vocabulary = json.loads(bytes_of(case.files[f"{folder}/vocab.json"]))
     lines = bytes_of(case.files[f"{folder}/merges.txt"]).decode().split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]

@@ -146,8 +146,10 @@ def test_names_fit_into_the_file_system(tmp_path: Path, prompt: str) -> None:
 
 
 @pytest.mark.parametrize(("letters", "changes"), [(252, {}), (252, {"preview": 2}), (240, {"preview": 2})])
-def test_a_name_that_is_too_long_is_refused_before_sampling(letters: int, changes: dict[str, Any]) -> None:
-    out = Path("out") / f"{'x' * letters}.png"
+def test_a_name_that_is_too_long_is_refused_before_sampling(
+    tmp_path: Path, letters: int, changes: dict[str, Any]
+) -> None:
+    out = tmp_path / "new" / f"{'x' * letters}.png"
     with pytest.raises(ValueError, match=r"a name of 2[5-7]\d bytes.*, expected at most 255"):
         jobs("a", out=out, **changes)
     assert jobs("a", out=out.with_name("x" * 230 + ".png"))
