@@ -150,6 +150,13 @@ def test_named_objects_exist(document: str) -> None:
 
 
 @pytest.mark.parametrize("document", TEXTS)
+def test_named_tests_exist(document: str) -> None:
+    for piece in code(TEXTS[document]):
+        for path, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", piece):
+            assert f"\ndef {name}(" in (ROOT / path).read_text(), f"{document} names {path}::{name}"
+
+
+@pytest.mark.parametrize("document", TEXTS)
 def test_links_lead_somewhere(document: str) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", TEXTS[document])):
         path, _, anchor = link.partition("#")

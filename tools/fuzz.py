@@ -65,10 +65,10 @@ def examine(case: Case, folder: Path) -> Result:
     form = forms()[case.form]
     options: dict[str, Any] = {name: folder / path for name, path in form.options.items() if name != "lora"}
     options["loras"] = [folder / path for name, path in form.options.items() if name == "lora"]
-    known_sizes = {"SDXL_BASE": CONFIG, "SDXL_INPAINTING": INPAINTING, "SDXL_REFINER": REFINER}
+    by_shape = {"SDXL_BASE": CONFIG, "SDXL_INPAINTING": INPAINTING, "SDXL_REFINER": REFINER}
     with contextlib.ExitStack() as patches:
-        if form.official:  # which is known by names and shapes
-            patches.enter_context(mock.patch.multiple(modules, **known_sizes))
+        for name, config in by_shape.items() if form.official else ():
+            patches.enter_context(mock.patch.object(modules, name, config))
         patches.enter_context(mock.patch.object(modules, "without_memory", skeleton))
         patches.enter_context(mock.patch.object(tensorfile, "MAPPED", 64 if case.mapped else tensorfile.MAPPED))
         message = None

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minisdxl import sample
 from minisdxl.checkpoint import json_fields, modules, resolve, tensorfile
 from tools import fuzz
 from tools.fuzz import examine, main, place
@@ -44,7 +45,7 @@ def test_some_hundred_cases_are_refused_or_right(capsys: pytest.CaptureFixture[s
 def test_sound_models_are_loaded(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the command draws a picture of them."""
     ends: list[None] = []
-    put_in(fuzz.sample, "main", lambda run, *given: ends.append(run(*given)))(monkeypatch)
+    put_in(sample, "main", lambda run, *given: ends.append(run(*given)))(monkeypatch)
     place(forms()[form].files, tmp_path, {})
     result = examine(sound(form), tmp_path)
     assert (result.message, result.violation) == (None, None)
