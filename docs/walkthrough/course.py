@@ -5,6 +5,7 @@ Shapes: a latent is (1, 4, h, w); N tokens of an attention block lie on its grid
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +32,12 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # `tools` is not installed: it lies beside the documents
 
 from tools.drawn.painting import draw, object_mask  # noqa: E402
-from tools.drawn.world import Place, Scene, Thing  # noqa: E402
+from tools.drawn.world import Place, Scene, Thing, random_scene  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIDE = 256  # pixels of the drawn picture, the model's own size
+SIDE = 256  # pixels of a drawn picture, the model's own size
 SCENE = Scene(
     "white",
     (Thing("small", "red", "circle"), Thing("big", "blue", "square")),
@@ -67,15 +68,21 @@ class Example:
 
 
 @torch.no_grad()
-def example(sdxl: SDXL, scene: Scene = SCENE) -> Example:
-    """A picture of ``scene``, drawn by the program that the model learned from."""
-    pixels = draw(scene, SIDE)
+def example(sdxl: SDXL, scene: Scene = SCENE, side: int = SIDE) -> Example:
+    """A picture of ``scene``, drawn by the program that the model learned from, of ``side`` pixels."""
+    pixels = draw(scene, side)
     latent = sdxl.vae.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(127.5).sub(1))
     text = sdxl.text.encode([scene.caption], sdxl.tokenizer)
     vector = text.vector(
-        torch.tensor([micro_conditioning((SIDE, SIDE), None, (0, 0), None)]), sdxl.config.size_channels
+        torch.tensor([micro_conditioning((side, side), None, (0, 0), None)]), sdxl.config.size_channels
     )
-    return Example(pixels, object_mask(scene, SIDE), latent, sdxl.unet.project_context(text.context), vector)
+    return Example(pixels, object_mask(scene, side), latent, sdxl.unet.project_context(text.context), vector)
+
+
+def examples(sdxl: SDXL, number: int, side: int = SIDE) -> list[Example]:
+    """Pictures of captions that the model was not trained on, the same ones every time."""
+    rng = random.Random(0)
+    return [example(sdxl, random_scene(rng, "test"), side) for _ in range(number)]
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,10 @@ class Call:
 
 
 @torch.no_grad()
-def call(sdxl: SDXL, picture: Example, timestep: int, plan: TokenPlan = DENSE) -> Call:
-    """Adds noise of ``timestep`` (0 to 999) to the picture, and runs the U-Net once. The noise is always the same."""
+def call(sdxl: SDXL, picture: Example, timestep: int, plan: TokenPlan = DENSE, seed: int = 0) -> Call:
+    """Adds noise of ``timestep`` (0 to 999) to the picture, and runs the U-Net once. A ``seed`` is always one noise."""
     sigma = float(discrete_sigmas(sdxl.config.noise)[timestep])
-    noise = torch.randn(picture.latent.shape, generator=torch.Generator().manual_seed(timestep))
+    noise = torch.randn(picture.latent.shape, generator=torch.Generator().manual_seed(1000 * seed + timestep))
     seen: list[Tensor] = []
 
     def network(scaled: Tensor, c_noise: Tensor) -> Tensor:

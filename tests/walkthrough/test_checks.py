@@ -19,6 +19,20 @@ def cosines(values: Tensor) -> Tensor:
     return normalize(values, dim=1) @ normalize(values, dim=1).T
 
 
+def around(values: Tensor, grid: tuple[int, int], wrap: bool = False) -> Tensor:
+    """Mean squared differences from the neighbors on the grid, by shifts."""
+    x = values.view(*grid, -1)
+    inside = torch.ones(grid, dtype=values.dtype)
+    total, count = torch.zeros_like(inside), torch.zeros_like(inside)
+    for shift, axis in ((1, 0), (-1, 0), (1, 1), (-1, 1)):
+        there = inside.clone()
+        if not wrap:
+            there.select(axis, 0 if shift == 1 else -1).zero_()  # what would come from the other side
+        total += there * (x - x.roll(shift, axis)).square().mean(dim=-1)
+        count += there
+    return (total / count).flatten()
+
+
 # Wrong answers, each with a part of what must be said about it.
 WRONG: dict[str, list[tuple[Any, str]]] = {
     "1.1": [
@@ -158,6 +172,24 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         (lambda row: torch.full_like(row, 1 / len(row)), "equal scores"),
         (lambda row: row * len(row), "sum to 1"),
         (lambda row: row.square(), "the numbers differ"),
+    ],
+    "8.1": [
+        (lambda v, grid: around(v, grid, wrap=True), "wraps around"),
+        (lambda v, grid: around(v, grid[::-1]), "changed places"),
+        (lambda v, grid: around(v, grid) * 5, "over channels"),
+        (lambda v, grid: around(v, grid) + 1, "the numbers differ"),
+    ],
+    "8.2": [
+        (lambda a, b: "better" if sum(a) < sum(b) else "worse", "does the interval hold 0"),
+        (lambda a, b: "undecided", "pair by pair"),
+        (lambda a, b: "worse" if sum(a) < sum(b) else "better", "lower"),
+        (lambda a, b: True, 'expected "better"'),
+    ],
+    "8.3": [
+        (lambda step: 0.63, "does not prune less"),
+        (lambda step: step / 50, "too much"),
+        (lambda step: 0.3 if step < 15 else 0.9, "too little"),
+        (lambda step: step, "below 1"),
     ],
 }
 
