@@ -107,14 +107,16 @@ def _stages(config: ModelConfig, options: argparse.Namespace) -> list[tuple[Mode
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 0 on success, 2 with one line on bad input."""
     parser = Parser(
-        prog="python -m minisdxl.flops", description="FLOPs of one U-Net call and of a whole picture, dense and pruned."
+        prog="python -m minisdxl.flops",
+        usage="%(prog)s [options]",
+        description="Counts the FLOPs of one U-Net call and of a whole picture, dense and pruned.",
     )
     add = parser.add_argument
     add("--model", default=SDXL_BASE.name, help=f"{', '.join(MODELS)}, or a path (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     add("--cfg", type=float, help="classifier-free guidance scale; 1 is none (default: the model's own)")
-    add("--sampling", metavar="NAME", help="for the cost of a picture (default: the model's best)")
+    add("--sampling", metavar="NAME", help="its calls of the U-Net are counted (default: the model's best)")
     add_pruning(parser)
     add_steps(parser)
     add("--refiner", metavar="NAME|PATH", help=f"count the last steps for this refiner, such as {SDXL_REFINER.name}")

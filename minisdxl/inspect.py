@@ -99,6 +99,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m minisdxl.inspect",
+        usage="%(prog)s [options] PROMPT",
         description="Draws a prompt dense and with pruned tokens, and writes a page that shows what happened inside.",
     )
     add = parser.add_argument
@@ -119,7 +120,9 @@ def _parser() -> Parser:
         action="store_true",
         help="drop the text encoders before sampling and decode in strips: the same pictures up to rounding",
     )
-    add("--out", type=Path, default=Path("inside.html"), metavar="FILE", help="(default: %(default)s)")
+    add(
+        "--out", type=Path, default=Path("inside.html"), metavar="FILE", help="the page to write (default: %(default)s)"
+    )
     return parser
 
 

@@ -100,7 +100,11 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m minisdxl.sample", description="Draws pictures from prompts.")
+    parser = Parser(
+        prog="python -m minisdxl.sample",
+        usage="%(prog)s [options] PROMPT ...",
+        description="Draws pictures from prompts.",
+    )
     add = parser.add_argument
     add(
         "prompts",
@@ -112,8 +116,9 @@ def _parser() -> Parser:
         "--prompts",
         dest="file",
         metavar="FILE",
-        help="more prompts: .txt with one a line; .jsonl, .csv or .tsv with prompt and optional negative, seed, width, "
-        "height, steps and cfg; lines of .txt may end in --n NEGATIVE --d SEED --w WIDTH --h HEIGHT --s STEPS --l CFG",
+        help="more prompts: a .txt file with one in each line, which may end in options of its own (--n NEGATIVE "
+        "--d SEED --w WIDTH --h HEIGHT --s STEPS --l CFG); or .jsonl, .csv or .tsv with prompt and, if wanted, "
+        "negative, seed, width, height, steps, cfg",
     )
     add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default: %(default)s)")
     add_pruning(parser)

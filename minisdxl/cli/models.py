@@ -10,7 +10,7 @@ from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.lora import LoRA, open_loras
 from minisdxl.checkpoint.modules import open_source
 from minisdxl.checkpoint.resolve import Source
-from minisdxl.cli.options import DTYPES, add_device, add_prediction, find_device
+from minisdxl.cli.options import DTYPES, Options, add_device, add_prediction, find_device
 from minisdxl.config import ModelConfig, check_refiner
 from minisdxl.loading import load, weights_path
 from minisdxl.pipeline import SDXL
@@ -19,7 +19,8 @@ from minisdxl.prompting.chunks import Embedding
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options that :func:`open_model`, :func:`open_refiner` and :func:`load_model` read."""
-    add = parser.add_argument
+    group = parser.add_argument_group("the model")
+    add = group.add_argument
     add(
         "--weights",
         default="shapes",
@@ -27,8 +28,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="the bundled 'shapes' (default), an SDXL .safetensors file, a diffusers folder, a name of "
         "minisdxl.download, or an id on the Hugging Face hub",
     )
-    add_parts(parser)
-    add_prediction(parser)
+    add_parts(group)
+    add_prediction(group)
     add(
         "--refiner",
         metavar="NAME|PATH",
@@ -55,16 +56,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="folder of vocab.json and merges.txt (default: 'tokenizer' in or beside the weights, else CLIP's own)",
     )
     add("--dtype", choices=DTYPES, default="fp32", help="of all weights but the VAE's (default: %(default)s)")
-    add_device(parser)
+    add_device(group)
 
 
-def add_parts(parser: argparse.ArgumentParser) -> None:
+def add_parts(parser: Options) -> None:
     """Adds the options that :func:`parts_of` reads."""
     add = parser.add_argument
     add("--vae", metavar="FILE|DIR", help="take the VAE from here, such as the fp16-fix one, in either layout")
     add("--unet", metavar="FILE|DIR", help="take the U-Net from here, such as LCM-SDXL, in either layout")
     add("--text-encoder", metavar="FILE|DIR", help="take the first text encoder from here, such as clip_l.safetensors")
-    add("--text-encoder-2", metavar="FILE|DIR", help="take the second one from here, such as clip_g.safetensors")
+    add(
+        "--text-encoder-2",
+        metavar="FILE|DIR",
+        help="take the second text encoder from here, such as clip_g.safetensors",
+    )
 
 
 def parts_of(options: argparse.Namespace) -> dict[str, str | None]:

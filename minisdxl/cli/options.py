@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 
+Options = argparse.ArgumentParser | argparse._ArgumentGroup
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -43,7 +44,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:
     """Adds the options for a token-reduction preset and its budget."""
-    parser.add_argument(
+    add = parser.add_argument_group("fewer tokens").add_argument
+    add(
         "--prune",
         nargs="?",
         const=True,
@@ -51,38 +53,44 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         help="reduce tokens; the preset (default: the model's best, at-edm for SDXL) may carry settings, as in "
         "at-edm:rho=0.5,tau=10; 'list' prints all presets",
     )
-    parser.add_argument(
+    add(
         "--budget",
         metavar="FLOPS|SHARE",
         help="find the preset's ratio for these FLOPs of a U-Net call: 4.1T, or 61%% of dense",
     )
-    parser.add_argument(
+    add(
         "--budget-for",
         choices=("average", "steady"),
         default="average",
-        help="the budget is for the average of all steps, or for the last step (default: %(default)s)",
+        help="what --budget counts: the average of all steps, or the last step (default: %(default)s)",
     )
 
 
 def add_steps(parser: argparse.ArgumentParser) -> None:
     """Adds the options for step plans: what is skipped or forecast at some steps, and where guidance is left out."""
-    parser.add_argument(
+    add = parser.add_argument_group("less work at some steps").add_argument
+    add(
         "--skip",
         metavar="METHOD",
-        help="steps that skip work of the U-Net: a method, if wanted with settings, as in deepcache:every=3; 'list' "
-        "prints all methods",
+        help="do not run the whole U-Net at each step; a method may carry settings, as in deepcache:every=3; 'list' "
+        "prints all",
     )
-    parser.add_argument(
-        "--guide", metavar="METHOD", help="steps without guidance, as in interval:0.28-5.42; 'list' prints all methods"
+    add(
+        "--guide",
+        metavar="METHOD",
+        help="leave guidance out at some steps, as in interval:0.28-5.42; 'list' prints all",
     )
-    parser.add_argument(
-        "--fast", metavar="NAME", help="a composed preset, which sets --prune, --skip and --guide; 'list' prints all"
-    )
+    add("--fast", metavar="NAME", help="sets --prune, --skip and --guide together; 'list' prints all")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: Options) -> None:
     """Adds the option that :func:`find_device` reads."""
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="where it runs; auto takes a GPU if there is one (default: %(default)s)",
+    )
 
 
 def find_device(name: str) -> str:
@@ -95,7 +103,7 @@ def find_device(name: str) -> str:
     return name
 
 
-def add_prediction(parser: argparse.ArgumentParser) -> None:
+def add_prediction(parser: Options) -> None:
     """Adds the option for what a U-Net predicts."""
     parser.add_argument(
         "--prediction",

@@ -18,7 +18,7 @@ STRENGTH, MASKED_STRENGTH = 0.6, 1.0  # the default with --image alone, and with
 
 def add_picture(parser: argparse.ArgumentParser) -> None:
     """Adds the options that :func:`settle_picture`, :func:`read_source` and :func:`read_mask` read."""
-    add = parser.add_argument
+    add = parser.add_argument_group("how it is drawn").add_argument
     add(
         "--sampling",
         metavar="NAME",
@@ -36,7 +36,12 @@ def add_picture(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of the first picture, up to 64 bits, -1 for a random one; picture i has seed + i (default: %(default)s)",
     )
-    add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the sampling's own, or else the model's)")
+    add(
+        "--size",
+        type=parse_size,
+        metavar="WxH",
+        help="of the picture in pixels (default: the sampling's own, or else the model's)",
+    )
     add(
         "--original-size",
         type=parse_size,
@@ -57,7 +62,7 @@ def add_picture(parser: argparse.ArgumentParser) -> None:
         help="size conditioning: after training resized the picture (default: --size)",
     )
     add("--negative", default="", metavar="TEXT", help="what to steer away from")
-    add("--image", metavar="FILE", help="a picture to start from, stretched to the size")
+    add("--image", metavar="FILE", help="a picture to start from, stretched to --size")
     add(
         "--strength",
         type=float,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Adds the options that :func:`check_workers` reads."""
-    add = parser.add_argument
+    add = parser.add_argument_group("several processes").add_argument
     add(
         "--workers",
         type=int,
