@@ -162,7 +162,7 @@ class Spaced:
 
     share: float = 0.36
     power: float = 1.0
-    degree: int = 2
+    degree: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:

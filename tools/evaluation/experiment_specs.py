@@ -62,7 +62,7 @@ _STEP_METHODS = {
     "sada": ("skip=sada:most=2", "skip=sada", "skip=sada:every=6"),
     "easycache": ("skip=easycache:threshold=0.05", "skip=easycache:threshold=0.1", "skip=easycache"),
     "guidance": ("guide=interval", "guide=until", "guide=until:off=kept", "guide=alternate", "guide=alternate:every=4"),
-    "spaced": ("skip=spaced:share=0.5", "skip=spaced", "skip=spaced:share=0.24", "skip=spaced:degree=3"),
+    "spaced": ("skip=spaced:share=0.5", "skip=spaced", "skip=spaced:share=0.24", "skip=spaced:degree=2"),
     "own-change": tuple(
         f"moving-grid:{rho}recovery={recovery}"
         for rho in ("", "rho=0.75,")
