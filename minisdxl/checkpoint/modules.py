@@ -317,4 +317,4 @@ def _check_extent(config: ModelConfig, tensors: int) -> None:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     what = CONFIG_KEY if path.is_file() else "config"
-    return CheckpointError(f"{path} holds a damaged {what}: {str(error).partition(chr(10))[0]}")
+    return CheckpointError(f"{path} holds a damaged {what}: {(str(error).splitlines() or [''])[0]}")

@@ -121,7 +121,7 @@ class TensorFile:
         try:
             storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
         except RuntimeError as error:  # says what the system said, or that the file is too short
-            raise CheckpointError(f"cannot map {self.path}: {str(error).partition(chr(10))[0]}") from error
+            raise CheckpointError(f"cannot map {self.path}: {(str(error).splitlines() or [''])[0]}") from error
         tensors = {}
         for name in names:
             entry = self.entries[name]
