@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= a small red circle above a big blue square on a white background
 
-.PHONY: sample teach test test-programs test-scale test-browser test-teach lint clean
+.PHONY: sample teach test test-slow test-scale test-browser test-teach lint clean
 
 sample: .venv/installed
 	$(BIN)/python -m minisdxl.sample "$(PROMPT)" --prune --compare
@@ -15,8 +15,8 @@ teach: .venv/installed-teach
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
-test-programs: .venv/installed-test
-	$(BIN)/python -m pytest -m programs -n auto --dist loadgroup
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow -n auto --dist loadgroup
 
 test-scale: .venv/installed-scale
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale

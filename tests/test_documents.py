@@ -94,7 +94,7 @@ def test_the_example_of_the_readme_draws_what_it_says(tmp_path: Path) -> None:
 
 
 @LONG
-@pytest.mark.programs
+@pytest.mark.slow
 @pytest.mark.parametrize("document", [name for name in TEXTS if name != "README.md" and MARKED.search(TEXTS[name])])
 def test_marked_blocks_run(document: str, tmp_path: Path) -> None:
     run_marked_blocks(document, tmp_path)

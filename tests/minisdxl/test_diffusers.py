@@ -355,6 +355,7 @@ def test_every_pipeline_is_the_same_dense_and_runs_pruned(pipe: Any, pipeline: C
     assert np.array_equal(pipeline(pipe), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prune", [None, "at-edm:iterations=2"])
 def test_compiled(prune: str | None) -> None:
     peer = small_peer(torch.float32, levels=(Level(1, 0), Level(2, 2)), middle_depth=2, res_blocks=1)

@@ -18,7 +18,7 @@ from tools.benchmark.machine import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.programs]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(autouse=True)

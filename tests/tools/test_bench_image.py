@@ -9,10 +9,7 @@ import pytest
 
 from tools.bench_image import main, table
 
-pytestmark = [
-    pytest.mark.programs,
-    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc"),
-]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 SHAPES = Path(__file__).parents[2] / "weights" / "shapes" / "shapes.safetensors"
 
 

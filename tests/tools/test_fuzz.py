@@ -31,7 +31,6 @@ def sound(form: str) -> Case:
     return Case(0, form, "none", "none", forms()[form].files, torch.float32, command=True, mapped=False)
 
 
-@pytest.mark.programs
 def test_some_hundred_cases_are_refused_or_right(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--cases", "300", "--seed", "1"])
     output = capsys.readouterr().out

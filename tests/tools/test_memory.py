@@ -23,10 +23,7 @@ from tools.benchmark.processes import measure
 from tools.memory import PROMISE, loading_table, main, picture_table
 
 VOCABULARY = Path(__file__).parents[2] / "weights" / "shapes" / "tokenizer"
-pytestmark = [
-    pytest.mark.programs,
-    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc"),
-]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,6 @@ def test_table_shows_what_leaves_the_fit() -> None:
     assert lines[-1].endswith("convolution and linear 500 GFLOP/s, attention 250 GFLOP/s, 50 ms a call")
 
 
-@pytest.mark.programs
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--scale", "small", "--sizes", "64", "128", "--batches", "1", "2", "--repeats", "1", "--json"]
     main([*arguments, "--presets", "dissimilarity"])

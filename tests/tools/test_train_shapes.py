@@ -15,8 +15,6 @@ from minisdxl.loading import BUNDLED
 from tools.train_shapes import main, parse_options, parse_stages
 from tools.training.batches import BatchSize, draw_batch, to_images
 
-pytestmark = pytest.mark.programs
-
 
 def test_stages_are_read_and_refused() -> None:
     assert parse_stages("64:10,256:5") == [(64, 10), (256, 5)]

@@ -29,6 +29,7 @@ def inputs(seed: int = 0) -> tuple[Tensor, ...]:
     return x, torch.tensor([500, 20]), context, torch.randn(2, 40, generator=generator)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_each_plan_gives_what_it_gives_uncompiled(unet: UNet) -> None:
     """Each is one graph, with no wait for the device in it; but G-WPR that runs until it settles breaks its graph."""

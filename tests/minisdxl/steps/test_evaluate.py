@@ -129,6 +129,7 @@ def test_plans_of_tokens_hold_in_whole_and_shallow_calls(parity: Parity) -> None
     assert error(shallow[1:2], whole[1:2]) > 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_each_plan_is_one_graph() -> None:
     """Nothing is read back from the device in a step, and the results are those of the plain U-Net."""
