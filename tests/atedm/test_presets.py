@@ -175,7 +175,7 @@ MERGING_SETTINGS = "r, tau, early, ends, spare, ratios, levels"
             "at-edm:recovery=none",
             "setting recovery of at-edm is 'none': recovery is 'none', "
             "expected one of similarity, zeros, bicubic, direct, similarity-change, nearest, nearest-change, "
-            "nearest-two-change",
+            "nearest-two-change, own-change, own-change-linear",
         ),
         (
             "at-edm:graph=full",

@@ -158,11 +158,16 @@ def test_all_spellings_of_a_name() -> None:
     assert spelled("text_encoder", "text_model.encoder.layers.3.mlp.fc1.bias") == {
         "conditioner.embedders.0.transformer.text_model.encoder.layers.3.mlp.fc1.bias",
         "conditioner.embedders.0.transformer.encoder.layers.3.mlp.fc1.bias",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.3.mlp.fc1.bias",
+        "clip_l.transformer.text_model.encoder.layers.3.mlp.fc1.bias",
         "text_model.encoder.layers.3.mlp.fc1.bias",
         "encoder.layers.3.mlp.fc1.bias",
     }
     assert spelled("text_encoder_2", "ln_final.bias") == {
         "conditioner.embedders.1.model.ln_final.bias",
+        "ln_final.bias",
+        "text_encoders.clip_g.transformer.text_model.final_layer_norm.bias",
+        "clip_g.transformer.text_model.final_layer_norm.bias",
         "text_model.final_layer_norm.bias",
         "final_layer_norm.bias",
     }
