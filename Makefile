@@ -16,7 +16,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -m slow -n auto --dist loadgroup
+	$(BIN)/python -m pytest -m "slow and not gpu" -n auto --dist loadgroup
 
 test-scale: .venv/installed-scale
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale
