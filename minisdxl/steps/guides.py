@@ -100,7 +100,7 @@ class Alternate:
 
 @dataclass(frozen=True)
 class GivenGuidance:
-    """Each step as its letter says: B both branches, C the conditional one, K with the last difference kept."""
+    """Each step as its letter says: B both branches, C or U one, K the conditional one and the last difference."""
 
     steps: str
 

@@ -27,7 +27,7 @@ from minisdxl.steps.methods import (
     TGate,
     Zeus,
 )
-from minisdxl.steps.plan import GUIDANCE_LETTERS, SHALLOW, UNET_LETTERS, WHOLE, StepPlan, check_run, describe
+from minisdxl.steps.plan import GUIDANCE_LETTERS, SHALLOW, UNET_LETTERS, WHOLE, StepPlan, check_run
 
 SKIPS: dict[str, Callable[..., Static | Adaptive]] = {
     "deepcache": DeepCache,
@@ -189,12 +189,6 @@ def _whole_where_guidance_sets_in(plans: Plans) -> Plans:
 
 def _name(method: object) -> str:
     return method if isinstance(method, str) else type(method).__name__
-
-
-def realized_texts(plans: Sequence[StepPlan], guided: bool) -> tuple[str, str | None]:
-    """The ``skip`` and ``guide`` texts that run these plans again, whatever method has made them."""
-    unet, _, guidance = describe(plans).partition(" ")
-    return f"given:{unet}", f"given:{guidance}" if guided and guidance else None
 
 
 LETTERS = (
