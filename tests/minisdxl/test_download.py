@@ -55,7 +55,6 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_HEAD(self) -> None:
-        self.server.heads += 1
         name = self._name()
         if name is None:
             return
@@ -101,12 +100,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def _name(self) -> str | None:
         """Repository and file, or ``None`` once an error has been answered."""
-        if self.server.plan and isinstance(self.server.plan[0], int):
-            self.send_error(int(self.server.plan.pop(0)))
-            return None
         name = self.path.removeprefix("/elsewhere").lstrip("/").replace("/resolve/main/", "/")
+        # Libraries that tests beside these import report their use to the hub from a thread, at any time.
         if name not in self.server.files:
             self.send_error(404)
+            return None
+        self.server.heads += self.command == "HEAD"
+        if self.server.plan and isinstance(self.server.plan[0], int):
+            self.send_error(int(self.server.plan.pop(0)))
             return None
         return name
 
