@@ -84,6 +84,7 @@ def run_marked_blocks(document: str, folder: Path) -> None:
 
 
 @LONG
+@pytest.mark.slow
 def test_the_example_of_the_readme_draws_what_it_says(tmp_path: Path) -> None:
     run_marked_blocks("README.md", tmp_path)
     (caption,) = re.findall(r'generate\(\["(.+)"\]\)', TEXTS["README.md"])

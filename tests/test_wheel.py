@@ -15,7 +15,7 @@ from PIL import Image
 
 import minisdxl
 
-pytestmark = pytest.mark.xdist_group("wheel")  # one process builds it, for all tests
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # one process builds it, for all tests
 ROOT = Path(__file__).parents[1]
 PROMPT = "a small red circle on a white background"
 DATA = {

@@ -2,10 +2,16 @@
 
     python -m tools.bench_image --weights weights/shapes/shapes.safetensors --size 256x256 # the bundled model
     python -m tools.bench_image --size 512x512 --steps 10                                  # SDXL, random weights
+    python -m tools.bench_image --presets fast=faithful fast=fast --patches deepcache tomesd   # beside those packages
 
-Every measurement runs in a fresh process, and contenders take turns. The process loads the model, samples a picture in
-two steps, and then times a second picture with all steps. ``first step`` is the time from the start of the program to
-the end of the first step. With fewer than 50 steps the share of prune-less steps is the same. Nothing is downloaded.
+Every measurement runs in a fresh process, and contenders take turns. The process loads the model, samples a dense
+picture in two steps, and then times a second picture with all steps. ``first step`` is the time from the start of the
+program to the end of the first step. With fewer than 50 steps the share of prune-less steps is the same. Nothing is
+downloaded.
+
+A preset is one of ``--prune`` or the text of a method as in ``tools.evaluate``, such as ``skip=deepcache``. A patch is
+a package that accelerates diffusers, with the settings of its README: DeepCache 3 steps at branch 0, tomesd half of the
+tokens, with ``max_downsample=4`` because by default it merges nothing on SDXL.
 """
 
 from __future__ import annotations
@@ -17,26 +23,32 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from atedm import parse_preset
 from minisdxl.cli.options import DTYPES, Parser, parse_size
 from tools.benchmark.machine import machine
 from tools.benchmark.model_files import CONFIGS, prepared
 from tools.benchmark.processes import measure
+from tools.benchmark.worker import PATCHES
+from tools.evaluation.methods import parse_method
 
 PEER = "diffusers"
 MEASURES = {"picture": "s a picture", "first_step": "s to the first step"}
 
 
 def measure_pictures(weights: Path, folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """All measurements by contender: diffusers, this package dense, and this package with each preset."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PEER, "dense", *options.presets)}
+    """All measurements by contender: diffusers plain and with each patch, this package dense and with each preset."""
+    patched = {f"{PEER} + {patch}": patch for patch in options.patches}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PEER, *patched, "dense", *options.presets)}
     what = {"weights": str(weights), "folder": str(folder), "dtype": str(DTYPES[options.dtype])[6:]}
     what |= {"size": options.size, "steps": options.steps, "cfg": options.cfg}
     for repeat in range(options.repeats):
         for name in runs if repeat % 2 == 0 else reversed(runs):
-            library, prune = PEER if name == PEER else "ours", None if name in (PEER, "dense") else name
-            run = measure("two_pictures", {**what, "library": library, "prune": prune, "started": time.time()})
+            if name == PEER or name in patched:
+                contender: dict[str, Any] = {"library": PEER, "patch": patched.get(name)}
+            else:
+                contender = {"library": "ours", "method": parse_method(name)._asdict()}
+            run = measure("two_pictures", {**what, **contender, "started": time.time()})
             runs[name].append(run)
             print(
                 f"{repeat + 1} of {options.repeats}, {name}: {run['picture']:.2f} s a picture, "
@@ -47,11 +59,15 @@ def measure_pictures(weights: Path, folder: Path, options: argparse.Namespace) -
 
 
 def table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Markdown: medians of both times, and of their ratios to diffusers in the same round, with the range."""
-    head = ["", *(text for label in MEASURES.values() for text in (label, f"of {PEER}"))]
+    """Markdown: FLOPs beside dense, medians of both times, and of their ratios to diffusers in the same round.
+
+    Ratios have their range. FLOPs are those of all calls of the U-Net, as planned before the run.
+    """
+    head = ["", "FLOPs", *(text for label in MEASURES.values() for text in (label, f"of {PEER}"))]
     lines = [head, ["---"] * len(head)]
     for name, mine in runs.items():
-        cells = [name]
+        flops = mine[0].get("flops")
+        cells = [name, "" if flops is None else f"{flops / runs['dense'][0]['flops']:.1%}"]
         for key in MEASURES:
             ratios = [run[key] / peer[key] for run, peer in zip(mine, runs[PEER], strict=True)]
             cells.append(f"{statistics.median(run[key] for run in mine):.2f}")
@@ -69,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} is {getattr(options, name)}, expected 1 or more")
         for preset in options.presets:
-            parse_preset(preset)
+            if parse_method(preset).steps is not None:
+                raise ValueError(f"{preset!r} sets the steps, expected --steps, which all contenders share")
         with prepared(options) as (weights, folder):
             runs = measure_pictures(weights, folder, options)
     size = "x".join(map(str, options.size))
@@ -97,6 +114,7 @@ def _parser() -> Parser:
     add("--cfg", type=float, default=7.0, help="guidance scale (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp32", help="of U-Net and text (default: %(default)s)")
     add("--presets", nargs="*", default=["at-edm"], metavar="PRESET", help="beside dense (default: at-edm)")
+    add("--patches", nargs="*", default=[], choices=PATCHES, help="packages on diffusers (default: none)")
     add("--repeats", type=int, default=2, help="rounds (default: %(default)s)")
     add("--json", action="store_true", help="print every number as JSON")
     return parser

@@ -12,7 +12,9 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -66,7 +68,7 @@ def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 def read_config(path: str | Path, **others: str | Path | None) -> ModelConfig:
     """The config of a model, all of whose names and shapes fit it. Arguments and errors as :func:`open_source`."""
-    return _open(Path(path), torch.float32, others, None)[0].config
+    return _open(Path(path), torch.float32, others, None).config
 
 
 def load(
@@ -85,7 +87,8 @@ def load(
     tensor by tensor, with the errors of :func:`minisdxl.checkpoint.lora.open_loras` (before anything is read) and
     :func:`minisdxl.checkpoint.lora.merge`.
     """
-    source, modules = _open(Path(path), dtype, others, prediction)
+    source = _open(Path(path), dtype, others, prediction)
+    modules = without_memory(source.config)
     changes = open_loras(loras, source.config, source.shapes)
     for note in source.notes:
         logger.warning(note)
@@ -123,13 +126,11 @@ def open_source(
             if files contradict each other about the prediction.
         ValueError: if ``prediction`` is unknown.
     """
-    return _open(Path(path), dtype, others, prediction)[0]
+    return _open(Path(path), dtype, others, prediction)
 
 
-def _open(
-    path: Path, dtype: torch.dtype, given: Mapping[str, str | Path | None], prediction: str | None
-) -> tuple[Source, Modules]:
-    """The source of a model, and the model without memory. Raises ``TypeError`` for a part that is not in ``PARTS``."""
+def _open(path: Path, dtype: torch.dtype, given: Mapping[str, str | Path | None], prediction: str | None) -> Source:
+    """The source of a model. Raises ``TypeError`` for a part that is not in ``PARTS``."""
     if given.keys() - PARTS.keys():
         raise TypeError(f"{min(given.keys() - PARTS.keys())} is no part of a model, expected {', '.join(PARTS)}")
     others = {part: find_weights(other) for part in PARTS if (other := given.get(part)) is not None}
@@ -153,13 +154,13 @@ def _open(
     config, notes = _with_prediction(config, path, weight_files, others.get("unet"), prediction)
     try:
         _check_extent(config, sum(len(holder.entries) for holder in weight_files))
-        modules = without_memory(config)
+        shapes = official_shapes(config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # of torch too, for impossible numbers
         raise _damaged(path, error) from error
-    source = find_source(config, official_shapes(modules), weight_files)
+    source = find_source(config, shapes, weight_files)
     for part, other in others.items():
         folder_reader.check_part(other, part, config)
-    return replace(source, notes=(*notes, *source.notes)), modules
+    return replace(source, notes=(*notes, *source.notes))
 
 
 def inpainting_or_not(config: ModelConfig, files: WeightFiles) -> ModelConfig:
@@ -188,7 +189,7 @@ def save(path: str | Path, config: ModelConfig, modules: Modules, dtype: torch.d
     """
     tensors = official_state_dict(modules)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = misfits(shapes, official_shapes(without_memory(config)))
+    problems = misfits(shapes, official_shapes(config))
     if problems:
         raise CheckpointError(f"cannot write {path}: the modules do not fit {config.name}: {problems}")
     specs = {file_name(name, config): (dtype, shape) for name, shape in shapes.items()}
@@ -209,9 +210,11 @@ def official_state_dict(modules: Modules) -> dict[str, Tensor]:
     return unet | vae | official_text_state(modules.text)
 
 
-def official_shapes(modules: Modules) -> dict[str, Shape]:
-    """Shape of every weight, by its official name."""
-    return {name: tuple(tensor.shape) for name, tensor in official_state_dict(modules).items()}
+@lru_cache(maxsize=8)
+def official_shapes(config: ModelConfig) -> Mapping[str, Shape]:
+    """Shape of every weight of a model, by its official name."""
+    tensors = official_state_dict(without_memory(config))
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
 def without_memory(config: ModelConfig) -> Modules:

@@ -27,7 +27,6 @@ from minisdxl.checkpoint.modules import (
     official_state_dict,
     open_source,
     read_config,
-    without_memory,
 )
 from minisdxl.config import SDXL_BASE, SDXL_REFINER, ModelConfig
 from minisdxl.convert import write_folder, write_single
@@ -279,7 +278,7 @@ def test_the_official_refiner_is_recognized(tmp_path: Path) -> None:
     text = "conditioner.embedders.1.model."
     shapes = {
         name.replace(text, "conditioner.embedders.0.model."): shape
-        for name, shape in official_shapes(without_memory(SDXL_REFINER)).items()
+        for name, shape in official_shapes(SDXL_REFINER).items()
     }
     file = sparse_file(tmp_path / "refiner.safetensors", shapes)
     assert read_config(file) == SDXL_REFINER

@@ -14,20 +14,21 @@ SHAPES = Path(__file__).parents[2] / "weights" / "shapes" / "shapes.safetensors"
 
 
 def test_both_libraries_make_pictures(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--weights", str(SHAPES), "--size", "64x64", "--steps", "3", "--presets", "--repeats", "1", "--json"]
-    main(small)
+    small = ["--weights", str(SHAPES), "--size", "64x64", "--steps", "4", "--repeats", "1", "--json"]
+    main([*small, "--presets", "skip=deepcache", "--patches", "deepcache"])
     runs = json.loads(capsys.readouterr().out)["runs"]
-    assert runs.keys() == {"diffusers", "dense"}
+    assert runs.keys() == {"diffusers", "diffusers + deepcache", "dense", "skip=deepcache"}
     for (run,) in runs.values():
-        assert 0 < run["picture"] < run["first_step"]  # three small steps beside a start of Python
+        assert 0 < run["picture"] < run["first_step"]  # four small steps beside a start of Python
+    assert runs["skip=deepcache"][0]["flops"] < 0.7 * runs["dense"][0]["flops"]
 
 
 def test_table_has_ratios_of_one_round() -> None:
     runs = {
         "diffusers": [{"picture": 2.0, "first_step": 10.0}, {"picture": 4.0, "first_step": 10.0}],
-        "dense": [{"picture": 1.0, "first_step": 5.0}, {"picture": 3.0, "first_step": 9.0}],
+        "dense": [{"picture": 1.0, "first_step": 5.0, "flops": 8}, {"picture": 3.0, "first_step": 9.0, "flops": 8}],
     }
-    assert table(runs).splitlines()[3] == "| dense | 2.00 | 0.62 (0.50 to 0.75) | 7.00 | 0.70 (0.50 to 0.90) |"
+    assert table(runs).splitlines()[3] == "| dense | 100.0% | 2.00 | 0.62 (0.50 to 0.75) | 7.00 | 0.70 (0.50 to 0.90) |"
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def test_table_has_ratios_of_one_round() -> None:
     [
         (["--steps", "0"], "--steps is 0, expected 1 or more"),
         (["--presets", "fast"], "unknown preset 'fast'"),
+        (["--presets", "steps=17"], "'steps=17' sets the steps"),
         (["--weights", "missing.safetensors"], "missing.safetensors does not exist"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 
-from minisdxl.checkpoint.modules import load, official_shapes, read_config, without_memory
+from minisdxl.checkpoint.modules import load, official_shapes, read_config
 from minisdxl.config import SDXL_BASE, SHAPES
 from minisdxl.tokenizer import Tokenizer, read_vocabulary
 from tests import manifest
@@ -34,7 +34,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_file_has_official_names_and_random_numbers(small: Path) -> None:
-    shapes = official_shapes(without_memory(SHAPES))
+    shapes = official_shapes(SHAPES)
     with safe_open(small, "pt") as file:
         assert set(file.keys()) == shapes.keys()
         for name, shape in shapes.items():
@@ -45,7 +45,7 @@ def test_the_file_has_official_names_and_random_numbers(small: Path) -> None:
                 assert 0.8 < spread < 1.2, name
     assert read_config(small) == SHAPES
     # Of full size it would be what is published, but for two tensors that make no picture.
-    assert set(manifest.official_shapes()) - set(official_shapes(without_memory(SDXL_BASE))) == {
+    assert set(manifest.official_shapes()) - set(official_shapes(SDXL_BASE)) == {
         "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
         "conditioner.embedders.1.model.logit_scale",
     }
@@ -94,10 +94,8 @@ def test_loading_is_measured_side_by_side(small: Path, capsys: pytest.CaptureFix
     output = capsys.readouterr()
     report = json.loads(output.out)
     (row,) = report["rows"]
-    numbers = sum(torch.Size(shape).numel() for shape in official_shapes(without_memory(SHAPES)).values())
-    vae = sum(
-        torch.Size(s).numel() for n, s in official_shapes(without_memory(SHAPES)).items() if n.startswith("first_")
-    )
+    numbers = sum(torch.Size(shape).numel() for shape in official_shapes(SHAPES).values())
+    vae = sum(torch.Size(s).numel() for n, s in official_shapes(SHAPES).items() if n.startswith("first_"))
     assert row["ours"]["weights"] == row["diffusers"]["weights"] == 2 * numbers + 2 * vae  # which is in fp32
     assert report["bytes"] == small.stat().st_size
     for library in ("ours", "diffusers"):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minisdxl.checkpoint.folder_writer import json_files, tokenizer_files
-from minisdxl.checkpoint.modules import file_metadata, official_shapes, read_config, without_memory
+from minisdxl.checkpoint.modules import file_metadata, official_shapes, read_config
 from minisdxl.checkpoint.tensorfile import write_tensors
 from minisdxl.config import SDXL_BASE, SHAPES, ModelConfig
 from minisdxl.loading import BUNDLED
@@ -32,7 +32,7 @@ def write_random(path: Path, config: ModelConfig) -> None:
         OSError: if the disk has no room for the file.
         CheckpointError: if the file cannot be written.
     """
-    shapes = official_shapes(without_memory(config))
+    shapes = official_shapes(config)
     needed, free = 2 * sum(map(math.prod, shapes.values())), shutil.disk_usage(path.parent).free
     if free < 1.01 * needed:
         raise OSError(f"{path} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} are free; name another --folder")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROMPT = "a photograph of an astronaut riding a horse"
+WARM = 2  # steps of the first of two pictures, which no method accelerates: most have nothing to skip in so few
+PATCHES = ("deepcache", "tomesd")  # packages that accelerate diffusers' pipeline
 
 
 def ours(weights: str, folder: str, dtype: str) -> dict[str, Any]:
@@ -91,16 +93,20 @@ def two_pictures(
     size: tuple[int, int],
     steps: int,
     cfg: float,
-    prune: str | None,
     started: float,
+    method: dict[str, Any] | None = None,
+    patch: str | None = None,
 ) -> dict[str, Any]:
     """Samples two pictures with guidance. Times the start, up to the first step of the first, and the whole second.
 
-    ``started`` is ``time.time()`` when the process was requested. ``prune`` is ignored with diffusers.
+    ``started`` is ``time.time()`` when the process was requested. ``method`` has the fields of
+    ``tools.evaluation.methods.Method``, for ours; ``patch`` is one of ``PATCHES``, for diffusers. Ours also counts the
+    FLOPs of the second picture, as planned.
     """
     import torch
 
     first_steps: list[float] = []
+    counted: dict[str, int] = {}
 
     def note(*_: Any) -> None:
         if not first_steps:
@@ -108,13 +114,16 @@ def two_pictures(
 
     if library == "ours":
         from minisdxl import load
+        from tools.evaluation.methods import Method, picture_flops, settings_of
 
         sdxl = load(weights, dtype=getattr(torch, dtype), tokenizer=Path(folder) / "tokenizer")
+        settings = settings_of(Method(**method or {}), "euler", steps, cfg, (size[0], size[1]))
+        counted["flops"] = picture_flops(sdxl.config, settings)
 
         def make(steps: int) -> Any:
-            asked = {"steps": steps, "cfg": cfg, "size": tuple(size), "prune": prune, "on_step": note}
+            asked = {"steps": steps, "cfg": cfg, "size": tuple(size), "on_step": note}
             asked["sampling"] = "euler"  # as diffusers does here
-            return sdxl.generate([PROMPT], **asked)  # type: ignore[arg-type]
+            return sdxl.generate([PROMPT], **asked, **(method or {} if steps > WARM else {}))  # type: ignore[arg-type]
     else:
         from diffusers import StableDiffusionXLPipeline
 
@@ -123,6 +132,7 @@ def two_pictures(
         )
         pipeline.vae.float()
         pipeline.set_progress_bar_config(disable=True)
+        _apply(patch, pipeline)
 
         def seen(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             note()
@@ -133,10 +143,23 @@ def two_pictures(
             asked = {"num_inference_steps": steps, "guidance_scale": cfg, "width": width, "height": height}
             return pipeline(PROMPT, **asked, callback_on_step_end=seen).images
 
-    make(2)
+    make(WARM)
     began = time.perf_counter()
     make(steps)
-    return {"first_step": first_steps[0], "picture": time.perf_counter() - began}
+    return {"first_step": first_steps[0], "picture": time.perf_counter() - began, **counted}
+
+
+def _apply(patch: str | None, pipeline: Any) -> None:
+    if patch == "deepcache":
+        from DeepCache import DeepCacheSDHelper
+
+        helper = DeepCacheSDHelper(pipe=pipeline)
+        helper.set_params(cache_interval=3, cache_branch_id=0)
+        helper.enable()
+    elif patch == "tomesd":
+        import tomesd
+
+        tomesd.apply_patch(pipeline, ratio=0.5, max_downsample=4)
 
 
 class Clocks(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minisdxl.checkpoint.folder_writer import json_files
 from minisdxl.checkpoint.layouts import PARTS, file_name
-from minisdxl.checkpoint.modules import file_metadata, official_shapes, open_source, without_memory
+from minisdxl.checkpoint.modules import file_metadata, official_shapes, open_source
 from minisdxl.checkpoint.predictions import PLAYGROUND
 from minisdxl.checkpoint.weight_files import LORA_FILE
 from minisdxl.config import Level, ModelConfig, NoiseConfig, TextConfig, UNetConfig, VAEConfig
@@ -186,7 +186,7 @@ def weights(config: ModelConfig = CONFIG) -> dict[str, Tensor]:
 
     Their bits count up from the smallest normal number, so most numbers are small, as in a real model.
     """
-    shapes = official_shapes(without_memory(config))
+    shapes = official_shapes(config)
     sizes = [math.prod(shape) for shape in shapes.values()]
     index = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
     numbers = (0x0400 + index // 2 - 0x8000 * (index % 2)).to(torch.int16).view(torch.float16)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from minisdxl.checkpoint.layouts import PARTS, Layout, key_variants, layout, vae_layout
-from minisdxl.checkpoint.modules import official_shapes, without_memory
+from minisdxl.checkpoint.modules import official_shapes
 from minisdxl.config import SDXL_BASE, SHAPES, ModelConfig
 from tests import manifest
 from tests.minisdxl.peers import diffusers_unet, diffusers_vae
@@ -110,7 +110,7 @@ def test_numbers_are_where_diffusers_puts_them() -> None:
 @pytest.mark.parametrize("config", [TINY, SHAPES, SDXL_BASE], ids=lambda config: config.name)
 def test_splitting_and_joining_undo_each_other(config: ModelConfig) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = official_shapes(without_memory(config))
+    shapes = official_shapes(config)
     for part in PARTS:
         prefix, names = PARTS[part].prefix, layout(part, config)
         forms = set()

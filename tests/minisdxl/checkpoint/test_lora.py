@@ -557,7 +557,7 @@ def test_matrices_and_1x1_convolutions_are_one(tmp_path: Path, base: Path, peer:
 
 def test_every_weight_of_sdxl_has_its_names(tmp_path: Path) -> None:
     """In both key_variants of kohya's scripts for SDXL: no two weights share one, and all are reached."""
-    shapes = official_shapes(without_memory(SDXL_BASE))
+    shapes = official_shapes(SDXL_BASE)
     official = {
         name: shape for name, shape in shapes.items() if name.startswith(PARTS["unet"].prefix) and len(shape) > 1
     }

@@ -34,7 +34,6 @@ from minisdxl.checkpoint.modules import (
     open_source,
     read_config,
     save,
-    without_memory,
 )
 from minisdxl.checkpoint.resolve import SKIPPED, UNUSED
 from minisdxl.config import SDXL_BASE, SDXL_INPAINTING, SHAPES
@@ -93,7 +92,7 @@ def same_outputs(ours: Modules, theirs: Modules) -> None:
 
 
 def test_names_and_shapes_are_official() -> None:
-    ours = official_shapes(without_memory(SDXL_BASE))
+    ours = official_shapes(SDXL_BASE)
     assert len(ours) == 2513
     assert {**ours, POSITION_IDS: (1, 77), LOGIT_SCALE: ()} == manifest.official_shapes()
 
@@ -196,7 +195,7 @@ def test_known_extras_are_skipped_with_one_line(tmp_path: Path, small: Path, cap
 def test_no_tensor_of_a_model_is_skipped() -> None:
     patterns = (*UNUSED, *SKIPPED)
     for config in (SDXL_BASE, SHAPES, TINY):
-        assert not [name for name in official_shapes(without_memory(config)) for p in patterns if fnmatchcase(name, p)]
+        assert not [name for name in official_shapes(config) for p in patterns if fnmatchcase(name, p)]
 
 
 def test_vae_attention_may_be_stored_as_matrices(tmp_path: Path, small: Path) -> None:
@@ -413,7 +412,7 @@ def full_size_folder(full_size: Path) -> Path:
 def test_loading_the_whole_size_takes_little_more_than_its_weights(
     request: pytest.FixtureRequest, full_size: Path, form: str, dtype: str
 ) -> None:
-    probes = list(official_shapes(without_memory(SDXL_BASE)))[::40]
+    probes = list(official_shapes(SDXL_BASE))[::40]
     command = [sys.executable, "-c", READ, str(request.getfixturevalue(form)), dtype, json.dumps(probes)]
     start = time.perf_counter()
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

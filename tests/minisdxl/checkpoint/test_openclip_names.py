@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from minisdxl.checkpoint import modules
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.layouts import PARTS, layout
 from minisdxl.checkpoint.modules import (
@@ -25,7 +23,6 @@ from minisdxl.checkpoint.modules import (
     official_shapes,
     official_state_dict,
     open_source,
-    without_memory,
 )
 from minisdxl.checkpoint.resolve import Source
 from minisdxl.config import SDXL_BASE
@@ -251,10 +248,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, files: list[Path], folder:
 
 
 @pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """SDXL's own parts in full size, and other text encoders, all of them zeros. Its modules are built once."""
-    place, built = tmp_path_factory.mktemp("sdxl"), without_memory(SDXL_BASE)
-    shapes = official_shapes(built)
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL's own parts in full size, and other text encoders, all of them zeros."""
+    place, shapes = tmp_path_factory.mktemp("sdxl"), official_shapes(SDXL_BASE)
     for part, name in (("unet", "unet"), ("vae", "vae"), (CLIP, "clip_l"), (OPENCLIP, "clip_g")):
         names, prefix = layout(part, SDXL_BASE), PARTS[part].prefix
         table: dict[str, tuple[int, ...]] = {}
@@ -267,10 +263,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sparse_file(place / "t5xxl.safetensors", {block: (4096, 4096), "shared.weight": (32128, 4096)})
     sparse_file(place / "qwen.safetensors", {"model.layers.0.mlp.gate_proj.weight": (9728, 2560)})
     sparse_file(place / "clip_h.safetensors", {"text_model.embeddings.token_embedding.weight": (49408, 1024)})
-    with mock.patch.object(
-        modules, "without_memory", lambda config: built if config == SDXL_BASE else without_memory(config)
-    ):
-        yield place
+    return place
 
 
 def test_sdxl_in_parts_needs_no_config(sdxl: Path, tmp_path: Path) -> None:
