@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from minisdxl.cli.options import DTYPES, Parser, parse_size
+from minisdxl.cli.reports import write_report
 from tools.benchmark.machine import machine
 from tools.benchmark.model_files import CONFIGS, prepared
 from tools.benchmark.processes import measure
@@ -36,26 +37,48 @@ PEER = "diffusers"
 MEASURES = {"picture": "s a picture", "first_step": "s to the first step"}
 
 
-def measure_pictures(weights: Path, folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """All measurements by contender: diffusers plain and with each patch, this package dense and with each preset."""
+Runs = dict[str, list[dict[str, float]]]
+
+
+def measure_pictures(weights: Path, folder: Path, options: argparse.Namespace, runs: Runs) -> None:
+    """Adds to ``runs`` what is missing by contender: diffusers plain and with each patch, ours dense and by preset."""
     patched = {f"{PEER} + {patch}": patch for patch in options.patches}
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PEER, *patched, "dense", *options.presets)}
     what = {"weights": str(weights), "folder": str(folder), "dtype": str(DTYPES[options.dtype])[6:]}
     what |= {"size": options.size, "steps": options.steps, "cfg": options.cfg}
     for repeat in range(options.repeats):
         for name in runs if repeat % 2 == 0 else reversed(runs):
+            if len(runs[name]) > repeat:
+                continue
             if name == PEER or name in patched:
                 contender: dict[str, Any] = {"library": PEER, "patch": patched.get(name)}
             else:
                 contender = {"library": "ours", "method": parse_method(name)._asdict()}
             run = measure("two_pictures", {**what, **contender, "started": time.time()})
             runs[name].append(run)
+            if options.out is not None:
+                write_report(str(options.out), {"machine": _conditions(options), "runs": runs})
             print(
                 f"{repeat + 1} of {options.repeats}, {name}: {run['picture']:.2f} s a picture, "
                 f"first step after {run['first_step']:.2f} s",
                 file=sys.stderr,
             )
+
+
+def begun(options: argparse.Namespace) -> Runs:
+    """The measurements in the file ``options.out``, for all contenders. Raises ``ValueError`` for those of others."""
+    names = [PEER, *(f"{PEER} + {patch}" for patch in options.patches), "dense", *options.presets]
+    if options.out is None or not options.out.exists():
+        return {name: [] for name in names}
+    there = json.loads(options.out.read_text())
+    if (there["machine"], [*there["runs"]]) != (_conditions(options), names):
+        raise ValueError(f"--out is {options.out}, begun with other options or elsewhere; expected another file")
+    runs: Runs = there["runs"]
     return runs
+
+
+def _conditions(options: argparse.Namespace) -> str:
+    size = "x".join(map(str, options.size))
+    return f"{machine()}\n{size} px, {options.steps} steps, CFG {options.cfg:g}, {options.dtype}"
 
 
 def table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
@@ -87,12 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for preset in options.presets:
             if parse_method(preset).steps is not None:
                 raise ValueError(f"{preset!r} sets the steps, expected --steps, which all contenders share")
+        runs = begun(options)
         with prepared(options) as (weights, folder):
-            runs = measure_pictures(weights, folder, options)
-    size = "x".join(map(str, options.size))
-    what = f"{machine()}\n{size} px, {options.steps} steps, CFG {options.cfg:g}, {options.dtype}"
-    report = {"machine": what, "runs": runs}
-    print(json.dumps(report, indent=1) if options.json else f"{what}\n\n{table(runs)}")
+            measure_pictures(weights, folder, options, runs)
+    what = _conditions(options)
+    print(json.dumps({"machine": what, "runs": runs}, indent=1) if options.json else f"{what}\n\n{table(runs)}")
 
 
 def _parser() -> Parser:
@@ -116,6 +138,7 @@ def _parser() -> Parser:
     add("--presets", nargs="*", default=["at-edm"], metavar="PRESET", help="beside dense (default: at-edm)")
     add("--patches", nargs="*", default=[], choices=PATCHES, help="packages on diffusers (default: none)")
     add("--repeats", type=int, default=2, help="rounds (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE", help="keep measurements there: the same command goes on where it stopped")
     add("--json", action="store_true", help="print every number as JSON")
     return parser
 

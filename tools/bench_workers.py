@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,8 @@ def _parser() -> Parser:
 def run(options: argparse.Namespace, workers: int | None, folder: Path) -> dict[str, Any]:
     """One run, in seconds: until the first picture is there, from then on, and in making pictures; with its memory.
 
-    ``memory`` is the largest unique set size of a worker: what a worker needs beside pages that others share. Raises
+    Memory is the unique set size of the largest worker, which is what it needs beside pages that others share:
+    ``loading`` is the peak until the first picture is there, ``memory`` the median from then on. Raises
     ``ChildProcessError`` if the run fails.
     """
     command = [sys.executable, "-m", "minisdxl.sample", PROMPT, "--images-per-prompt", str(options.pictures)]
@@ -59,14 +61,14 @@ def run(options: argparse.Namespace, workers: int | None, folder: Path) -> dict[
     command += ["--size", options.size] if options.size else []
     command += ["--workers", str(workers)] if workers else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
-    began, first, memory = time.perf_counter(), 0.0, 0
+    began, first, loading, making = time.perf_counter(), 0.0, [0], [0]
     driver = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     while driver.poll() is None:
         if not first and any((folder / "pictures").glob("*.png")):
             first = time.perf_counter()
-        memory = max([memory, *unique_set_sizes(driver.pid)])
+        (making if first else loading).append(max(unique_set_sizes(driver.pid), default=0))
         time.sleep(EVERY)
     ended = time.perf_counter()
     if driver.returncode:
@@ -81,7 +83,8 @@ def run(options: argparse.Namespace, workers: int | None, folder: Path) -> dict[
         "start": first - began,
         "making": ended - first,
         "busy": sum(row["seconds"] for row in rows),
-        "memory": memory,
+        "loading": max(loading),
+        "memory": statistics.median(making),
     }
 
 
@@ -99,19 +102,18 @@ def unique_set_sizes(driver: int) -> list[int]:
 
 def table(results: Sequence[dict[str, Any]], pictures: int) -> str:
     """Markdown: a row for each run."""
-    lines = [
-        "| | first picture after | pictures an hour | to one process | time beside each picture | memory of a worker |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = ["", "first picture after", "pictures an hour", "to one process", "time beside each picture"]
+    heads += ["memory of a worker", "while loading"]
+    lines = [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads))]
     plain = rate(results[0], pictures)
     for each in results:
         workers = each["workers"]
         name = f"{workers} worker{'s' * (workers > 1)}" if workers else f"one process, {os.cpu_count()} threads"
         beside = each["making"] * (workers or 1) / (pictures - 1) - each["busy"] / pictures
-        memory = f"{each['memory'] / GIB:.2f} GiB" if workers else ""
+        memory = [f"{each[key] / GIB:.2f} GiB" if workers else "" for key in ("memory", "loading")]
         lines.append(
             f"| {name} | {each['start']:.1f} s | {rate(each, pictures):,.0f} | {rate(each, pictures) / plain:.2f} | "
-            f"{1000 * beside:.0f} ms | {memory} |"
+            f"{1000 * beside:.0f} ms | {memory[0]} | {memory[1]} |"
         )
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ from minisdxl.pipeline import SDXL
 from tools.evaluation.experiment_specs import BASELINE, EXPERIMENTS, Experiment
 from tools.evaluation.paired_statistics import INTERVALS
 from tools.evaluation.pictures import Captions, Evaluation, average_share, drawn_captions, solve
-from tools.evaluation.plots import CAPTION_ACCURACY, LATENT_ERROR, save_figure, save_pictures
+from tools.evaluation.plots import CAPTION_ACCURACY, DISTANCES, save_figure, save_pictures
 from tools.evaluation.rows import DENSE, Folder, Row, write_rows
 from tools.evaluation.run_options import model_options, settings_of
 from tools.evaluation.set_metrics import REFERENCES, Drawn, SetMetrics
@@ -185,7 +185,8 @@ def _experiment(options: argparse.Namespace) -> None:
         "verdicts": [as_json(each) for each in findings.outcomes],
     }
     write_report(str(options.results / f"{name}.json"), report)
-    save_figure(options.results / f"{name}.png", findings.summaries, [CAPTION_ACCURACY, LATENT_ERROR], experiment.axis)
+    measures = [CAPTION_ACCURACY, DISTANCES[experiment.distance]]
+    save_figure(options.results / f"{name}.png", findings.summaries, measures, experiment.axis)
     if experiment.axis is None:
         folder, numbers = evaluations[0].folder, sorted({row.number for row in findings.rows})[:SHOWN]
         presets = dict.fromkeys([DENSE, *parts[0].presets.values()])

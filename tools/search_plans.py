@@ -2,46 +2,56 @@
 
     python -m tools.search_plans --budget 0.33 --trials 150 --captions 8
 
-Optuna's multi-objective sampler proposes plans; each is drawn and compared with the dense picture of the same seed. The
-captions are not those that ``tools.evaluate`` and ``tools.experiments`` use, so found plans are checked on others. The
-state of a search lies in a journal file, from which a stopped search goes on. The best plans are printed as options of
-``minisdxl.sample``, with their FLOPs and PSNR.
+Optuna's TPE sampler proposes plans. Each that costs 80 to 100 % of the budget is drawn and compared with the dense
+picture of the same seed. The captions are not those that ``tools.evaluate`` and ``tools.experiments`` use, so found
+plans are checked on others. The state of a search lies in a journal file, from which a stopped search goes on. The best
+plans are printed as options of ``minisdxl.sample``, with their FLOPs and PSNR.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minisdxl.cli.options import DTYPES, Parser, add_device, find_device, plain_warnings
+from minisdxl.cli.reports import hardware, versions, write_report
+from minisdxl.config import ModelConfig
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
-from minisdxl.steps.plan import StepPlan
+from minisdxl.settings import check_settings
+from minisdxl.steps.plan import describe
 from tools.drawn.world import random_scene
 from tools.evaluation.methods import Method, picture_flops, settings_of
-from tools.evaluation.metrics import psnr
+from tools.evaluation.metrics import Picture, psnr
+from tools.evaluation.pictures import drawn_captions
 
 if TYPE_CHECKING:
     import optuna
 
+EVALUATED = 500  # captions of the largest evaluation
+PROPOSALS = 100  # for each trial, of which most cost too much or too little
+
 
 def search_captions(count: int) -> list[str]:
-    """Captions of training's side of the split, which no evaluation uses."""
-    rng = random.Random("search")
-    return list(dict.fromkeys(random_scene(rng, "train").caption for _ in range(20 * count)))[:count]
+    """Captions of training's side of the split that are not among the first ``EVALUATED`` of an evaluation."""
+    rng, used = random.Random("search"), set(drawn_captions(EVALUATED).texts)
+    drawn = dict.fromkeys(random_scene(rng, "train").caption for _ in range(20 * count))
+    return [caption for caption in drawn if caption not in used][:count]
 
 
-def propose(trial: optuna.Trial) -> Method:
-    """A method whose settings the trial chooses."""
-    skip = "spaced:share={:.2f},power={:.2f},degree={}".format(
+def propose(trial: optuna.Trial, config: ModelConfig, run: Mapping[str, Any]) -> Method:
+    """A method whose settings the trial chooses: steps, depth, guidance, and tokens to prune on each level."""
+    spaced = "spaced:share={:.2f},power={:.2f},degree={}".format(
         trial.suggest_float("share", 0.16, 0.7, step=0.02),
         trial.suggest_float("power", 0.6, 2.0, step=0.1),
         trial.suggest_int("degree", 1, 3),
     )
+    shallow = trial.suggest_int("shallow", 0, 4)
+    skip = with_shallow_steps(spaced, shallow, config, run) if shallow else spaced
     guide = trial.suggest_categorical("guide", ["alternate", "until", "none"])
     if guide == "alternate":
         guide_text = f"alternate:every={trial.suggest_int('every', 2, 6)}"
@@ -51,10 +61,26 @@ def propose(trial: optuna.Trial) -> Method:
     prune = None
     if trial.suggest_categorical("tokens", [True, False]):
         recovery = trial.suggest_categorical("recovery", ["own-change", "own-change-linear"])
-        rho = trial.suggest_float("rho", 0.3, 0.75, step=0.05)
         tau = trial.suggest_int("tau", 0, 15, step=5)
-        prune = f"moving-grid:rho={rho:.2f},tau={tau},recovery={recovery}"
+        sites = list(config.unet.attention_sites())
+        of_level = {
+            level: trial.suggest_float(f"rho {level}", 0, 0.75, step=0.05) for level in {s.level for s in sites}
+        }
+        ratios = "+".join(f"{of_level[site.level]:.2f}@{site.name}" for site in sites)
+        prune = f"moving-grid:rho=0,ratios={ratios},tau={tau},recovery={recovery}"
     return Method(prune, skip, None if guide == "none" else guide_text)
+
+
+def with_shallow_steps(skip: str, every: int, config: ModelConfig, run: Mapping[str, Any]) -> str:
+    """The letters of a method, in which one forecast in ``every`` is a shallow step instead."""
+    planner = check_settings(settings_of(Method(skip=skip), **run), config).planner
+    assert planner is not None
+    letters, forecasts = list(describe(planner.base)), 0
+    for step, letter in enumerate(letters):
+        if letter != "W":
+            forecasts += 1
+            letters[step] = "S" if forecasts % every == 0 else letter
+    return "given:" + "".join(letters)
 
 
 class Search:
@@ -64,13 +90,11 @@ class Search:
         self.sdxl, self.captions = sdxl, captions
         self.run: dict[str, Any] = {"sampling": sampling, "steps": steps, "size": size, "cfg": sdxl.config.defaults.cfg}
         self.dense_flops = picture_flops(sdxl.config, settings_of(Method(), **self.run))
-        self.dense = self._draw(Method())[0]
+        self.dense = self._draw(Method())
 
-    def _draw(self, method: Method) -> tuple[list[Any], list[Sequence[StepPlan]]]:
-        realized: list[Sequence[StepPlan]] = []
-        settings = settings_of(method, **self.run)
-        images = self.sdxl.generate(self.captions, settings, seed=10_000, realized=realized)
-        return [np.asarray(image) for image in images], realized
+    def _draw(self, method: Method) -> list[Picture]:
+        images = self.sdxl.generate(self.captions, settings_of(method, **self.run), seed=10_000)
+        return [np.asarray(image) for image in images]
 
     def share(self, method: Method) -> float:
         """FLOPs of a picture as a share of dense."""
@@ -78,8 +102,7 @@ class Search:
 
     def nearness(self, method: Method) -> float:
         """Mean PSNR to the dense pictures, in dB."""
-        images, _ = self._draw(method)
-        return float(np.mean([psnr(ours, dense) for ours, dense in zip(images, self.dense, strict=True)]))
+        return float(np.mean([psnr(*pair) for pair in zip(self._draw(method), self.dense, strict=True)]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
     add("--show", type=int, default=5, help="number of plans to print (default: %(default)s)")
     add("--out", type=Path, default=Path("runs/search.journal"), metavar="FILE", help="(default: %(default)s)")
+    add("--json", metavar="FILE", help="also write the best plans there; - is stdout")
     add_device(parser)
     options = parser.parse_args(arguments)
     plain_warnings()
@@ -107,13 +131,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sdxl = load(options.weights, device=find_device(options.device), dtype=DTYPES[options.dtype])
         size = sdxl.config.picture_size(None)
         search = Search(sdxl, search_captions(options.captions), options.sampling, options.steps, size)
-        for share, found, method in run(search, options):
+        best = run(search, options)
+        for share, found, method in best:
             parts = " ".join(f"--{name} {value}" for name, value in method._asdict().items() if value is not None)
             print(f"{1 / share:.2f} x fewer FLOPs, {found:.1f} dB: {parts}")
+        if options.json is not None:
+            plans = [{"share": share, "psnr": found, **method._asdict()} for share, found, method in best]
+            made = {"weights": options.weights, "captions": options.captions, "trials": options.trials, **search.run}
+            report = {"settings": made, "budget": options.budget, "machine": hardware(sdxl.device)}
+            write_report(options.json, {**report, "versions": versions("optuna"), "plans": plans})
 
 
 def run(search: Search, options: Any) -> list[tuple[float, float, Method]]:
-    """The plans within the budget that came nearest to dense: share of FLOPs, PSNR and method, best first."""
+    """The plans within the budget that came nearest to dense: share of FLOPs, PSNR and method, best first.
+
+    Raises ``ValueError`` if too few plans cost what the budget allows.
+    """
     import optuna  # of the extra "search"
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -124,13 +157,19 @@ def run(search: Search, options: Any) -> list[tuple[float, float, Method]]:
         study_name=f"{options.steps} steps of {options.sampling} within {options.budget}",
         storage=JournalStorage(JournalFileBackend(str(options.out))),
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=0, multivariate=True, group=True, warn_independent_sampling=False),
         load_if_exists=True,
+    )
+    # Another seed when a search goes on, which else would propose its first plans again.
+    study.sampler = optuna.samplers.TPESampler(
+        seed=len(study.trials), multivariate=True, group=True, warn_independent_sampling=False
     )
 
     def objective(trial: optuna.Trial) -> float:
-        method = propose(trial)
-        share = search.share(method)
+        try:
+            method = propose(trial, search.sdxl.config, search.run)
+            share = search.share(method)
+        except ValueError:  # settings that contradict each other, or change nothing
+            raise optuna.TrialPruned from None
         trial.set_user_attr("share", share)
         trial.set_user_attr("method", list(method))
         if not 0.8 * options.budget <= share <= options.budget:
@@ -139,11 +178,14 @@ def run(search: Search, options: Any) -> list[tuple[float, float, Method]]:
         print(f"{share:.3f} {found:.2f} dB {method}", flush=True)
         return found
 
-    done = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
-    while done < options.trials:
+    complete = [optuna.trial.TrialState.COMPLETE]
+    for _ in range(PROPOSALS * options.trials):
+        if len(study.get_trials(states=complete)) >= options.trials:
+            break
         study.optimize(objective, n_trials=1)
-        done = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
-    best = sorted(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]), key=lambda trial: -(trial.value or 0))
+    else:
+        raise ValueError(f"--budget is {options.budget}, for which too few plans were found; expected more, up to 0.7")
+    best = sorted(study.get_trials(states=complete), key=lambda trial: -(trial.value or 0))
     return [
         (trial.user_attrs["share"], float(trial.value or 0), Method(*trial.user_attrs["method"]))
         for trial in best[: options.show]

@@ -24,6 +24,7 @@ from minisdxl.settings import CheckedSettings, Settings, check_settings
 from minisdxl.steps.cost import PictureCost, picture_cost
 from minisdxl.steps.plan import StepPlan, describe
 
+REALIZED = "realized"  # the plans of the steps that were run, a setting that shows only in the run
 LOW_MEMORY_STRIP_ROWS = 8  # rows of the latent decoded at once, with --low-memory
 
 
@@ -70,10 +71,13 @@ class Run:
         Raises as :meth:`draw`, and ``OSError``.
         """
         for job, image, picture in self.draw(jobs):
-            record = own_record(job, self.options, self.settings)
-            realized = {key: picture[key] for key in ("realized",) if key in picture}
-            write_picture(job.target, image, {**self.settings, **record, **realized})
+            write_picture(job.target, image, self.metadata(job, picture))
             yield picture
+
+    def metadata(self, job: Job, picture: Mapping[str, Any]) -> dict[str, Any]:
+        """What the file of a picture says of how it was made, of what the report says of it."""
+        made = {REALIZED: picture[REALIZED]} if REALIZED in picture else {}
+        return {**self.settings, **own_record(job, self.options, self.settings), **made}
 
     def draw(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Image.Image, dict[str, Any]]]:
         """Makes a batch, and yields each job with its picture and what the report says of it.
@@ -94,7 +98,7 @@ class Run:
             spent = self.cost(plans, job, split)
             record = own_record(job, options, self.settings)
             if options.skip is not None or options.guide is not None:
-                record |= {"realized": describe(plans)}
+                record |= {REALIZED: describe(plans)}
             cost = {"flops": spent.flops, "dense_flops": dense, "share": spent.flops / dense, **spent.steps()}
             yield job, image, {"path": str(job.target), **record, "seconds": seconds, **cost}
 

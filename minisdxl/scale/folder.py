@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 
 from minisdxl.cli.picture_files import DAMAGED
+from minisdxl.cli.runs import REALIZED
 from minisdxl.scale.store import Store
 
 MANIFEST, PICTURES, RESULTS, FAILURES, ROWS = (
@@ -76,6 +77,7 @@ class RunFolder:
         found = set()
         for name, record in zip(there, self.store.each(there, whole_record), strict=True):
             if record is not None:
+                record.pop(REALIZED, None)
                 self._refuse(name, record, json.loads(_json({**self.settings, **self.records[name]})))
                 found.add(name)
         return found

@@ -18,7 +18,7 @@ from minisdxl.cli.models import load_model, parts_of
 from minisdxl.cli.options import DTYPES
 from minisdxl.cli.picture_files import picture_bytes
 from minisdxl.cli.reports import hardware, sha256
-from minisdxl.cli.runs import Run, own_record
+from minisdxl.cli.runs import Run
 from minisdxl.loading import weights_path
 from minisdxl.scale.folder import MANIFEST, write_whole
 from minisdxl.scale.store import Store
@@ -84,8 +84,8 @@ class PictureWorker:
             return Answer(unit.wanted, f"{type(error).__name__}: {error}")
         for job, image, picture in drawn:
             if picture["path"] in unit.wanted:
-                record = {**self.task.settings, **own_record(job, self.task.options, self.task.settings)}
-                write_whole(self.task.store, {**picture, **self.machine}, picture_bytes(image, record))
+                data = picture_bytes(image, self.run.metadata(job, picture))
+                write_whole(self.task.store, {**picture, **self.machine}, data)
         return Answer(unit.wanted)
 
     def _check_machine(self) -> None:

@@ -13,14 +13,26 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 SHAPES = Path(__file__).parents[2] / "weights" / "shapes" / "shapes.safetensors"
 
 
-def test_both_libraries_make_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_libraries_make_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--weights", str(SHAPES), "--size", "64x64", "--steps", "4", "--repeats", "1", "--json"]
-    main([*small, "--presets", "skip=deepcache", "--patches", "deepcache"])
+    small += ["--presets", "skip=deepcache", "--patches", "deepcache", "--out", str(tmp_path / "runs.json")]
+    main(small)
     runs = json.loads(capsys.readouterr().out)["runs"]
+    main(small)  # takes what is there
+    assert json.loads(capsys.readouterr().out)["runs"] == runs
     assert runs.keys() == {"diffusers", "diffusers + deepcache", "dense", "skip=deepcache"}
     for (run,) in runs.values():
         assert 0 < run["picture"] < run["first_step"]  # four small steps beside a start of Python
     assert runs["skip=deepcache"][0]["flops"] < 0.7 * runs["dense"][0]["flops"]
+
+
+def test_measurements_of_other_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs.json"
+    out.write_text(json.dumps({"machine": "another", "runs": {"diffusers": []}}))
+    with pytest.raises(SystemExit) as stop:
+        main(["--weights", str(SHAPES), "--out", str(out)])
+    assert stop.value.code == 2
+    assert "begun with other options or elsewhere" in capsys.readouterr().err
 
 
 def test_table_has_ratios_of_one_round() -> None:

@@ -121,9 +121,9 @@ def two_pictures(
         counted["flops"] = picture_flops(sdxl.config, settings)
 
         def make(steps: int) -> Any:
-            asked = {"steps": steps, "cfg": cfg, "size": tuple(size), "on_step": note}
+            asked = {**(method or {} if steps > WARM else {}), "steps": steps, "cfg": cfg, "size": tuple(size)}
             asked["sampling"] = "euler"  # as diffusers does here
-            return sdxl.generate([PROMPT], **asked, **(method or {} if steps > WARM else {}))  # type: ignore[arg-type]
+            return sdxl.generate([PROMPT], **asked, on_step=note)
     else:
         from diffusers import StableDiffusionXLPipeline
 

@@ -38,8 +38,10 @@ class Measure:
 
 CAPTION_ACCURACY = Measure("obeyed", "caption accuracy, %", 100)
 LATENT_ERROR = Measure("latent_error", "mean squared latent error to dense")
+PSNR = Measure("psnr", "PSNR to dense, dB")
+DISTANCES = {measure.field: measure for measure in (LATENT_ERROR, PSNR)}
 AXES = {  # horizontal axes by field of a summary
-    "flops_share": "FLOPs of a U-Net call, average of all steps, share of dense",
+    "flops_share": "FLOPs of all U-Net calls of a picture, share of dense",
     "cfg": "CFG scale",
     "steps": "denoising steps",
 }
@@ -50,15 +52,15 @@ def draw_against(panel: Any, summaries: Sequence[Summary], measure: Measure, axi
     lines: dict[str, list[tuple[float, Estimate]]] = {}
     for each in summaries:
         found = measure.of(each)
-        if found is not None and not (each.preset == DENSE and measure.field == "latent_error"):  # always 0
+        if found is not None and not (each.preset == DENSE and measure.field in DISTANCES):  # of dense to itself
             lines.setdefault(family(each.preset), []).append((getattr(each, axis), found))
     order = list(dict.fromkeys(family(each.preset) for each in summaries))  # one color in all panels
     for name, points in lines.items():
         xs, estimates = zip(*sorted(points), strict=True)
-        style = {"marker": "o", "capsize": 3, "color": f"C{order.index(name)}"}
+        style = {"marker": "o", "capsize": 3, "color": _color(order.index(name))}
         panel.errorbar(xs, [e.value for e in estimates], _bars(estimates), label=name, **style)
     panel.set(xlabel=AXES[axis], ylabel=measure.label)
-    panel.legend()
+    panel.legend(fontsize=7 if len(lines) > 8 else None)
 
 
 def draw_presets(panel: Any, summaries: Sequence[Summary], measure: Measure) -> None:
@@ -72,7 +74,11 @@ def draw_presets(panel: Any, summaries: Sequence[Summary], measure: Measure) -> 
 
 
 def family(preset: str) -> str:
-    """A preset's text without its ratio. Presets of one family are one line in a plot."""
+    """A preset's text without its ratio, or a step method's name. Presets of one family are one line in a plot."""
+    if preset.startswith("steps="):
+        return "dense in fewer steps"
+    if preset.startswith(("skip=", "guide=")):
+        return preset.partition(":")[0]
     name, _, settings = preset.partition(":")
     others = [part for part in settings.split(",") if part and not part.startswith(("rho=", "r="))]
     return f"{name}:{','.join(others)}" if others else name
@@ -114,6 +120,12 @@ def save_pictures(path: Path, rows: Mapping[str, Sequence[Picture]]) -> None:
             sheet.paste(small, (column * THUMBNAIL, row * height + LABEL))
     with atomic_path(path) as temporary:
         sheet.quantize(256).save(temporary, optimize=True)
+
+
+def _color(index: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](index % 10 * 2 + index // 10 % 2)  # ten strong colors, then ten pale ones
 
 
 def _bars(estimates: Sequence[Estimate]) -> tuple[list[float], list[float]]:

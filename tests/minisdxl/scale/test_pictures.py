@@ -94,6 +94,24 @@ def test_pictures_are_those_of_the_plain_command(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 and row["machine"] and row["host"] for row in rows)
 
 
+def test_the_plans_of_a_run_are_recorded_and_no_setting(tmp_path: Path) -> None:
+    """They are in each picture's file, as of the plain command; the next run finds all pictures there."""
+    skipping = ["--steps", "8", "--sampling", "euler", "--skip", "easycache:threshold=0.5"]
+    main([*COMMAND, *skipping, "--out", str(tmp_path)])
+    main([*AT_SCALE, *skipping])
+    store = Store(URL)
+    names = sorted(name for name in store.names() if name.endswith(".png"))
+    assert len(names) == 4
+    for name in names:
+        _, record = opened(store.read(name))
+        _, expected = opened((tmp_path / name).read_bytes())
+        assert record["realized"] == expected["realized"]
+    report = tmp_path / "report.json"
+    main([*AT_SCALE, *skipping, "--json", str(report)])
+    found = json.loads(report.read_text())
+    assert (found["there"], found["made"]) == (4, 0)
+
+
 @pytest.mark.usefixtures("instant")
 def test_a_run_that_is_killed_at_any_write_ends_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     main(AT_SCALE)
