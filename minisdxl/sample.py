@@ -61,7 +61,7 @@ def _sample(options: argparse.Namespace) -> None:
     check_writable(reports + ([] if options.workers else [job.target for job in jobs]))
     source = read_source(options, {job.size for job in jobs})
     mask = read_mask(options, source)
-    if note := preset_note(weights.config, options.prune):
+    if options.fast is None and (note := preset_note(weights.config, options.prune)):
         print(f"note: {note}", file=sys.stderr)
     describe = partial(_settings, options, weights, refiner, source, mask)
     run_of = partial(Run, sampling=sampling, options=options, source=source, mask=mask)

@@ -28,6 +28,7 @@ from minisdxl.config import SDXL_BASE
 from minisdxl.cost import format_flops, summary
 from minisdxl.settings import Settings, check_settings
 from minisdxl.steps.cost import picture_cost
+from minisdxl.steps.plan import WHOLE
 from minisdxl.steps.presets import FAST
 
 ROOT = Path(__file__).parents[1]
@@ -191,10 +192,11 @@ def test_the_readme_has_the_flops_that_the_program_counts() -> None:
     assert len(composed) == len(FAST)
     for label, cells in composed.items():
         name, whole = re.fullmatch(r"`--fast (\w+)` \((\d+) of 50 steps\)", label).groups()  # type: ignore[union-attr]
-        settings = Settings(sampling="euler", steps=50, cfg=7.0, skip=FAST[name].skip)
+        made = FAST[name]
+        settings = Settings(sampling="euler", steps=50, cfg=7.0, prune=made.prune, skip=made.skip, guide=made.guide)
         planner = check_settings(settings, SDXL_BASE).planner
         assert planner is not None
-        assert sum(plan.runs for plan in planner.base) == int(whole)
+        assert sum(plan.unet == WHOLE for plan in planner.base) == int(whole)
         spent = picture_cost(SDXL_BASE, 128, 128, planner.base, 77, settings.cfg or 0, [1] * 50).flops
         assert cells == ["", "", format_flops(spent / 100)], label  # 50 calls for both branches of guidance
     for name, *cells in rows:

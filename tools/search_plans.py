@@ -11,7 +11,7 @@ plans are printed as options of ``minisdxl.sample``, with their FLOPs and PSNR.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,6 @@ from minisdxl.cli.reports import hardware, versions, write_report
 from minisdxl.config import ModelConfig
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
-from minisdxl.settings import check_settings
-from minisdxl.steps.plan import describe
 from tools.drawn.world import random_scene
 from tools.evaluation.methods import Method, picture_flops, settings_of
 from tools.evaluation.metrics import Picture, psnr
@@ -43,15 +41,14 @@ def search_captions(count: int) -> list[str]:
     return [caption for caption in drawn if caption not in used][:count]
 
 
-def propose(trial: optuna.Trial, config: ModelConfig, run: Mapping[str, Any]) -> Method:
+def propose(trial: optuna.Trial, config: ModelConfig) -> Method:
     """A method whose settings the trial chooses: steps, depth, guidance, and tokens to prune on each level."""
-    spaced = "spaced:share={:.2f},power={:.2f},degree={}".format(
+    skip = "spaced:share={:.2f},power={:.2f},degree={},shallow={}".format(
         trial.suggest_float("share", 0.16, 0.7, step=0.02),
         trial.suggest_float("power", 0.6, 2.0, step=0.1),
         trial.suggest_int("degree", 1, 3),
+        trial.suggest_int("shallow", 0, 4),
     )
-    shallow = trial.suggest_int("shallow", 0, 4)
-    skip = with_shallow_steps(spaced, shallow, config, run) if shallow else spaced
     guide = trial.suggest_categorical("guide", ["alternate", "until", "none"])
     if guide == "alternate":
         guide_text = f"alternate:every={trial.suggest_int('every', 2, 6)}"
@@ -69,18 +66,6 @@ def propose(trial: optuna.Trial, config: ModelConfig, run: Mapping[str, Any]) ->
         ratios = "+".join(f"{of_level[site.level]:.2f}@{site.name}" for site in sites)
         prune = f"moving-grid:rho=0,ratios={ratios},tau={tau},recovery={recovery}"
     return Method(prune, skip, None if guide == "none" else guide_text)
-
-
-def with_shallow_steps(skip: str, every: int, config: ModelConfig, run: Mapping[str, Any]) -> str:
-    """The letters of a method, in which one forecast in ``every`` is a shallow step instead."""
-    planner = check_settings(settings_of(Method(skip=skip), **run), config).planner
-    assert planner is not None
-    letters, forecasts = list(describe(planner.base)), 0
-    for step, letter in enumerate(letters):
-        if letter != "W":
-            forecasts += 1
-            letters[step] = "S" if forecasts % every == 0 else letter
-    return "given:" + "".join(letters)
 
 
 class Search:
@@ -160,13 +145,15 @@ def run(search: Search, options: Any) -> list[tuple[float, float, Method]]:
         load_if_exists=True,
     )
     # Another seed when a search goes on, which else would propose its first plans again.
-    study.sampler = optuna.samplers.TPESampler(
-        seed=len(study.trials), multivariate=True, group=True, warn_independent_sampling=False
-    )
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
+    for power in (1.0, 1.4):  # the best single method comes first, so that what is found is compared with it
+        alone = {"degree": 1, "shallow": 0, "guide": "none", "tokens": False, "power": power}
+        for hundredths in range(16, int(100 * options.budget), 2):
+            study.enqueue_trial({**alone, "share": hundredths / 100}, skip_if_exists=True)
 
     def objective(trial: optuna.Trial) -> float:
         try:
-            method = propose(trial, search.sdxl.config, search.run)
+            method = propose(trial, search.sdxl.config)
             share = search.share(method)
         except ValueError:  # settings that contradict each other, or change nothing
             raise optuna.TrialPruned from None

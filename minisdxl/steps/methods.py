@@ -157,12 +157,14 @@ class Spaced:
     """A share of the steps is evaluated; between them the denoised latent is followed by a polynomial.
 
     Of this project. Evaluation k of K is at the share (k / (K - 1)) ** ``power`` of the steps: above 1 they lie closer
-    at high noise. The first ``degree`` + 1 steps and the last one are evaluated too.
+    at high noise. The first ``degree`` + 1 steps and the last one are evaluated too. With ``shallow`` N, one in N of
+    the other steps is shallow instead (as DeepCache's, at branch 0): it corrects the forecasts for little.
     """
 
     share: float = 0.36
     power: float = 1.0
     degree: int = 1
+    shallow: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -171,6 +173,8 @@ class Spaced:
             raise ValueError(f"power is {self.power}, expected 0.2 to 5")
         if not 1 <= self.degree <= 4:
             raise ValueError(f"degree is {self.degree}, expected 1 to 4")
+        if self.shallow < 0:
+            raise ValueError(f"shallow is {self.shallow}, expected 0 for no shallow step, or 1 or more")
 
     def plans(self, base: Plans, facts: RunFacts) -> Plans:
         """See :class:`Static`."""
@@ -178,8 +182,15 @@ class Spaced:
         count, last = max(2, round(self.share * len(base))), len(base) - 1
         evaluated = {round(last * (k / (count - 1)) ** self.power) for k in range(count)}
         evaluated |= {*range(self.degree + 1), last}
+        between = [index for index in range(len(base)) if index not in evaluated]
+        shallow = set(between[self.shallow - 1 :: self.shallow]) if self.shallow else set()
+        branch = 0 if shallow else None
         return [
-            plan if index in evaluated else replace(plan, unet=f"latent-{self.degree}")
+            replace(plan, branch=branch)
+            if index in evaluated
+            else replace(plan, unet=SHALLOW, branch=branch)
+            if index in shallow
+            else replace(plan, unet=f"latent-{self.degree}")
             for index, plan in enumerate(base)
         ]
 

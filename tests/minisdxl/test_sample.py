@@ -495,7 +495,8 @@ def test_step_plans_are_recorded_counted_and_made_again(given: list[str], tmp_pa
     print(record["realized"])
     assert len(unet) == 8
     if record["guide"] is None:
-        main([PROMPT, *size, "--skip", f"given:{unet}", "--out", str(written)])
+        tokens = [] if record["prune"] is None else ["--prune", record["prune"]]
+        main([PROMPT, *size, *tokens, "--skip", f"given:{unet}", "--out", str(written)])
         assert Image.open(written).tobytes() == Image.open(first).tobytes()
     (picture,) = json.loads((tmp_path / "report.json").read_text())["pictures"]
     assert picture["whole_steps"] == unet.count("W")

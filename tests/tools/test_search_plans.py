@@ -10,10 +10,9 @@ import pytest
 
 from minisdxl.config import SHAPES
 from minisdxl.pipeline import SDXL
-from minisdxl.settings import check_settings
 from tools.evaluation.methods import Method, picture_flops, settings_of
 from tools.evaluation.pictures import drawn_captions
-from tools.search_plans import EVALUATED, main, search_captions, with_shallow_steps
+from tools.search_plans import EVALUATED, main, search_captions
 
 RUN: dict[str, Any] = {"sampling": "euler", "steps": 8, "size": (256, 256), "cfg": 4.0}
 BUDGET = 0.6
@@ -39,15 +38,6 @@ def test_plans_within_the_budget_are_found_kept_and_written(
         print(f"{share:.3f} of dense, {plan['psnr']:.1f} dB: {method}")
         assert share == plan["share"] <= BUDGET
     assert [plan["psnr"] for plan in plans] == sorted((plan["psnr"] for plan in plans), reverse=True)
-
-
-def test_forecasts_become_shallow_steps() -> None:
-    plain = check_settings(settings_of(Method(skip="spaced:share=0.3"), **RUN), SHAPES).planner
-    assert plain is not None
-    letters = with_shallow_steps("spaced:share=0.3", 2, SHAPES, RUN).removeprefix("given:")
-    forecasts = [letter for letter, step in zip(letters, plain.base, strict=True) if not step.runs]
-    assert forecasts == ["1" if number % 2 == 0 else "S" for number in range(len(forecasts))]
-    assert all(letter == "W" for letter, step in zip(letters, plain.base, strict=True) if step.runs)
 
 
 def test_no_evaluation_uses_the_captions() -> None:

@@ -13,7 +13,7 @@ from minisdxl.samplings import SAMPLINGS
 from minisdxl.settings import check_settings
 from minisdxl.steps.methods import RunFacts
 from minisdxl.steps.plan import StepPlan, describe
-from minisdxl.steps.presets import RunPlanner
+from minisdxl.steps.presets import FAST, RunPlanner
 
 PROMPTS = ["a small red circle on a white background", "a big blue square on a black background"]
 QUICK: dict[str, Any] = {"size": (64, 64), "sampling": "euler", "steps": 12, "seed": 5}
@@ -52,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sada": {"skip": "sada"},
     "easycache": {"skip": "easycache"},
     "alternate": {"guide": "alternate"},
+    "composed": {"prune": FAST["fast"].prune, "skip": FAST["fast"].skip},
     "all three": {"prune": "at-edm", "skip": "zeus", "guide": "until:share=0.7,off=kept"},
 }
 

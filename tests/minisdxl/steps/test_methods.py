@@ -13,7 +13,7 @@ from minisdxl.sampler import sigmas
 from minisdxl.steps.forecast import Point
 from minisdxl.steps.guides import Alternate, Interval, Until
 from minisdxl.steps.kept import Kept
-from minisdxl.steps.methods import DeepCache, EasyCache, Given, RunFacts, Sada, Static, TGate, Zeus
+from minisdxl.steps.methods import DeepCache, EasyCache, Given, RunFacts, Sada, Spaced, Static, TGate, Zeus
 from minisdxl.steps.plan import StepPlan, describe
 
 
@@ -33,6 +33,12 @@ def letters(method: Static, run: RunFacts) -> str:
         (Zeus(), 50, 0, "W" * 10 + "lrW" * 4 + "lr" + "W22" * 7 + "W" * 5),
         (Zeus(start=2, end=10, lagrange=50), 10, 0, "WWWWWWWWWW"),
         (Given("WWlrW2S", branch=1), 7, 0, "WWlrW2S"),
+        # Of ten steps three, 0, 9 / 2 and 9, with the second for a line, or the second and third for a parabola.
+        (Spaced(share=0.3), 10, 0, "WW11W1111W"),
+        (Spaced(share=0.3, degree=2), 10, 0, "WWW2W2222W"),
+        (Spaced(share=0.3, power=2), 10, 0, "WWW111111W"),  # 9 / 4 in the middle
+        (Spaced(share=0.3, shallow=2), 10, 0, "WW1SW1S1SW"),
+        (Spaced(share=0.3, shallow=1), 10, 0, "WWSSWSSSSW"),
         (TGate(gate=3), 6, 0, "WWWWWW BBBUUU"),
         (TGate(gate=3, branch="conditional"), 6, 0, "WWWWWW BBBCCC"),
         (Until(share=0.5), 6, 0, "WWWWWW BBBCCC"),
@@ -150,6 +156,7 @@ def test_easycache_by_brute_force() -> None:
         (lambda: TGate(branch="both"), "branch is 'both', expected conditional or unconditional"),
         (lambda: Zeus(end=5), "end is 5, expected 11 or more"),
         (lambda: Zeus(degree=5), "degree is 5, expected 1 to 4"),
+        (lambda: Spaced(shallow=-1), "shallow is -1, expected 0"),
         (lambda: Given("WX"), "steps is 'WX', expected a letter a step out of"),
         (lambda: EasyCache(threshold=0), "threshold is 0, expected more than 0"),
         (lambda: EasyCache(start=0.9, end=0.5), "start is 0.9 and end 0.5"),
