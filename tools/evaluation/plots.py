@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 12, 5  # inches of 100 pixels
 THUMBNAIL, LABEL = 128, 18  # pixels
+MANY = 8  # lines of a panel; the names of more are beside it
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ def draw_against(panel: Any, summaries: Sequence[Summary], measure: Measure, axi
         style = {"marker": "o", "capsize": 3, "color": _color(order.index(name))}
         panel.errorbar(xs, [e.value for e in estimates], _bars(estimates), label=name, **style)
     panel.set(xlabel=AXES[axis], ylabel=measure.label)
-    panel.legend(fontsize=7 if len(lines) > 8 else None)
+    if len(lines) > MANY:
+        panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        panel.legend()
 
 
 def draw_presets(panel: Any, summaries: Sequence[Summary], measure: Measure) -> None:
@@ -77,8 +81,10 @@ def family(preset: str) -> str:
     """A preset's text without its ratio, or a step method's name. Presets of one family are one line in a plot."""
     if preset.startswith("steps="):
         return "dense in fewer steps"
-    if preset.startswith(("skip=", "guide=")):
+    if preset.startswith(("skip=", "guide=", "prune=")):
         return preset.partition(":")[0]
+    if preset.startswith("fast="):
+        return "--fast"
     name, _, settings = preset.partition(":")
     others = [part for part in settings.split(",") if part and not part.startswith(("rho=", "r="))]
     return f"{name}:{','.join(others)}" if others else name
