@@ -115,7 +115,6 @@ def sim_score(values: Tensor) -> Tensor:
     return (directions @ directions.sum(dim=1).unsqueeze(-1)).squeeze(-1)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def noise(count: int, seed: int, device: torch.device) -> Tensor:
-    """Standard normal noise (n,), drawn on the CPU: a constant to the compiler, as the plan with its seed is."""
+    """Standard normal noise (n,), drawn on the CPU. It is a constant of a plan, as its seed is."""
     return torch.randn(count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(device)

@@ -39,8 +39,10 @@ def encode_image(vae: VAE, image: Image.Image | None, size: tuple[int, int]) -> 
 def encode_pixels(vae: VAE, pixels: Tensor) -> Tensor:
     """The latents (B, 4, h, w) in fp32 of pixels (B, 3, H, W) in [-1, 1], on the device of the VAE.
 
-    Raises ``ArithmeticError`` if the encoder overflows.
+    Raises ``ArithmeticError`` if the encoder overflows, ``ValueError`` for a model that was loaded without it.
     """
+    if next(vae.encoder.parameters()).is_meta:
+        raise ValueError("the model was loaded without its VAE's encoder, expected vae_encoder=True for an image")
     return check_finite("the VAE encoder", vae.encode(pixels.to(vae.quant_conv.weight.device))).float()
 
 

@@ -54,6 +54,8 @@ def _sample(options: argparse.Namespace) -> None:
     if refiner is not None:
         token_plans(refiner.config, options.prune, options.steps)  # raises for a preset that does not fit it
     check_workers(options)
+    if options.workers is None and isinstance(options.out, str):
+        raise ValueError(f"--out is {options.out}, expected a path of this machine, or --workers")
     if options.workers is not None:  # files are named within the folder, which may be on another file system
         options.folder, options.out = str(options.out), Path()
     jobs = find_jobs(options, weights.config, embeddings)

@@ -51,9 +51,8 @@ def _parser() -> Parser:
 def run(options: argparse.Namespace, workers: int | None, folder: Path) -> dict[str, Any]:
     """One run, in seconds: until the first picture is there, from then on, and in making pictures; with its memory.
 
-    Memory is the unique set size of the largest worker, which is what it needs beside pages that others share:
-    ``loading`` is the peak until the first picture is there, ``memory`` the median from then on. Raises
-    ``ChildProcessError`` if the run fails.
+    Memory is what the largest worker adds to the machine (:func:`own_memory`): ``memory`` is the median from the first
+    picture on, ``peak`` the largest value of the whole run. Raises ``ChildProcessError`` if the run fails.
     """
     command = [sys.executable, "-m", "minisdxl.sample", PROMPT, "--images-per-prompt", str(options.pictures)]
     command += ["--weights", options.weights, "--dtype", options.dtype, "--steps", str(options.steps)]
@@ -61,14 +60,14 @@ def run(options: argparse.Namespace, workers: int | None, folder: Path) -> dict[
     command += ["--size", options.size] if options.size else []
     command += ["--workers", str(workers)] if workers else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
-    began, first, loading, making = time.perf_counter(), 0.0, [0], [0]
+    began, first, before, making = time.perf_counter(), 0.0, [0], [0]
     driver = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     while driver.poll() is None:
         if not first and any((folder / "pictures").glob("*.png")):
             first = time.perf_counter()
-        (making if first else loading).append(max(unique_set_sizes(driver.pid), default=0))
+        (making if first else before).append(max(own_memory(driver.pid), default=0))
         time.sleep(EVERY)
     ended = time.perf_counter()
     if driver.returncode:
@@ -83,18 +82,22 @@ def run(options: argparse.Namespace, workers: int | None, folder: Path) -> dict[
         "start": first - began,
         "making": ended - first,
         "busy": sum(row["seconds"] for row in rows),
-        "loading": max(loading),
         "memory": statistics.median(making),
+        "peak": max(before + making),
     }
 
 
-def unique_set_sizes(driver: int) -> list[int]:
-    """The bytes that each worker of a driver has to itself."""
+def own_memory(driver: int) -> list[int]:
+    """The bytes of each worker of a driver that no other process can share: private pages that it has written to.
+
+    Pages of a mapped file that were only read are left out. The system keeps them once for all processes, also while
+    one worker alone has come upon them, as when it is the first to encode its prompt.
+    """
     found = []
     try:
         for process in psutil.Process(driver).children(recursive=True):
             if any(part.startswith("ray::Actor") for part in process.cmdline()):
-                found.append(int(process.memory_full_info().uss))
+                found.append(sum(int(each.private_dirty) for each in process.memory_maps()))
     except psutil.Error:
         pass
     return found
@@ -103,14 +106,14 @@ def unique_set_sizes(driver: int) -> list[int]:
 def table(results: Sequence[dict[str, Any]], pictures: int) -> str:
     """Markdown: a row for each run."""
     heads = ["", "first picture after", "pictures an hour", "to one process", "time beside each picture"]
-    heads += ["memory of a worker", "while loading"]
+    heads += ["memory of a worker", "its peak"]
     lines = [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads))]
     plain = rate(results[0], pictures)
     for each in results:
         workers = each["workers"]
         name = f"{workers} worker{'s' * (workers > 1)}" if workers else f"one process, {os.cpu_count()} threads"
         beside = each["making"] * (workers or 1) / (pictures - 1) - each["busy"] / pictures
-        memory = [f"{each[key] / GIB:.2f} GiB" if workers else "" for key in ("memory", "loading")]
+        memory = [f"{each[key] / GIB:.2f} GiB" if workers else "" for key in ("memory", "peak")]
         lines.append(
             f"| {name} | {each['start']:.1f} s | {rate(each, pictures):,.0f} | {rate(each, pictures) / plain:.2f} | "
             f"{1000 * beside:.0f} ms | {memory[0]} | {memory[1]} |"

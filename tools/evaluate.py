@@ -13,18 +13,19 @@ it: copy their files into one folder, and --table reports on all of them.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.checkpoint.modules import open_source
 from minisdxl.cli.options import DTYPES, Parser, find_device, plain_warnings
-from minisdxl.cli.reports import versions, write_report
+from minisdxl.cli.reports import versions
 from minisdxl.cli.workers import add_workers, check_workers
 from minisdxl.loading import load, weights_path
+from minisdxl.scale.store import Store
 from minisdxl.settings import CheckedSettings, Settings, check_settings
 from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
 from tools.evaluation.paired_statistics import INTERVALS
@@ -36,7 +37,7 @@ from tools.evaluation.pictures import (
     file_captions,
     solve,
 )
-from tools.evaluation.plots import CAPTION_ACCURACY, LATENT_ERROR, save_figure
+from tools.evaluation.plots import CAPTION_ACCURACY, LATENT_ERROR, figure_png
 from tools.evaluation.rows import DENSE, Folder, Row
 from tools.evaluation.run_options import model_options, settings_of
 from tools.evaluation.set_metrics import REFERENCES, Drawn, SetMetrics
@@ -47,7 +48,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    model_options(parser, weights="shapes", out=Path("runs/evaluate"))
+    model_options(parser, weights="shapes", out="runs/evaluate")
     add = parser.add_argument
     add("--presets", nargs="+", default=["at-edm"], help="presets to compare with the dense model (default: at-edm)")
     add("--baseline", metavar="PRESET", help="one of the presets; the others are compared with it, too")
@@ -169,7 +170,7 @@ def _report(
     settings: Mapping[str, Any],
     options: argparse.Namespace,
 ) -> None:
-    """Writes the table to stdout and table.md, all numbers to summary.json, and plots to PNG files.
+    """Writes the table to stdout and ``table.md``, all numbers to ``summary.json``, and plots to PNG files.
 
     ``own`` is the Fréchet distance of other drawn pictures.
     """
@@ -180,8 +181,8 @@ def _report(
             f"The same number of other drawn pictures has a Fréchet distance of {own:.4g} to the {REFERENCES} drawn."
         )
     print("\n".join(text))
-    with atomic_path(options.out / "table.md") as path:
-        path.write_text("\n".join(text) + "\n")
+    store = Store(options.out)
+    store.write("table.md", ("\n".join(text) + "\n").encode())
     report = {
         "command": shlex.join(["python", "-m", "tools.evaluate", *options.arguments]),
         "settings": settings,
@@ -190,10 +191,10 @@ def _report(
         "captions": count,
         "presets": [as_json(each) for each in summaries],
     }
-    write_report(str(options.out / "summary.json"), report)
+    store.write("summary.json", (json.dumps(report, indent=1) + "\n").encode())
     if options.prompts is None:
-        save_figure(options.out / "caption-accuracy.png", summaries, [CAPTION_ACCURACY], "flops_share")
-    save_figure(options.out / "latent-error.png", summaries, [LATENT_ERROR], None)
+        store.write("caption-accuracy.png", figure_png(summaries, [CAPTION_ACCURACY], "flops_share"))
+    store.write("latent-error.png", figure_png(summaries, [LATENT_ERROR], None))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,22 +9,22 @@ it was.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.cli.options import DTYPES, Parser, find_device, plain_warnings
-from minisdxl.cli.reports import versions, write_report
+from minisdxl.cli.reports import versions
 from minisdxl.loading import load
 from minisdxl.pipeline import SDXL
+from minisdxl.scale.store import Store
 from tools.evaluation.experiment_specs import BASELINE, EXPERIMENTS, Experiment
 from tools.evaluation.paired_statistics import INTERVALS
 from tools.evaluation.pictures import Captions, Evaluation, average_share, drawn_captions, solve
-from tools.evaluation.plots import CAPTION_ACCURACY, DISTANCES, save_figure, save_pictures
-from tools.evaluation.rows import DENSE, Folder, Row, write_rows
+from tools.evaluation.plots import CAPTION_ACCURACY, DISTANCES, figure_png, pictures_png
+from tools.evaluation.rows import DENSE, Folder, Row, rows_csv
 from tools.evaluation.run_options import model_options, settings_of
 from tools.evaluation.set_metrics import REFERENCES, Drawn, SetMetrics
 from tools.evaluation.summaries import (
@@ -83,7 +83,7 @@ def make(
     """Makes the missing pictures of each part, unless ``--table`` was given, and yields its evaluation."""
     for part in parts:
         settings = settings_of(options, sdxl.config, size, part.steps, part.cfg, "drawn, test")
-        folder = Folder(options.out / f"{options.sampling}-{part.steps}-steps-cfg-{part.cfg:g}", settings)
+        folder = Folder(f"{options.out}/{options.sampling}-{part.steps}-steps-cfg-{part.cfg:g}", settings)
         evaluation = Evaluation(sdxl, captions, folder, part.steps, part.cfg, size, options.batch, options.sampling)
         if not options.table:
             print(part.label, flush=True)
@@ -171,10 +171,9 @@ def _experiment(options: argparse.Namespace) -> None:
     settings = settings_of(options, sdxl.config, size, parts[0].steps, parts[0].cfg, "drawn, test")
     text = page(name, findings, notes, command, settings)
     print(text)
-    options.results.mkdir(parents=True, exist_ok=True)
-    write_rows(options.out / f"{name}.csv", findings.rows)
-    with atomic_path(options.results / f"{name}.md") as path:
-        path.write_text(text)
+    results = Store(options.results)
+    Store(options.out).write(f"{name}.csv", rows_csv(findings.rows))
+    results.write(f"{name}.md", text.encode())
     report = {
         "command": command,
         "settings": {key: value for key, value in settings.items() if key not in ("steps", "cfg")},
@@ -184,14 +183,14 @@ def _experiment(options: argparse.Namespace) -> None:
         "presets": [as_json(each) for each in findings.summaries],
         "verdicts": [as_json(each) for each in findings.outcomes],
     }
-    write_report(str(options.results / f"{name}.json"), report)
+    results.write(f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
     measures = [CAPTION_ACCURACY, DISTANCES[experiment.distance]]
-    save_figure(options.results / f"{name}.png", findings.summaries, measures, experiment.axis)
+    results.write(f"{name}.png", figure_png(findings.summaries, measures, experiment.axis))
     if experiment.axis is None:
         folder, numbers = evaluations[0].folder, sorted({row.number for row in findings.rows})[:SHOWN]
         presets = dict.fromkeys([DENSE, *parts[0].presets.values()])
         rows = {preset: [folder.picture(preset, number) for number in numbers] for preset in presets}
-        save_pictures(options.results / f"{name}-pictures.png", rows)
+        results.write(f"{name}-pictures.png", pictures_png(rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -200,9 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m tools.experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
-    model_options(parser, weights="shapes", out=Path("runs/experiments"))
-    results = Path("docs/results")
-    parser.add_argument("--results", type=Path, default=results, metavar="DIR", help="(default: %(default)s)")
+    model_options(parser, weights="shapes", out="runs/experiments")
+    parser.add_argument("--results", default="docs/results", metavar="FOLDER", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     plain_warnings()

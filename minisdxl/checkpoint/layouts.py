@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from minisdxl.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
@@ -66,7 +65,10 @@ class TensorMapping:
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """The official tensor: the inverse of :meth:`split`."""
         if len(tensors) > 1:
-            return torch.cat(list(tensors))
+            joined = tensors[0].new_empty((sum(map(len, tensors)), *tensors[0].shape[1:]))
+            for view, tensor in zip(self.split(joined), tensors, strict=True):
+                view.copy_(tensor)  # torch.cat would import the compiler for tensors without numbers
+            return joined
         tensor = tensors[0]
         return tensor.T.contiguous() if self.transposed else tensor[..., None, None] if self.matrix else tensor
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minisdxl.checkpoint import folder_reader
 from minisdxl.checkpoint.errors import CheckpointError
@@ -46,6 +47,7 @@ from minisdxl.vae import VAE
 logger = logging.getLogger(__name__)
 
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = PARTS["unet"].prefix, PARTS["vae"].prefix, "conditioner."
+VAE_ENCODER = VAE_PREFIX + "encoder."
 INPUT = "input_blocks.0.0.weight"  # of the U-Net's first convolution
 CONFIG_KEY = "minisdxl.config"  # of the file's metadata: ModelConfig.to_dict() as JSON
 
@@ -78,9 +80,12 @@ def load(
     *,
     loras: Sequence[LoRA] = (),
     prediction: str | None = None,
+    vae_encoder: bool = True,
     **others: str | Path | None,
 ) -> tuple[ModelConfig, Modules]:
     """Reads a model, in evaluation mode. Arguments and errors as :func:`open_source`.
+
+    Without ``vae_encoder`` the weights of the VAE's encoder are not read, and stay on the meta device.
 
     Built without memory and filled by :meth:`Source.load`, which maps tensors or converts them one by one: at the peak
     there is little more in memory than the weights in their :func:`part_dtype`. Then ``loras`` are merged into them,
@@ -92,12 +97,14 @@ def load(
     changes = open_loras(loras, source.config, source.shapes)
     for note in source.notes:
         logger.warning(note)
-    tensors = source.load({name: part_dtype(name, dtype) for name in source.shapes}, device)
+    names = [name for name in source.shapes if vae_encoder or not name.startswith(VAE_ENCODER)]
+    tensors = source.load({name: part_dtype(name, dtype) for name in names}, device)
     merge(changes, tensors)
     for module in modules:
         module.eval()
     modules.unet.load_state_dict(_part(tensors, UNET_PREFIX), strict=True, assign=True)
-    modules.vae.load_state_dict(_part(tensors, VAE_PREFIX), strict=True, assign=True)
+    absent = {} if vae_encoder else modules.vae.encoder.state_dict(prefix="encoder.")
+    modules.vae.load_state_dict(absent | _part(tensors, VAE_PREFIX), strict=True, assign=True)
     text = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_PREFIX)}
     load_official_text_state(modules.text, text)
     return source.config, modules
@@ -219,8 +226,22 @@ def official_shapes(config: ModelConfig) -> Mapping[str, Shape]:
 
 def without_memory(config: ModelConfig) -> Modules:
     """A model whose weights have shapes and no numbers (the meta device)."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         return Modules(UNet(config.unet), VAE(config.vae), TextEncoders(config.text))
+
+
+class _Unfilled(TorchFunctionMode):
+    """A context in which ``nn.init`` leaves tensors as they are.
+
+    On the meta device there is nothing to fill, and yet ``normal_`` would import the compiler there: a second, 80 MB.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return None  # what it would return, nobody takes
+        return function(*args, **kwargs or {})
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

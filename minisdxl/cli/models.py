@@ -115,5 +115,6 @@ def load_model(options: argparse.Namespace) -> SDXL:
         tokenizer=options.tokenizer,
         prediction=options.prediction,
         refiner=options.refiner,
+        vae_encoder=options.image is not None,
         **parts_of(options),
     )

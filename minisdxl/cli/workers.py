@@ -38,5 +38,3 @@ def check_workers(options: argparse.Namespace) -> None:
         for name in ("ray_address", "threads"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)} without --workers")
-        if isinstance(options.out, str):
-            raise ValueError(f"--out is {options.out}, expected a path of this machine, or --workers")

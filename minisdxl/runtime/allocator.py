@@ -19,11 +19,10 @@ def freed_memory_kept() -> Iterator[None]:
     each page with zeros when it is first touched: up to a seventh of the time of a pruned step of SDXL. Does nothing
     with another libc, or if a ``MALLOC_`` variable or ``GLIBC_TUNABLES`` is set.
     """
-    tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if platform.libc_ver()[0] != "glibc" or tuned:
+    libc = _untuned_glibc()
+    if libc is None:
         yield
         return
-    libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)
     try:
@@ -32,3 +31,18 @@ def freed_memory_kept() -> Iterator[None]:
         libc.mallopt(M_MMAP_MAX, 65536)  # glibc's default
         libc.mallopt(M_TRIM_THRESHOLD, 2**26)  # the value that glibc reaches by itself for large tensors
         libc.malloc_trim(0)
+
+
+def give_back_freed_memory() -> None:
+    """Gives the freed memory that glibc has kept back to the system: for a process that may wait for its next work.
+
+    Does nothing where :func:`freed_memory_kept` does nothing.
+    """
+    libc = _untuned_glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _untuned_glibc() -> ctypes.CDLL | None:
+    tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    return None if platform.libc_ver()[0] != "glibc" or tuned else ctypes.CDLL(None)

@@ -20,11 +20,12 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from minisdxl.pipeline import SDXL
+from minisdxl.scale.store import Store
 from tools.drawn.detector import check
 from tools.evaluate import main
 from tools.evaluation.metrics import psnr, ssim
-from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
-from tools.evaluation.rows import Row, read_rows
+from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures, read_pixels
+from tools.evaluation.rows import Row, parse_rows, read_rows
 
 PRESET = "at-edm:rho=0.3"
 QUICK = ("--steps", "2", "--size", "64x64", "--presets", PRESET, "--device", "cpu")
@@ -73,6 +74,23 @@ def test_stopped_and_sharded_runs_make_the_same_rows(
                 assert file.read_bytes() == (tmp_path / name / file.relative_to(tmp_path / "straight")).read_bytes()
     rows_are_right(shapes, straight)
     report_is_whole(tmp_path / "straight", table)
+
+
+def test_the_folder_can_be_on_any_file_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"memory://{tmp_path.name}/evaluation"
+    main([*QUICK, "--batch", "1", "--captions", "1", "--out", url])
+    main([*QUICK, "--batch", "1", "--captions", "2", "--out", url])
+    assert "captions 0 to 0" not in capsys.readouterr().out.split("1 captions.")[1]  # it goes on where it was
+    evaluate(tmp_path / "local", "--captions", "2")
+    there, here = Store(url), Store(str(tmp_path / "local"))
+    assert there.names() == here.names() > {"rows.csv", "summary.json", "table.md", "latent-error.png"}
+    for name in (name for name in here.names() if "/" in name):
+        assert there.read(name) == here.read(name)
+    assert timeless(parse_rows(there.read("rows.csv"), "there")) == timeless(parse_rows(here.read("rows.csv"), "here"))
+    with pytest.raises(SystemExit) as stop:
+        main([*QUICK, "--batch", "2", "--captions", "2", "--out", url])
+    assert stop.value.code == 2
+    assert f"{url} was made with batch 1, not 2" in capsys.readouterr().err.splitlines()[-1]
 
 
 def remember(latents: dict[str | None, Tensor], name: str | None, _: int, x: Tensor) -> None:
@@ -176,10 +194,10 @@ def test_fid_is_that_of_scipy_on_the_same_features(tmp_path: Path) -> None:
     first, second = np.cov(x.T), np.cov(y.T)
     expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(first + second - 2 * sqrtm(first @ second).real)
     for _ in range(2):  # references stay
-        found = fid(files[1])
+        found = fid(map(read_pixels, files[1]))
         print(f"FID {found:.6f}, scipy {expected:.6f}")
         assert found == pytest.approx(expected, rel=1e-5)
-    assert fid(files[0]) == pytest.approx(0, abs=1e-6)
+    assert fid(map(read_pixels, files[0])) == pytest.approx(0, abs=1e-6)
 
 
 def test_inceptions_file_must_hold_tensors_alone(tmp_path: Path) -> None:
@@ -222,7 +240,7 @@ def test_clip_score_is_the_mean_cosine(tmp_path: Path, clip: Path) -> None:
                 output = model(**processor(text=[caption], images=[Image.open(file)], return_tensors="pt"))
                 cosines.append(float((output.image_embeds * output.text_embeds).sum()))
             expected = max(0.0, 100 * sum(cosines) / 3)
-            scores.append(ClipScore(clip, torch.device("cpu"))(files, captions))
+            scores.append(ClipScore(clip, torch.device("cpu"))(map(read_pixels, files), captions))
             print(f"CLIP score {scores[-1]:.4f}, by the model's own embeddings {expected:.4f}")
             assert scores[-1] == pytest.approx(expected, abs=1e-3)
             model.text_projection.weight.neg_()

@@ -30,7 +30,7 @@ def missing_batches(
         for preset in presets:
             ready = preset == DENSE or all(folder.has(DENSE, number) for number in numbers)
             missing = tuple(number for number in numbers if not folder.has(preset, number))
-            bare = tuple(n for n in numbers if n in missing or not folder.features_path(preset, n).is_file())
+            bare = tuple(n for n in numbers if n in missing or not folder.has_features(preset, n))
             featureless = bare if with_features else ()
             if ready and (missing or featureless):
                 found.append(Batch(preset, numbers, missing, featureless))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minisdxl.cli.picture_files import read_picture
+from tools.evaluation.metrics import Picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 FEATURES = 2048  # channels of Inception's last pooling layer, on which FID is defined
@@ -49,19 +50,19 @@ class Fid:
             )
         self.metric: Any = metric.to(device)
         for path in references:
-            self.metric.update(_pixels(path).to(device), real=True)
+            self.metric.update(_pixels(read_pixels(path)).to(device), real=True)
 
     @torch.no_grad()
-    def features(self, pictures: Iterable[Path]) -> Tensor:
+    def features(self, pictures: Iterable[Picture]) -> Tensor:
         """Inception's features of one or more pictures (n, D), float64."""
-        pixels = (_pixels(path).to(self.metric.device) for path in pictures)
+        pixels = (_pixels(picture).to(self.metric.device) for picture in pictures)
         return torch.cat([self.metric.inception(each).double().cpu() for each in pixels])
 
-    def __call__(self, pictures: Iterable[Path]) -> float:
+    def __call__(self, pictures: Iterable[Picture]) -> float:
         """The distance of two or more pictures."""
         self.metric.reset()
-        for path in pictures:
-            self.metric.update(_pixels(path).to(self.metric.device), real=False)
+        for picture in pictures:
+            self.metric.update(_pixels(picture).to(self.metric.device), real=False)
         return float(self.metric.compute())
 
 
@@ -102,24 +103,29 @@ class ClipScore:
         self.metric: Any = CLIPScore(model_name_or_path=lambda: (ClipFeatures(model), processor)).to(device)
 
     @torch.no_grad()
-    def cosine(self, picture: Path, caption: str) -> float:
+    def cosine(self, picture: Picture, caption: str) -> float:
         """100 times the cosine of one picture and its caption, which may be below 0."""
         self.metric.reset()
         self.metric.update(_pixels(picture).to(self.metric.device), [caption])
         return float(self.metric.score)
 
     @torch.no_grad()
-    def __call__(self, pictures: Iterable[Path], captions: Iterable[str]) -> float:
+    def __call__(self, pictures: Iterable[Picture], captions: Iterable[str]) -> float:
         """The score of one or more pictures, each with its caption."""
         self.metric.reset()
-        for path, caption in zip(pictures, captions, strict=True):
-            self.metric.update(_pixels(path).to(self.metric.device), [caption])
+        for picture, caption in zip(pictures, captions, strict=True):
+            self.metric.update(_pixels(picture).to(self.metric.device), [caption])
         return float(self.metric.compute())
 
 
-def _pixels(path: Path) -> Tensor:
+def read_pixels(path: Path) -> Picture:
+    """A picture file as (H, W, 3) uint8. Raises as :func:`minisdxl.cli.picture_files.read_picture`."""
+    return np.asarray(read_picture(path).image.convert("RGB"))
+
+
+def _pixels(picture: Picture) -> Tensor:
     """(1, 3, H, W) uint8."""
-    return torch.from_numpy(np.array(read_picture(path).image.convert("RGB"))).permute(2, 0, 1)[None]
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
 
 
 def _check_tensors(path: Path) -> None:

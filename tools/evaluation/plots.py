@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
-from minisdxl.checkpoint.atomic import atomic_path
 from tools.evaluation.metrics import Picture
 from tools.evaluation.paired_statistics import Estimate
 from tools.evaluation.rows import DENSE
@@ -90,19 +89,19 @@ def family(preset: str) -> str:
     return f"{name}:{','.join(others)}" if others else name
 
 
-def save_figure(path: Path, summaries: Sequence[Summary], measures: Sequence[Measure], axis: str | None) -> None:
-    """Writes a PNG file with a panel for each measure that was taken, against ``axis``, or by preset for ``None``.
+def figure_png(summaries: Sequence[Summary], measures: Sequence[Measure], axis: str | None) -> bytes:
+    """A PNG file with a panel for each measure that was taken, against ``axis``, or by preset for ``None``.
 
-    Raises ``ModuleNotFoundError`` without matplotlib, ``OSError``, and ``ValueError`` if nothing was
-    measured.
+    Raises ``ModuleNotFoundError`` without matplotlib, and ``ValueError`` if nothing was measured.
     """
     import matplotlib  # not a dependency of the package but of its extra "evaluate"
     from matplotlib.figure import Figure
 
     taken = [measure for measure in measures if any(measure.of(each) is not None for each in summaries)]
     if not taken:
-        raise ValueError(f"{path.name} has nothing to show: there is no {measures[0].label}")
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "font.size": 9}), atomic_path(path) as temporary:
+        raise ValueError(f"a plot has nothing to show: there is no {measures[0].label}")
+    data = BytesIO()
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "font.size": 9}):
         figure: Figure = Figure(layout="constrained", figsize=(WIDTH / 2 * len(taken), HEIGHT))
         for panel, measure in zip(figure.subplots(1, len(taken), squeeze=False)[0], taken, strict=True):
             if axis is None:
@@ -111,11 +110,12 @@ def save_figure(path: Path, summaries: Sequence[Summary], measures: Sequence[Mea
                 draw_against(panel, summaries, measure, axis)
         first = summaries[0]
         figure.suptitle(f"{first.captions} captions, bars are intervals of 95 %")
-        figure.savefig(temporary, dpi=100, metadata={"Software": None})
+        figure.savefig(data, format="png", dpi=100, metadata={"Software": None})
+    return data.getvalue()
 
 
-def save_pictures(path: Path, rows: Mapping[str, Sequence[Picture]]) -> None:
-    """Writes small pictures to a PNG file of 256 colors, a row for each preset under its name. Raises ``OSError``."""
+def pictures_png(rows: Mapping[str, Sequence[Picture]]) -> bytes:
+    """Small pictures as a PNG file of 256 colors, a row for each preset under its name."""
     columns, height = max(map(len, rows.values())), THUMBNAIL + LABEL
     sheet = Image.new("RGB", (columns * THUMBNAIL, len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -124,8 +124,9 @@ def save_pictures(path: Path, rows: Mapping[str, Sequence[Picture]]) -> None:
         for column, picture in enumerate(pictures):
             small = Image.fromarray(picture).resize((THUMBNAIL, THUMBNAIL))
             sheet.paste(small, (column * THUMBNAIL, row * height + LABEL))
-    with atomic_path(path) as temporary:
-        sheet.quantize(256).save(temporary, optimize=True)
+    data = BytesIO()
+    sheet.quantize(256).save(data, "PNG", optimize=True)
+    return data.getvalue()
 
 
 def _color(index: int) -> Any:

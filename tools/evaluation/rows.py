@@ -6,7 +6,8 @@
     latents/NUMBER.npy       of the dense model, float32
     features/PRESET/NUMBER.npz    with workers: features for FID, and the cosine for CLIP score
 
-Every file appears whole or not at all. Folders of several shards are merged by copying them into one.
+The folder is on any file system that fsspec knows. Every file appears whole or not at all. Folders of several shards
+are merged by copying them into one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from functools import cached_property
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from minisdxl.checkpoint.atomic import atomic_path
-from minisdxl.cli.picture_files import read_picture
+from minisdxl.cli.picture_files import DAMAGED
+from minisdxl.scale.store import Store
 
+ROWS, SETTINGS = "rows.csv", "settings.json"
 DENSE = "dense"  # the dense model, where rows name a preset
 
 
@@ -70,136 +73,161 @@ _READERS: dict[str, Any] = {
 Rows = dict[tuple[str, int], Row]  # by preset and number
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes a CSV file with a header, and floats with all their digits."""
+def rows_csv(rows: Iterable[Row]) -> bytes:
+    """A CSV file with a header, and floats with all their digits."""
     text = StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
         writer.writerow("" if value is None else int(value) if isinstance(value, bool) else value for value in _of(row))
-    with atomic_path(path) as temporary:
-        temporary.write_text(text.getvalue(), newline="")
+    return text.getvalue().encode()
+
+
+def parse_rows(data: bytes, file: str) -> list[Row]:
+    """The rows of a CSV file. Raises ``ValueError``, naming ``file`` and line, for a line that is no row."""
+    reader = csv.reader(StringIO(data.decode(), newline=""))
+    if tuple(next(reader, ())) != COLUMNS:
+        raise ValueError(f"{file} has another header, expected {','.join(COLUMNS)}")
+    rows = []
+    for cells in reader:
+        try:
+            pairs = zip(fields(Row), cells, strict=True)
+            rows.append(Row(**{field.name: _READERS[str(field.type)](cell) for field, cell in pairs}))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{file}, line {reader.line_num}: no row of an evaluation ({error})") from error
+    return rows
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file. Raises ``ValueError``, naming file and line, for a line that is no row; ``OSError``."""
-    with path.open(newline="") as lines:
-        reader = csv.reader(lines)
-        if tuple(next(reader, ())) != COLUMNS:
-            raise ValueError(f"{path} has another header, expected {','.join(COLUMNS)}")
-        rows = []
-        for cells in reader:
-            try:
-                pairs = zip(fields(Row), cells, strict=True)
-                rows.append(Row(**{field.name: _READERS[str(field.type)](cell) for field, cell in pairs}))
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: no row of an evaluation ({error})") from error
-        return rows
+    """The rows of a local CSV file. Raises as :func:`parse_rows`, and ``OSError``."""
+    return parse_rows(path.read_bytes(), str(path))
 
 
 class Folder:
-    """An evaluation in the folder at ``path``, which is made if it does not exist.
+    """An evaluation in the folder ``place``, a path or what fsspec reads, as ``s3://BUCKET/FOLDER``.
 
-    Raises ``ValueError`` if its rows were made with other settings, or contradict each other; and ``OSError``.
+    Raises ``ValueError`` if its rows were made with other settings, or contradict each other; ``OSError`` as the file
+    system does; and as :class:`minisdxl.scale.store.Store`.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
+    def __init__(self, place: str | Path, settings: Mapping[str, Any]) -> None:
+        self.store = Store(str(place))
+        self._names = self.store.names()
         self._check_settings(settings)
 
     @cached_property
     def rows(self) -> Rows:
         """All rows, read when they are first needed."""
         rows: Rows = {}
-        for file in sorted(self.path.glob("rows*.csv")):
-            for row in read_rows(file):
+        files = self._row_files()
+        for file, found in zip(files, self.store.each(files, bytes), strict=True):
+            for row in parse_rows(found, f"{self.store.url}/{file}"):
                 known = rows.setdefault((row.preset, row.number), row)
                 if _facts(known) != _facts(row):
-                    raise ValueError(f"{file} has another {row.preset} of caption {row.number} than the file before it")
+                    raise ValueError(
+                        f"{self.store.url}/{file} has another {row.preset} of caption {row.number} "
+                        "than the file before it"
+                    )
         return rows
 
     def has(self, preset: str, number: int) -> bool:
         """Whether this row and its files exist."""
-        files = [self.picture_path(preset, number), *([self._latent_path(number)] if preset == DENSE else [])]
-        return (preset, number) in self.rows and all(file.is_file() for file in files)
+        files = {picture_name(preset, number), *([_latent_name(number)] if preset == DENSE else [])}
+        return (preset, number) in self.rows and files <= self._names
+
+    def has_features(self, preset: str, number: int) -> bool:
+        """Whether the features of a picture exist."""
+        return _features_name(preset, number) in self._names
 
     def add(self, file: str, rows: Iterable[Row]) -> None:
         """Adds rows to the CSV file of that name, which is written again."""
-        target = self.path / file
-        mine = {(row.preset, row.number): row for row in (read_rows(target) if target.exists() else [])}
-        mine |= {(row.preset, row.number): row for row in rows}
-        write_rows(target, mine.values())
+        there = parse_rows(self.store.read(file), file) if file in self._names else []
+        mine = {(row.preset, row.number): row for row in (*there, *rows)}
+        self._write(file, rows_csv(mine.values()))
         self.rows.update(mine)
 
     def merge_files(self) -> None:
         """Merges all files of rows into ``rows.csv``."""
-        files = sorted(self.path.glob("rows*.csv"))
-        if files != [self.path / "rows.csv"]:
-            write_rows(self.path / "rows.csv", self.rows.values())
-            for file in files:
-                if file.name != "rows.csv":
-                    file.unlink()
-
-    def picture_path(self, preset: str, number: int) -> Path:
-        """The path of a picture."""
-        return self.path / "pictures" / re.sub(r"[^\w.=+@-]+", "-", preset) / f"{number:05}.png"
+        files = self._row_files()
+        if files != [ROWS]:
+            self._write(ROWS, rows_csv(self.rows.values()))
+            self.store.remove(file for file in files if file != ROWS)
 
     def save_picture(self, preset: str, number: int, image: Image.Image) -> None:
         """Writes a picture as a PNG file."""
-        target = self.picture_path(preset, number)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as path:
-            image.save(path)
-
-    def features_path(self, preset: str, number: int) -> Path:
-        """The path of what the metrics of all pictures together need of one."""
-        return self.path / "features" / self.picture_path(preset, number).parent.name / f"{number:05}.npz"
+        data = BytesIO()
+        image.save(data, "PNG")
+        self._write(picture_name(preset, number), data.getvalue())
 
     def save_features(self, preset: str, number: int, features: Mapping[str, NDArray[Any]]) -> None:
-        """Writes the features of a picture, by name."""
-        target = self.features_path(preset, number)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = dict(features)
-        with atomic_path(target) as path:
-            np.savez(path, **arrays)
+        """Writes what the metrics of all pictures together need of one, by name."""
+        arrays, data = dict[str, Any](features), BytesIO()
+        np.savez(data, **arrays)
+        self._write(_features_name(preset, number), data.getvalue())
 
     def features(self, preset: str, number: int) -> dict[str, NDArray[Any]]:
         """The features of a picture. Raises ``OSError`` or ``ValueError`` if they are missing or damaged."""
-        with np.load(self.features_path(preset, number), allow_pickle=False) as arrays:
+        with np.load(self._open(_features_name(preset, number)), allow_pickle=False) as arrays:
             return dict(arrays)
 
     def picture(self, preset: str, number: int) -> NDArray[np.uint8]:
         """A picture (H, W, 3). Raises ``OSError`` or ``ValueError`` if it is missing or damaged."""
-        return np.asarray(read_picture(self.picture_path(preset, number)).image.convert("RGB"))
+        name = picture_name(preset, number)
+        try:
+            with Image.open(self._open(name)) as image:
+                return np.asarray(image.convert("RGB"))
+        except DAMAGED as error:
+            raise ValueError(f"{name} in {self.store.url} is damaged ({error}), expected a PNG file") from error
 
     def save_latent(self, number: int, latent: Tensor) -> None:
         """Writes the dense model's latent."""
-        target = self._latent_path(number)
-        target.parent.mkdir(exist_ok=True)
-        with atomic_path(target) as path:
-            np.save(path, latent.float().cpu().numpy(), allow_pickle=False)
+        data = BytesIO()
+        np.save(data, latent.float().cpu().numpy(), allow_pickle=False)
+        self._write(_latent_name(number), data.getvalue())
 
     def latent(self, number: int) -> Tensor:
         """The dense model's latent (4, h, w), float32. Raises ``OSError`` or ``ValueError`` if it is damaged."""
-        return torch.from_numpy(np.load(self._latent_path(number), allow_pickle=False))
+        return torch.from_numpy(np.load(self._open(_latent_name(number)), allow_pickle=False))
 
-    def _latent_path(self, number: int) -> Path:
-        return self.path / "latents" / f"{number:05}.npy"
+    def _row_files(self) -> list[str]:
+        return sorted(name for name in self._names if fnmatch(name, "rows*.csv"))
+
+    def _open(self, name: str) -> BytesIO:
+        return BytesIO(self.store.read(name))
+
+    def _write(self, name: str, data: bytes) -> None:
+        self.store.write(name, data)
+        self._names.add(name)
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        file = self.path / "settings.json"
-        if not file.exists():
-            with atomic_path(file) as path:
-                path.write_text(json.dumps(settings, indent=1) + "\n")
+        if SETTINGS not in self._names:
+            self._write(SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
             return
-        there = json.loads(file.read_text())
+        there = json.loads(self.store.read(SETTINGS))
         for name in {**there, **settings}:
             if there.get(name) != settings.get(name):
                 raise ValueError(
-                    f"{self.path} was made with {name} {there.get(name)!r}, not {settings.get(name)!r}: "
+                    f"{self.store.url} was made with {name} {there.get(name)!r}, not {settings.get(name)!r}: "
                     "expected the same settings, or another folder"
                 )
+
+
+def preset_folder(preset: str) -> str:
+    """The name of a preset in the names of files."""
+    return re.sub(r"[^\w.=+@-]+", "-", preset)
+
+
+def picture_name(preset: str, number: int) -> str:
+    """The file of a picture, in its folder."""
+    return f"pictures/{preset_folder(preset)}/{number:05}.png"
+
+
+def _features_name(preset: str, number: int) -> str:
+    return f"features/{preset_folder(preset)}/{number:05}.npz"
+
+
+def _latent_name(number: int) -> str:
+    return f"latents/{number:05}.npy"
 
 
 def _of(row: Row) -> tuple[Any, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from minisdxl.cli.options import DTYPES, Parser, add_device, parse_size
@@ -13,7 +12,7 @@ from minisdxl.samplings import SAMPLINGS
 from tools.evaluation.pictures import parse_shard, weights_sha256
 
 
-def model_options(parser: Parser, *, weights: str, out: Path) -> None:
+def model_options(parser: Parser, *, weights: str, out: str) -> None:
     """Adds the options of the model, the captions, sampling and output."""
     add = parser.add_argument
     add("--weights", default=weights, help="the bundled 'shapes', a checkpoint file or a folder (default: %(default)s)")
@@ -32,7 +31,12 @@ def model_options(parser: Parser, *, weights: str, out: Path) -> None:
     add_device(parser)
     add("--shard", type=parse_shard, default=(1, 1), metavar="i/n", help="make the i-th of n parts of the pictures")
     add("--table", action="store_true", help="make no pictures, only report on those that are there")
-    add("--out", type=Path, default=out, metavar="DIR", help="(default: %(default)s)")
+    add(
+        "--out",
+        default=out,
+        metavar="FOLDER",
+        help="a folder, or what fsspec reads, as s3://BUCKET/FOLDER (default: %(default)s)",
+    )
 
 
 def settings_of(

@@ -65,8 +65,12 @@ class SetMetrics:
 
     def _measure(self, preset: str, numbers: Sequence[int]) -> dict[str, float]:
         folder, captions = self.evaluation.folder, self.evaluation.captions
+
+        def pictures() -> Iterator[Picture]:
+            return (folder.picture(preset, number) for number in numbers)
+
         if captions.drawn:
-            return {"Fréchet distance": self.drawn.distance(folder.picture(preset, number) for number in numbers)}
-        paths = [folder.picture_path(preset, number) for number in numbers]
-        found = {} if self.fid is None else {"FID": self.fid(paths)}
-        return found if self.clip is None else {**found, "CLIP": self.clip(paths, [captions.texts[n] for n in numbers])}
+            return {"Fréchet distance": self.drawn.distance(pictures())}
+        found = {} if self.fid is None else {"FID": self.fid(pictures())}
+        texts = [captions.texts[number] for number in numbers]
+        return found if self.clip is None else {**found, "CLIP": self.clip(pictures(), texts)}

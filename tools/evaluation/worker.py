@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from minisdxl.cli.options import DTYPES
 from minisdxl.loading import load
+from minisdxl.scale.store import Store
 from tools.evaluation.metrics import vae_features
-from tools.evaluation.official_metrics import ClipScore, Fid
+from tools.evaluation.official_metrics import ClipScore, Fid, read_pixels
 from tools.evaluation.pictures import Captions, Evaluation
-from tools.evaluation.rows import Folder, write_rows
+from tools.evaluation.rows import SETTINGS, Folder, preset_folder
 from tools.evaluation.set_metrics import Drawn
 from tools.evaluation.statistics import Statistics
 
@@ -85,7 +86,7 @@ class EvaluationWorker:
             torch.set_num_threads(task.threads)
         if task.place.is_dir():
             os.chdir(task.place)
-        if not (task.options.out / "settings.json").is_file():
+        if SETTINGS not in Store(task.options.out).names():
             raise ValueError(f"{platform.node()} does not see the folder {task.options.out}, expected a shared one")
         self.folder = Folder(task.options.out, task.settings)
 
@@ -94,7 +95,8 @@ class EvaluationWorker:
         if isinstance(unit, Part):
             return self._sums(unit)
         if isinstance(unit, References):
-            features = self._fid.features(unit.files) if unit.files else self._drawn.features(unit.group, unit.drawn)
+            files = map(read_pixels, unit.files)
+            features = self._fid.features(files) if unit.files else self._drawn.features(unit.group, unit.drawn)
             return Sums(unit.group, Statistics.of(features), None)
         try:
             rows = self._evaluation.make(unit.preset, unit.numbers, unit.missing) if unit.missing else []
@@ -103,8 +105,7 @@ class EvaluationWorker:
         for number in unit.featureless:
             self.folder.save_features(unit.preset, number, self._features(unit.preset, number))
         if rows:
-            name = self.folder.picture_path(unit.preset, 0).parent.name
-            write_rows(self.folder.path / f"rows-{name}-{unit.numbers[0]:05}.csv", rows)
+            self.folder.add(f"rows-{preset_folder(unit.preset)}-{unit.numbers[0]:05}.csv", rows)
         return len(rows)
 
     @cached_property
@@ -132,13 +133,13 @@ class EvaluationWorker:
         return ClipScore(self.task.options.clip, self._device)
 
     def _features(self, preset: str, number: int) -> dict[str, NDArray[Any]]:
-        path, found = self.folder.picture_path(preset, number), dict[str, NDArray[Any]]()
+        picture, found = self.folder.picture(preset, number), dict[str, NDArray[Any]]()
         if self.task.captions.drawn:
-            found[FRECHET] = vae_features(self._drawn.vae, [self.folder.picture(preset, number)])[0].numpy()
+            found[FRECHET] = vae_features(self._drawn.vae, [picture])[0].numpy()
         elif self.task.options.inception is not None:
-            found[FRECHET] = self._fid.features([path])[0].numpy()
+            found[FRECHET] = self._fid.features([picture])[0].numpy()
         if self.task.options.clip is not None:
-            found[CLIP] = np.array(self._clip.cosine(path, self.task.captions.texts[number]))
+            found[CLIP] = np.array(self._clip.cosine(picture, self.task.captions.texts[number]))
         return found
 
     def _sums(self, part: Part) -> Sums:
