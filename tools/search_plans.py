@@ -43,10 +43,9 @@ def search_captions(count: int) -> list[str]:
 
 def propose(trial: optuna.Trial, config: ModelConfig) -> Method:
     """A method whose settings the trial chooses: steps, depth, guidance, and tokens to prune on each level."""
-    skip = "spaced:share={:.2f},power={:.2f},degree={},shallow={}".format(
+    skip = "spaced:share={:.2f},power={:.2f},shallow={}".format(
         trial.suggest_float("share", 0.16, 0.7, step=0.02),
         trial.suggest_float("power", 0.6, 2.0, step=0.1),
-        trial.suggest_int("degree", 1, 3),
         trial.suggest_int("shallow", 0, 4),
     )
     guide = trial.suggest_categorical("guide", ["alternate", "until", "none"])
@@ -147,7 +146,7 @@ def run(search: Search, options: Any) -> list[tuple[float, float, Method]]:
     # Another seed when a search goes on, which else would propose its first plans again.
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
     for power in (1.0, 1.4):  # the best single method comes first, so that what is found is compared with it
-        alone = {"degree": 1, "shallow": 0, "guide": "none", "tokens": False, "power": power}
+        alone = {"shallow": 0, "guide": "none", "tokens": False, "power": power}
         for hundredths in range(16, int(100 * options.budget), 2):
             study.enqueue_trial({**alone, "share": hundredths / 100}, skip_if_exists=True)
 

@@ -1,8 +1,9 @@
-"""Forecasts of the U-Net's prediction from earlier evaluations: polynomials in the number of the step.
+"""Forecasts of the U-Net's prediction from earlier evaluations, by polynomials.
 
-In the symbols of ``sampler``: x is the latent at noise level sigma, x = x_0 + sigma * noise. Which quantity is followed
-is part of a forecast's name: the noise ("noise-1") or the denoised latent x_0 ("latent-3"), by a polynomial of that
-degree through as many evaluations and one more. Degree 0 takes the last one again.
+In the symbols of ``sampler``: x is the latent at noise level sigma, x = x_0 + sigma * noise. A forecast's name says what
+is followed, and in what: the noise in the number of the step ("noise-1"), the denoised latent x_0 in the number of the
+step ("latent-3"), or x_0 in sigma ("sigma-1"). The polynomial of that degree goes through as many evaluations and one
+more. Degree 0 takes the last one again.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ def forecast(name: str, past: Sequence[Point], time: float, x: Tensor, sigma: fl
     points = past[-1 - int(degree) :]
     if len(points) <= int(degree):
         raise ValueError(f"forecast {name} has {len(points)} evaluations, expected {int(degree) + 1}")
-    weights = lagrange([point.time for point in points], time)
+    if quantity == "sigma":
+        weights = lagrange([point.sigma for point in points], sigma)
+    else:
+        weights = lagrange([point.time for point in points], time)
     if quantity == "noise":
         return _sum(weights, [point.noise for point in points])
     return (x - _sum(weights, [point.latent for point in points])) / sigma

@@ -154,16 +154,15 @@ class Zeus:
 
 @dataclass(frozen=True)
 class Spaced:
-    """A share of the steps is evaluated; between them the denoised latent is followed by a polynomial.
+    """A share of the steps is evaluated; between them the denoised latent follows a line in sigma.
 
     Of this project. Evaluation k of K is at the share (k / (K - 1)) ** ``power`` of the steps: above 1 they lie closer
-    at high noise. The first ``degree`` + 1 steps and the last one are evaluated too. With ``shallow`` N, one in N of
-    the other steps is shallow instead (as DeepCache's, at branch 0): it corrects the forecasts for little.
+    at high noise. Until two are there, the last denoised latent is taken again. With ``shallow`` N, one in N of the
+    other steps is shallow instead (as DeepCache's, at branch 0): it corrects the forecasts for little.
     """
 
-    share: float = 0.36
-    power: float = 1.0
-    degree: int = 1
+    share: float = 0.32
+    power: float = 1.4
     shallow: int = 0
 
     def __post_init__(self) -> None:
@@ -171,8 +170,6 @@ class Spaced:
             raise ValueError(f"share is {self.share}, expected more than 0 and less than 1")
         if not 0.2 <= self.power <= 5:
             raise ValueError(f"power is {self.power}, expected 0.2 to 5")
-        if not 1 <= self.degree <= 4:
-            raise ValueError(f"degree is {self.degree}, expected 1 to 4")
         if self.shallow < 0:
             raise ValueError(f"shallow is {self.shallow}, expected 0 for no shallow step, or 1 or more")
 
@@ -181,18 +178,18 @@ class Spaced:
         facts.check_ode("spaced")
         count, last = max(2, round(self.share * len(base))), len(base) - 1
         evaluated = {round(last * (k / (count - 1)) ** self.power) for k in range(count)}
-        evaluated |= {*range(self.degree + 1), last}
         between = [index for index in range(len(base)) if index not in evaluated]
         shallow = set(between[self.shallow - 1 :: self.shallow]) if self.shallow else set()
-        branch = 0 if shallow else None
-        return [
-            replace(plan, branch=branch)
-            if index in evaluated
-            else replace(plan, unet=SHALLOW, branch=branch)
-            if index in shallow
-            else replace(plan, unet=f"latent-{self.degree}")
-            for index, plan in enumerate(base)
-        ]
+        branch, plans = 0 if shallow else None, Plans()
+        for index, plan in enumerate(base):
+            if index in evaluated:
+                plans.append(replace(plan, branch=branch))
+            elif index in shallow:
+                plans.append(replace(plan, unet=SHALLOW, branch=branch))
+            else:
+                points = sum(each.runs for each in plans)
+                plans.append(replace(plan, unet="sigma-1" if points > 1 else "latent-0", branch=branch))
+        return plans
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,16 @@ from minisdxl.config import UNetConfig
 
 WHOLE, SHALLOW = "whole", "shallow"
 # Forecasts of the prediction where the U-Net does not run: minisdxl/steps/forecast.py.
-FORECASTS = ("noise-0", "noise-1", "noise-2", "latent-1", "latent-2", "latent-3", "latent-4", "residual")
+FORECASTS = (
+    *("noise-0", "noise-1", "noise-2"),
+    *("latent-0", "latent-1", "latent-2", "latent-3", "latent-4"),
+    *("sigma-1", "residual"),
+)
 GUIDANCE = ("both", "conditional", "unconditional", "kept")
 ATTENTION = ("computed", "kept", "averaged", "reused")
 
 # One letter a step, in which plans are printed and read.
-UNET_LETTERS = dict(zip("WSrlq1234e", (WHOLE, SHALLOW, *FORECASTS), strict=True))
+UNET_LETTERS = dict(zip("WSrlq01234ne", (WHOLE, SHALLOW, *FORECASTS), strict=True))
 GUIDANCE_LETTERS = dict(zip("BCUK", GUIDANCE, strict=True))
 
 

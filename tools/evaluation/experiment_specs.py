@@ -57,6 +57,8 @@ _RANKED_WITH_CHANGE = tuple(
     for name in ("at-edm:", "at-edm:ranking=covered,", "at-edm:ranking=lowest,", "random:", "at-edm:ranking=grid,")
 )
 _FEWER = ("steps=25", "steps=17", "steps=12", "steps=10")  # dense in fewer steps: what any method must beat
+# Evenly spaced evaluations with forecasts in the number of the step instead of sigma: what `fast` was at first.
+_IN_STEPS = "skip=given:WW111W11111W1111W11111W1111W11111W1111W11111W1111W"
 # The papers' settings, and others that bring each method to fewer FLOPs.
 _STEP_METHODS = {
     "deepcache": ("skip=deepcache:every=2", "skip=deepcache", "skip=deepcache:every=5"),
@@ -65,13 +67,13 @@ _STEP_METHODS = {
     "sada": ("skip=sada", "skip=sada:start=4,end=49,most=6,every=6"),
     "easycache": ("skip=easycache", "skip=easycache:threshold=0.5,start=0.06"),
     "guidance": ("guide=interval", "guide=until", "guide=alternate"),
-    "spaced": ("fast=faithful", "fast=fast", "skip=spaced:share=0.2,power=1.4"),
+    "spaced": ("fast=faithful", "fast=fast", "skip=spaced:share=0.22,power=1", _IN_STEPS),
     "own-change": tuple(
         f"moving-grid:recovery={recovery}" for recovery in ("nearest-change", "own-change", "own-change-linear")
     ),
 }
 _COMPOSED = ("fast=faithful", "fast=fast")
-# The best that `tools.search_plans` found within 0.22 of the FLOPs, on two captions, and the same with more steps.
+# Pruning and shallow steps beside forecasts, as `tools.search_plans` found them best on two captions.
 _FOUND = tuple(
     f"prune=moving-grid:levels=2,rho=0.75,tau=15,recovery=own-change skip=spaced:share={share},power=1.1,shallow=2"
     for share in (0.34, 0.22)
@@ -85,7 +87,7 @@ _RIVALS_OF_COMPOSED = {  # of each other method, what costs as much or more
     "fast=fast": (
         *("steps=12", "skip=deepcache:every=5", "skip=tgate:gate=5", "skip=zeus:start=3,end=49,every=6"),
         *("skip=sada:start=4,end=49,most=6,every=6", "skip=easycache:threshold=0.5,start=0.06"),
-        *("skip=spaced:share=0.2,power=1.4", "guide=interval", "at-edm", "tome", _FOUND[1]),
+        *("skip=spaced:share=0.22,power=1", _IN_STEPS, "guide=interval", "at-edm", "tome", _FOUND[1]),
     ),
 }
 _ITERATIONS = ("at-edm", "at-edm:iterations=1", "at-edm:iterations=3", "at-edm:graph=subsampled")

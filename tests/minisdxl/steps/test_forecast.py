@@ -24,12 +24,12 @@ def path(seed: int = 0) -> tuple[list[Point], Tensor]:
     return points, torch.randn(shape).double()
 
 
-def fitted(values: list[Tensor], degree: int) -> Tensor:
-    """The polynomial of that degree through the last values, at ``AT``, by least squares."""
+def fitted(values: list[Tensor], degree: int, at: float = AT, where: tuple[float, ...] = TIMES) -> Tensor:
+    """The polynomial of that degree through the last values, which lie at ``where``."""
     chosen = torch.stack(values[-1 - degree :]).flatten(1).numpy()
-    powers = np.vander(TIMES[-1 - degree :], degree + 1)
+    powers = np.vander(where[-1 - degree :], degree + 1)
     coefficients = np.linalg.solve(powers, chosen)
-    return torch.from_numpy(np.vander([AT], degree + 1) @ coefficients).reshape(values[0].shape)
+    return torch.from_numpy(np.vander([at], degree + 1) @ coefficients).reshape(values[0].shape)
 
 
 @pytest.mark.parametrize("name", [name for name in FORECASTS if name != "residual"])
@@ -39,7 +39,8 @@ def test_polynomials_equal_numpys(name: str) -> None:
     if quantity == "noise":
         expected = fitted([point.noise for point in points], int(degree))
     else:
-        expected = (x - fitted([point.x - point.sigma * point.noise for point in points], int(degree))) / SIGMA
+        axis = (SIGMA, SIGMAS) if quantity == "sigma" else (AT, TIMES)
+        expected = (x - fitted([point.x - point.sigma * point.noise for point in points], int(degree), *axis)) / SIGMA
     error = float((forecast(name, points, AT, x, SIGMA) - expected).abs().max())
     print(f"{name}: error {error:.1e}")
     assert error < 1e-10

@@ -34,11 +34,11 @@ def letters(method: Static, run: RunFacts) -> str:
         (Zeus(start=2, end=10, lagrange=50), 10, 0, "WWWWWWWWWW"),
         (Given("WWlrW2S", branch=1), 7, 0, "WWlrW2S"),
         # Of ten steps three, 0, 9 / 2 and 9, with the second for a line, or the second and third for a parabola.
-        (Spaced(share=0.3), 10, 0, "WW11W1111W"),
-        (Spaced(share=0.3, degree=2), 10, 0, "WWW2W2222W"),
-        (Spaced(share=0.3, power=2), 10, 0, "WWW111111W"),  # 9 / 4 in the middle
-        (Spaced(share=0.3, shallow=2), 10, 0, "WW1SW1S1SW"),
-        (Spaced(share=0.3, shallow=1), 10, 0, "WWSSWSSSSW"),
+        (Spaced(share=0.3), 10, 0, "W00WnnnnnW"),  # 9 / 2 ** 1.4 = 3.4 in the middle
+        (Spaced(share=0.3, power=1), 10, 0, "W000WnnnnW"),
+        (Spaced(share=0.3, power=2), 10, 0, "W0WnnnnnnW"),
+        (Spaced(share=0.3, shallow=2), 10, 0, "W0SWnSnSnW"),
+        (Spaced(share=0.3, shallow=1), 10, 0, "WSSWSSSSSW"),
         (TGate(gate=3), 6, 0, "WWWWWW BBBUUU"),
         (TGate(gate=3, branch="conditional"), 6, 0, "WWWWWW BBBCCC"),
         (Until(share=0.5), 6, 0, "WWWWWW BBBCCC"),
