@@ -1,9 +1,9 @@
 """Forecasts of the U-Net's prediction from earlier evaluations, by polynomials.
 
-In the symbols of ``sampler``: x is the latent at noise level sigma, x = x_0 + sigma * noise. The name of a forecast says
-what is followed, and in what: the noise in the number of the step ("noise-1"), the denoised latent x_0 in the number of
-the step ("latent-3"), or x_0 in sigma ("sigma-1"). The polynomial of that degree goes through as many evaluations and
-one more. Degree 0 takes the last one again.
+In the symbols of ``sampler``: x is the latent at noise level sigma, x = x_0 + sigma * noise. The name of a forecast
+says what is followed, and in what: the noise in the number of the step ("noise-1"), the denoised latent x_0 in the
+number of the step ("latent-3"), or x_0 in sigma ("sigma-1"). The polynomial of that degree goes through as many
+evaluations and one more. Degree 0 takes the last one again.
 """
 
 from __future__ import annotations
