@@ -39,8 +39,6 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.sampling == "list":
         print(list_samplings())
         return
-    if options.refiner is not None:
-        raise ValueError(f"--refiner is {options.refiner}, expected none: the page shows the steps of one model")
     weights, embeddings = open_model(options)
     settle_picture(options, weights.config)
     options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets
@@ -114,6 +112,7 @@ def _parser() -> Parser:
         "after the early steps of DSAP, and the last)",
     )
     add_model(parser)
+    parser.set_defaults(refiner=None, refiner_start=None)  # the page shows the steps of one model
     add_picture(parser)
     add(
         "--low-memory",

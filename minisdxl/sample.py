@@ -16,7 +16,7 @@ from minisdxl.checkpoint.predictions import prediction_text
 from minisdxl.checkpoint.published import is_hub_id
 from minisdxl.checkpoint.resolve import Source
 from minisdxl.cli.jobs import batches, find_jobs
-from minisdxl.cli.models import add_model, load_model, open_model, open_refiner, parts_of
+from minisdxl.cli.models import add_model, add_refiner, load_model, open_model, open_refiner, parts_of
 from minisdxl.cli.options import Parser, add_pruning, add_steps, plain_warnings
 from minisdxl.cli.picture_files import InitImage
 from minisdxl.cli.pictures import add_picture, list_samplings, read_mask, read_source, settle_picture
@@ -127,6 +127,7 @@ def _parser() -> Parser:
     add_steps(parser)
     add("--compare", action="store_true", help="dense and pruned side by side in one picture, from the same noise")
     add_model(parser)
+    add_refiner(parser)
     add_picture(parser)
     add(
         "--out",

@@ -15,10 +15,11 @@ from minisdxl.config import ModelConfig, check_refiner
 from minisdxl.loading import load, weights_path
 from minisdxl.pipeline import SDXL
 from minisdxl.prompting.chunks import Embedding
+from minisdxl.settings import REFINER_START
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that :func:`open_model`, :func:`open_refiner` and :func:`load_model` read."""
+    """Adds the options that :func:`open_model` and :func:`load_model` read, but for those of a refiner."""
     group = parser.add_argument_group("the model")
     add = group.add_argument
     add(
@@ -30,11 +31,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     add_parts(group)
     add_prediction(group)
-    add(
-        "--refiner",
-        metavar="NAME|PATH",
-        help="the SDXL refiner, in the forms of --weights: it does the last steps (see --refiner-start)",
-    )
     add(
         "--lora",
         action="append",
@@ -57,6 +53,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", choices=DTYPES, default="fp32", help="of all weights but the VAE's (default: %(default)s)")
     add_device(group)
+
+
+def add_refiner(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the refiner, which :func:`open_refiner` and :func:`load_model` read."""
+    add = parser.add_argument_group("the refiner").add_argument
+    add("--refiner", metavar="NAME|PATH", help="the SDXL refiner, in the forms of --weights: it does the last steps")
+    add(
+        "--refiner-start",
+        type=float,
+        metavar="SHARE",
+        help=f"share of the noise schedule that the base model does before it (default: {REFINER_START})",
+    )
 
 
 def add_parts(parser: Options) -> None:

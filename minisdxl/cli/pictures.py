@@ -69,12 +69,6 @@ def add_picture(parser: argparse.ArgumentParser) -> None:
         help=f"share of the steps to run on --image, above 0, up to 1 (default: {STRENGTH}, with --mask "
         f"{MASKED_STRENGTH:g})",
     )
-    add(
-        "--refiner-start",
-        type=float,
-        metavar="SHARE",
-        help=f"with --refiner: share of the noise schedule that the base model does (default: {REFINER_START})",
-    )
     add("--mask", metavar="FILE", help="draw anew only what is white in this picture, and keep the rest of --image")
 
 
