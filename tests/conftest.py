@@ -37,7 +37,8 @@ def load_once(shapes: SDXL) -> Callable[..., SDXL]:
             "embeddings": [],
         }
         as_it_is = {"device": "cpu", "dtype": torch.float32, **none}
-        asked = {name: value for name, value in options.items() if value != as_it_is[name]}
+        either = {"vae_encoder"}  # the shared model has it, which does for both
+        asked = {name: value for name, value in options.items() if name not in either and value != as_it_is[name]}
         return shapes if weights == "shapes" and not asked else minisdxl.load(weights, **options)
 
     return load
