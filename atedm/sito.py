@@ -116,5 +116,10 @@ def sim_score(values: Tensor) -> Tensor:
 
 
 def noise(count: int, seed: int, device: torch.device) -> Tensor:
-    """Standard normal noise (n,), drawn on the CPU. It is a constant of a plan, as its seed is."""
+    """Standard normal noise (n,), drawn on the CPU."""
     return torch.randn(count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(device)
+
+
+# A constant to the compiler, as the plan with its seed is. This is what torch.compiler.assume_constant_result does; to
+# call that here would import the compiler with the package, which takes a second and 80 MB.
+noise._dynamo_marked_constant = True  # type: ignore[attr-defined]

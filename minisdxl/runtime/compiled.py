@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from atedm.plan import DENSE, TokenPlan
-from atedm.sito import noise
 from minisdxl.steps.evaluate import Tensors, evaluate
 from minisdxl.steps.plan import StepPlan
 from minisdxl.unet import PromptKV, UNet
@@ -32,8 +31,6 @@ class CompiledUNet:
         self.mode = "reduce-overhead" if mode is None and on_gpu and backend == "inductor" else mode
         self.backend = backend
         self.graphs: dict[Hashable, Callable[..., Any]] = {}
-        # Not as a decorator, which would import the compiler with the package: that takes a second, and 80 MB.
-        torch.compiler.assume_constant_result(noise)  # type: ignore[no-untyped-call]
 
     @property
     def dtype(self) -> torch.dtype:
