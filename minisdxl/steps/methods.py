@@ -158,7 +158,7 @@ class Spaced:
 
     Of this project. Evaluation k of K is at the share (k / (K - 1)) ** ``power`` of the steps: above 1 they lie closer
     at high noise. Until two are there, the last denoised latent is taken again. With ``shallow`` N, one in N of the
-    other steps is shallow instead (as DeepCache's, at branch 0): it corrects the forecasts for little.
+    other steps is shallow instead (as DeepCache's, at branch 0), and forecasts go on from it.
     """
 
     share: float = 0.32
