@@ -18,7 +18,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,10 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not marked as exported
 from tqdm import tqdm
 
+from minisdxl.bundled import WEIGHTS
 from minisdxl.cli.options import Parser
 
-TABLE = Path(str(files("minisdxl.weights"))) / "downloads.json"
+TABLE = WEIGHTS / "downloads.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, full quota, file too large for FAT32
 CHUNK = 1 << 20  # bytes hashed at a time
 ADDRESS = r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?"

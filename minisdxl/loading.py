@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
+from minisdxl.bundled import BUNDLED
 from minisdxl.checkpoint import modules
 from minisdxl.checkpoint.embeddings import EmbeddingFile, read_embeddings
 from minisdxl.checkpoint.lora import LoRA
@@ -18,9 +18,6 @@ from minisdxl.config import check_refiner
 from minisdxl.pipeline import SDXL
 from minisdxl.prompting.encoders import PromptEncoders
 from minisdxl.tokenizer import Tokenizer, load_vocabulary
-
-WEIGHTS = Path(str(files("minisdxl.weights")))  # the folder `weights` of the repository, package data of the wheel
-BUNDLED = {"shapes": WEIGHTS / "shapes" / "shapes.safetensors"}
 
 
 def load(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor
 
+from minisdxl.bundled import WEIGHTS
 from minisdxl.config import TextConfig
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -146,7 +146,7 @@ def load_vocabulary(weights: Path, directory: str | Path | None) -> Vocabulary:
 
 def clip_vocabulary() -> Vocabulary:
     """CLIP's 49,408 tokens (OpenAI, MIT license: ``weights/clip``)."""
-    return Vocabulary.from_merges(_read_merges(Path(str(files("minisdxl.weights"))) / "clip" / "merges.txt"))
+    return Vocabulary.from_merges(_read_merges(WEIGHTS / "clip" / "merges.txt"))
 
 
 def read_vocabulary(directory: str | Path) -> Vocabulary:

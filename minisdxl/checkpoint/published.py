@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from minisdxl.bundled import WEIGHTS
 from minisdxl.checkpoint.errors import CheckpointError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -42,7 +42,7 @@ def is_hub_id(name: str) -> bool:
 
 def _downloads() -> dict[str, dict[str, Any]]:
     """What ``minisdxl.download`` knows, where it is weights: the first file of each name."""
-    table = json.loads((Path(str(files("minisdxl.weights"))) / "downloads.json").read_text(encoding="utf-8"))
+    table = json.loads((WEIGHTS / "downloads.json").read_text(encoding="utf-8"))
     first = {name: entry["files"][0] for name, entry in table.items()}
     return {name: file for name, file in first.items() if file["file"].endswith(".safetensors")}
 

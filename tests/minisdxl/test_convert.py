@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minisdxl
+from minisdxl.bundled import BUNDLED
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.layouts import PARTS
 from minisdxl.checkpoint.modules import load, official_state_dict, open_source, read_config
@@ -28,7 +29,6 @@ from minisdxl.checkpoint.resolve import Source
 from minisdxl.config import SHAPES
 from minisdxl.convert import main, write_folder, write_single
 from minisdxl.flops import find_config
-from minisdxl.loading import BUNDLED
 from minisdxl.sample import main as sample
 from minisdxl.tokenizer import read_vocabulary
 from tests.minisdxl.tiny import TINY, VOCABULARY, tiny_file

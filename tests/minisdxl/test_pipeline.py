@@ -18,10 +18,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import minisdxl
 from atedm import TokenPlan
+from minisdxl.bundled import BUNDLED
 from minisdxl.checkpoint.modules import Modules, official_state_dict
 from minisdxl.config import SDXL_BASE, TextConfig
 from minisdxl.images import to_image
-from minisdxl.loading import BUNDLED
 from minisdxl.pipeline import SDXL
 from minisdxl.runtime.compiled import CompiledUNet
 from minisdxl.sampler import image_generators, initial_noise

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 
 import minisdxl
 from atedm import PRESETS
+from minisdxl.bundled import BUNDLED
 from minisdxl.checkpoint.modules import open_source
 from minisdxl.config import SHAPES, ModelConfig
 from minisdxl.cost import count
-from minisdxl.loading import BUNDLED
 from minisdxl.pipeline import SDXL
 from minisdxl.sample import main
 from minisdxl.samplings import SAMPLINGS

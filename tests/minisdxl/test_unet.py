@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from atedm import DENSE, PRESETS, BlockPlan, Pruning, TokenPlan, parse_preset
+from minisdxl.bundled import BUNDLED
 from minisdxl.checkpoint import modules
 from minisdxl.config import SDXL_BASE, SHAPES, UNetConfig
-from minisdxl.loading import BUNDLED
 from minisdxl.unet import UNet
 from tests.manifest import official_shapes
 from tests.minisdxl.peers import diffusers_unet

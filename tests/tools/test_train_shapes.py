@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from minisdxl.bundled import BUNDLED
 from minisdxl.checkpoint.modules import load
-from minisdxl.loading import BUNDLED
 from tools.train_shapes import main, parse_options, parse_stages
 from tools.training.batches import BatchSize, draw_batch, to_images
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisdxl.bundled import BUNDLED
 from minisdxl.checkpoint.folder_writer import json_files, tokenizer_files
 from minisdxl.checkpoint.modules import file_metadata, official_shapes, read_config
 from minisdxl.checkpoint.tensorfile import write_tensors
 from minisdxl.config import SDXL_BASE, SHAPES, ModelConfig
-from minisdxl.loading import BUNDLED
 from minisdxl.tokenizer import load_vocabulary
 
 CONFIGS = {"full": SDXL_BASE, "small": SHAPES}

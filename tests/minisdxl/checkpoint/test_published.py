@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from minisdxl.bundled import BUNDLED
 from minisdxl.checkpoint.errors import CheckpointError
 from minisdxl.checkpoint.lora import LoRA
 from minisdxl.checkpoint.modules import open_source
 from minisdxl.checkpoint.published import find_weights
 from minisdxl.convert import write_folder
-from minisdxl.loading import BUNDLED, load, weights_path
+from minisdxl.loading import load, weights_path
 from minisdxl.tokenizer import read_vocabulary
 from tests.minisdxl.tiny import VOCABULARY, tiny_file
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from minisdxl.bundled import BUNDLED
 from minisdxl.config import SHAPES
-from minisdxl.loading import BUNDLED
 from minisdxl.pipeline import SDXL
 from minisdxl.vae import VAE
 from tools.drawn.painting import draw
