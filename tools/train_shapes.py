@@ -63,6 +63,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--teacher", type=Path, metavar="FILE", help="U-Net: learn the predictions of this model instead of the noise"
     )
     parser.add_argument(
+        "--own-sampling",
+        action="store_true",
+        help="U-Net: learn from the teacher on what the model itself samples, instead of on noisy drawn pictures",
+    )
+    parser.add_argument(
         "--world",
         choices=WORLDS,
         default="mixed",
@@ -90,7 +95,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="factor of all learning rates; less than 1 after --init",
     )
-    parser.add_argument("--cfg", type=float, default=4.0, help="guidance scale of the sample grids")
+    parser.add_argument("--cfg", type=float, default=4.0, help="guidance scale of samples (default: %(default)s)")
     parser.add_argument(
         "--sharpness",
         type=float,
@@ -119,6 +124,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.teach is not None and options.init is None:
         parser.error(f"--teach is {options.teach} without --init, expected both: without --init all colors are learned")
+    if options.own_sampling:
+        if options.teacher is None:
+            parser.error("--own-sampling is given without --teacher, expected both: the noise of a sample is not known")
+        if any(side != SHAPES.size for side, _ in options.stages):
+            parser.error(f"--stages has a side other than {SHAPES.size} beside --own-sampling, expected {SHAPES.size}")
     if options.sharpness is None:
         options.sharpness = SHARPNESS if options.init is None else 0.0
     if options.workers is None:

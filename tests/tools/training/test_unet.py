@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from minisdxl.bundled import BUNDLED
 from minisdxl.checkpoint.modules import load
 from minisdxl.config import SHAPES
-from minisdxl.loading import BUNDLED
 from minisdxl.unet import UNet
-from tools.training.unet import Teacher
+from tools.training.teacher import Teacher
 
 
 @pytest.fixture
