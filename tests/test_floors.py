@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 # The modules and folders of minisdxl, from the ground up. A module may import from its own floor and from those below.
 FLOORS = (
-    ("config", "embedding", "seeds"),
+    ("bundled", "config", "embedding", "seeds"),
     ("fast",),
     ("operators",),
     ("images", "tokenizer", "clip", "text", "transformer", "unet", "vae_decoder", "vae"),
