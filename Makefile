@@ -19,7 +19,7 @@ test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -m "slow and not gpu" -n auto --dist loadgroup
 
 test-scale: .venv/installed-scale
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m scale
 
 # Chromium comes from the system: taken where it is, installed from Debian's or Ubuntu's packages where that is allowed.
 test-browser: .venv/installed-test
