@@ -88,7 +88,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SIDE:STEPS,...",
         help="U-Net steps at each picture side in pixels (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=int, default=32, help="pictures in a step; half as many at full size")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=32,
+        help="pictures in a step; half as many at full size, a quarter with --own-sampling",
+    )
     parser.add_argument(
         "--rate",
         type=float,

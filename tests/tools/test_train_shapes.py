@@ -90,3 +90,19 @@ def test_a_run_from_a_checkpoint_keeps_its_latents(tmp_path: Path, monkeypatch: 
         assert not torch.equal(before.vae.decode(latents), after.vae.decode(latents))
     kept = before.unet.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in after.unet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "--own-sampling is given without --teacher, expected both"),
+        (["--teacher", "a", "--stages", "64:1,256:1"], "--stages has a side other than 256 beside --own-sampling"),
+    ],
+)
+def test_own_sampling_needs_a_teacher_and_full_size(
+    more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_options(["--own-sampling", *more])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
