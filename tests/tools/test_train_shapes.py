@@ -56,6 +56,15 @@ def test_processes_draw_for_a_gpu_only() -> None:
     assert parse_options(["--device", "cuda", "--workers", "3"]).workers == 3
 
 
+def test_bfloat16_is_the_default_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        assert parse_options(["--device", "cpu"]).bf16 is able
+        assert parse_options(["--device", "cuda"]).bf16 is True
+        assert parse_options(["--device", "cpu", "--no-bf16"]).bf16 is False
+        assert parse_options(["--device", "cpu", "--bf16"]).bf16 is True
+
+
 def test_a_new_color_changes_the_encoder_and_not_the_unet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = BUNDLED["shapes"]
     options = ["--vae-steps", "3", "--text-steps", "0", "--stages", "64:0", "--init", str(weights), "--teach", "cyan"]

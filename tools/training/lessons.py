@@ -153,7 +153,9 @@ class OwnSampling(Lesson):
         return {"x": self.x, "captions": self.captions, "shifts": self.shifts}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores a :meth:`state`."""
+        """Restores a :meth:`state`. That of another lesson has no pictures on their way: they begin as in a new run."""
+        if "x" not in state:
+            return
         self.x, self.captions, self.shifts = state["x"].cpu(), state["captions"], state["shifts"].cpu()
 
 

@@ -21,7 +21,7 @@ from minisdxl.solvers import euler_ancestral
 from minisdxl.tokenizer import Tokenizer
 from tools.train_shapes import TOKENIZER
 from tools.training.batches import BatchSize
-from tools.training.lessons import OwnSampling
+from tools.training.lessons import Lesson, OwnSampling
 from tools.training.model import Model
 from tools.training.teacher import Teacher
 from tools.training.text import SeeingText
@@ -101,6 +101,12 @@ def test_a_run_goes_on_with_the_same_pictures(own_sampling: OwnSampling, model: 
     again.load_state(state)
     again(1, SIZE)
     assert torch.equal(again.x, own_sampling.x) and again.captions == own_sampling.captions
+
+
+@torch.no_grad()
+def test_a_run_on_drawn_pictures_goes_on_with_own_sampling(own_sampling: OwnSampling) -> None:
+    own_sampling.load_state(Lesson.state(own_sampling))
+    assert len(own_sampling(600, SIZE).errors) == 1 and all(own_sampling.captions)
 
 
 def test_places_are_spread_and_all_timesteps_are_met(model: Model, tokenizer: Tokenizer) -> None:
