@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atedm.presets import parse_preset
 from minisdxl.cli.options import Parser, add_pruning, add_steps, parse_size
@@ -92,6 +92,15 @@ def find_config(model: str) -> ModelConfig:
     return read_config(model)
 
 
+class Counted(NamedTuple):
+    """One model that takes part in a picture: its steps, and a :func:`summary` as asked for and dense."""
+
+    config: ModelConfig
+    steps: range
+    calls: dict[str, Any]
+    dense: dict[str, Any]
+
+
 def _stages(config: ModelConfig, options: argparse.Namespace) -> list[tuple[ModelConfig, range]]:
     """The models that take part and the steps of each, in the official spacing. Raises ``ValueError``."""
     if options.refiner is None:
@@ -100,12 +109,27 @@ def _stages(config: ModelConfig, options: argparse.Namespace) -> list[tuple[Mode
         return [(config, range(options.steps))]
     refiner = find_config(options.refiner)
     check_refiner(options.refiner, refiner, config)
+    if options.skip is not None or options.guide is not None:
+        raise ValueError("--refiner with --skip or --guide, expected one of them")
     split = split_step(options.refiner_start, sigmas(options.steps, config.noise), config.noise)
     return [(config, range(split)), (refiner, range(split, options.steps))]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; exit code 0 on success, 2 with one line on bad input."""
+def _of_both(base: Counted, refiner: Counted) -> tuple[dict[str, Any], str]:
+    """The average call of a picture that two models make, ready for JSON and as text."""
+    steps = refiner.steps.stop
+    average, dense = (
+        round(sum(each.calls[key] * len(each.steps) for each in (base, refiner)) / steps)
+        for key in ("average", "dense")
+    )
+    text = (
+        f"average of all {steps} steps  {format_flops(average)}, {average / dense:.1%} of dense ({format_flops(dense)})"
+    )
+    lengths = [len(base.steps), len(refiner.steps)]
+    return {"average": average, "dense": dense, "base": base.calls, "refiner": refiner.calls, "steps": lengths}, text
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m minisdxl.flops",
         usage="%(prog)s [options]",
@@ -127,6 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f"with --refiner: share of the noise schedule that the base model does (default: {REFINER_START})",
     )
     add("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; exit code 0 on success, 2 with one line on bad input."""
+    parser = _parser()
     options = parser.parse_args(arguments)
     with parser.one_line("nothing was printed"):
         config = find_config(options.model)
@@ -135,48 +165,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prune = settle_preset(config, options)
         schedule = parse_preset(prune) if prune is not None else None
         _, height, width = config.latent_shape(size)
-        stages = _stages(config, options)
         counted = [
-            [summary(each, height, width, asked, options.steps, span) for asked in (schedule, None)]
-            for each, span in stages
+            Counted(each, span, *(summary(each, height, width, plan, options.steps, span) for plan in (schedule, None)))
+            for each, span in _stages(config, options)
         ]
-        if len(stages) == 1:
+        if len(counted) == 1:
             of_picture, about = picture(options, config, prune, height, width)
-        elif options.skip is not None or options.guide is not None:
-            raise ValueError("--refiner with --skip or --guide, expected one of them")
-    predicted = {}
+            result = {**counted[0].calls, "picture": of_picture}
+        else:
+            result, about = _of_both(*counted)
+    predicts = ""
     if config.noise.prediction != "noise":
-        from minisdxl.checkpoint.predictions import prediction_text  # as above
+        from minisdxl.checkpoint.predictions import prediction_text  # as in find_config
 
-        predicted = {"prediction": prediction_text(config.noise)}
+        result["prediction"] = prediction_text(config.noise)
+        predicts = f", predicts {result['prediction']}"
     texts = []
-    for (each, span), (calls, dense) in zip(stages, counted, strict=True):
-        steps = f"steps {span[0]} to {span[-1]} of {options.steps}" if len(stages) > 1 else f"{options.steps} steps"
-        title = ", ".join([each.name, *(f"predicts {text}" for text in predicted.values())])
-        title += f", {size[0]}x{size[1]} pixels, {steps}, {prune or 'dense'}"
-        texts.append(f"FLOPs of one U-Net call: {title}\n\n{report(calls, dense)}")
-    if len(stages) == 1:
-        texts.append(about)
-        result = {**counted[0][0], "picture": of_picture, **predicted}
-    else:
-        both = {
-            key: round(sum(calls[key] * len(span) for (_, span), (calls, _) in zip(stages, counted, strict=True)))
-            for key in ("average", "dense")
-        }
-        both = {key: round(flops / options.steps) for key, flops in both.items()}
-        texts.append(
-            f"average of all {options.steps} steps  {format_flops(both['average'])}, "
-            f"{both['average'] / both['dense']:.1%} of dense ({format_flops(both['dense'])})"
-        )
-        result = {
-            **both,
-            **predicted,
-            "base": counted[0][0],
-            "refiner": counted[1][0],
-            "steps": [len(span) for _, span in stages],
-        }
+    for each in counted:
+        steps = f"steps {each.steps[0]} to {each.steps[-1]} of {options.steps}"
+        steps = f"{options.steps} steps" if len(counted) == 1 else steps
+        title = f"{each.config.name}{predicts}, {size[0]}x{size[1]} pixels, {steps}, {prune or 'dense'}"
+        texts.append(f"FLOPs of one U-Net call: {title}\n\n{report(each.calls, each.dense)}")
     try:
-        print(json.dumps(result, indent=1) if options.json else "\n\n".join(texts), flush=True)
+        print(json.dumps(result, indent=1) if options.json else "\n\n".join([*texts, about]), flush=True)
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe; Python would report that at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
