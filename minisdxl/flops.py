@@ -182,8 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         predicts = f", predicts {result['prediction']}"
     texts = []
     for each in counted:
-        steps = f"steps {each.steps[0]} to {each.steps[-1]} of {options.steps}"
-        steps = f"{options.steps} steps" if len(counted) == 1 else steps
+        first, last = each.steps[0], each.steps[-1]
+        steps = f"steps {first} to {last} of {options.steps}" if len(counted) > 1 else f"{options.steps} steps"
         title = f"{each.config.name}{predicts}, {size[0]}x{size[1]} pixels, {steps}, {prune or 'dense'}"
         texts.append(f"FLOPs of one U-Net call: {title}\n\n{report(each.calls, each.dense)}")
     try:
