@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from minisdxl.cli.jobs import drawn_seed
 from minisdxl.cli.models import add_model, load_model, open_model
-from minisdxl.cli.options import Parser, add_pruning, plain_warnings
+from minisdxl.cli.options import Parser, add_pruning, add_steps, plain_warnings
 from minisdxl.cli.pictures import add_picture, list_samplings, read_mask, read_source, settle_picture
-from minisdxl.cli.presets import preset_note, settle_preset
+from minisdxl.cli.presets import check_plans, preset_note, settle_fast, settle_preset
 from minisdxl.cli.prompt_syntax import check_syntax
 from minisdxl.cli.reports import check_writable
 from minisdxl.cli.runs import LOW_MEMORY_STRIP_ROWS
-from minisdxl.inspector.session import check_attention_steps, find_schedule
+from minisdxl.inspector.session import check_attention_steps, compared, find_schedule
 from minisdxl.prompting.syntax import parse
 from minisdxl.settings import Settings, check_settings
 
@@ -40,14 +40,14 @@ def _inspect(options: argparse.Namespace) -> None:
         print(list_samplings())
         return
     weights, embeddings = open_model(options)
+    settle_fast(options, weights.config)  # it and settle_preset may end the program with a list of presets
     settle_picture(options, weights.config)
-    options.prune = settle_preset(weights.config, options)  # may end the program with a list of presets
+    options.prune = settle_preset(weights.config, options)
+    check_plans(options, weights.config)
     if options.prompt is None:
         raise ValueError("there is no prompt, expected one")
     if options.out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out is {options.out}, expected an .html file")
-    if options.against is not None and options.prune is None:
-        raise ValueError(f"--against is {options.against} without --prune, expected both: two plans are compared")
     parse(options.prompt)
     check_syntax([options.prompt, options.negative], embeddings)
     source = read_source(options, [options.size])
@@ -59,6 +59,8 @@ def _inspect(options: argparse.Namespace) -> None:
         cfg=options.cfg,
         seed=drawn_seed(options.seed),
         prune=options.prune,
+        skip=options.skip,
+        guide=options.guide,
         size=options.size,
         original_size=options.original_size,
         crop=options.crop,
@@ -68,11 +70,13 @@ def _inspect(options: argparse.Namespace) -> None:
         mask=None if mask is None else mask.image,
         strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
     )
-    schedules = [find_schedule(plan, weights.config) for plan in (options.prune, options.against)]
-    check_attention_steps(options.attention_steps, check_settings(settings, weights.config), schedules)
+    methods = compared(settings, options.against)
+    schedules = [find_schedule(method.prune, weights.config) for method in methods]
+    runs = [check_settings(method, weights.config) for method in methods]
+    check_attention_steps(options.attention_steps, runs, schedules)
     check_writable([options.out])
-    for plan in (options.prune, options.against):
-        if note := preset_note(weights.config, plan):
+    for preset in (options.prune, options.against):
+        if note := preset_note(weights.config, preset):
             print(f"note: {note}", file=sys.stderr)
     sdxl = load_model(options)
     if options.low_memory:
@@ -98,18 +102,20 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m minisdxl.inspect",
         usage="%(prog)s [options] PROMPT",
-        description="Draws a prompt dense and with pruned tokens, and writes a page that shows what happened inside.",
+        description="Draws a prompt dense and with the methods asked for, and writes a page that shows what happened "
+        "inside.",
     )
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="what to draw, in the syntax of minisdxl.sample")
     add_pruning(parser)
-    add("--against", metavar="PRESET", help="a second preset to compare with, from the same noise")
+    add_steps(parser)
+    add("--against", metavar="NAME", help="another preset of --prune or --fast to compare with, from the same noise")
     add(
         "--attention-steps",
         type=parse_steps,
         metavar="N,N,...",
         help="steps, from 1, of which attention is recorded; each adds to the page (default: the first one, the first "
-        "after the early steps of DSAP, and the last)",
+        "after the early steps of DSAP, and the last that runs the whole U-Net)",
     )
     add_model(parser)
     parser.set_defaults(refiner=None, refiner_start=None)  # the page shows the steps of one model

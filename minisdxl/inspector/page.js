@@ -83,11 +83,14 @@ const staying = cached((run, site, step) => {
   return bitsOf(found[found.length - 1].kept, counted(data.sites[site])).reduce((a, b) => a + b, 0);
 });
 const recordedSteps = (run) => Object.keys(Object.values(data.runs[run].attention)[0] || {}).map(Number);
+// A block does no work where the step is a forecast, or shallow and the block lies below its branch.
+const ran = (run, site, step) => cost(run, step).blocks[data.sites[site].name] > 0;
 const isEarly = (run, step) => data.steps[step].number <= data.runs[run].early;
 
 // Why a block keeps all tokens, in a few words.
 function untouched(run, site, step) {
   const { kind, reductions: all } = data.runs[run];
+  if (!ran(run, site, step)) return "does not run at this step";
   if (kind === "dense") return "all stay: dense";
   if (!all[data.sites[site].name]) return kind === "merging" ? "never merged" : "never pruned";
   const done = kind === "merging" ? "unmerged" : "unpruned";
@@ -101,9 +104,10 @@ function stepText() {
   const early = plans.some((run) => isEarly(run, state.step)) ? " · early step (DSAP)" : "";
   const costs = data.runs.map((run, i) => {
     const share = i > 0 ? ` (${percent(spent(i)[state.step] / spent(0)[state.step])} of dense)` : "";
-    return `${run.name} ${flopsText(spent(i)[state.step])}${share}`;
+    const did = run.did[state.step] ? `: ${run.did[state.step]}` : "";
+    return `${run.name} ${flopsText(spent(i)[state.step])}${share}${did}`;
   });
-  return `Step ${number} of ${data.settings.steps} · σ = ${short(sigma)}${early} · spent so far: ${costs.join(", ")}`;
+  return `Step ${number} of ${data.settings.steps} · σ = ${short(sigma)}${early} · spent so far: ${costs.join("; ")}`;
 }
 
 function renderSteps() {
@@ -202,9 +206,15 @@ function buildBlocks() {
 function drawStrip(canvas, run, site) {
   const context = canvas.getContext("2d"), width = canvas.width / data.steps.length, height = canvas.height;
   context.clearRect(0, 0, canvas.width, height);
-  let pruned = 0;
+  let pruned = 0, idle = 0;
   data.steps.forEach((_, step) => {
     const stay = staying(run, site, step), left = step * width;
+    if (!ran(run, site, step)) {
+      idle++;
+      context.fillStyle = color("--soft");
+      context.fillRect(left, height / 2 - 1, width - (width > 4 ? 1 : 0), 2);
+      return;
+    }
     if (stay !== null) pruned++;
     context.fillStyle = stay === null ? color("--line") : rgb(ramp(stay / counted(data.sites[site])));
     context.fillRect(left, 0, width - (width > 4 ? 1 : 0), height);
@@ -229,7 +239,8 @@ function drawStrip(canvas, run, site) {
   context.strokeStyle = color("--ink");
   context.lineWidth = 3;
   context.strokeRect(state.step * width + 1.5, 1.5, Math.max(2, width - 3), height - 3);
-  canvas.setAttribute("aria-label", `${data.sites[site].name}: fewer tokens in ${pruned} of ${data.steps.length} steps`);
+  const unused = idle ? `, does not run in ${idle}` : "";
+  canvas.setAttribute("aria-label", `${data.sites[site].name}: fewer tokens in ${pruned} of ${data.steps.length} steps${unused}`);
 }
 
 function renderBlocks() {
@@ -242,7 +253,7 @@ function renderBlocks() {
       row.className = i === state.site ? "chosen" : "";
       row.cells[0].firstChild.setAttribute("aria-pressed", i === state.site);
       drawStrip(row.cells[1].firstChild, run, i);
-      row.cells[2].textContent = `${stay === null ? all : stay} / ${all}`;
+      row.cells[2].textContent = `${!ran(run, i, state.step) ? 0 : stay === null ? all : stay} / ${all}`;
       row.cells[3].textContent = stay === null ? untouched(run, i, state.step) : percent(stay / all);
       row.cells[4].textContent = thousands(now.blocks[site.name]);
       row.cells[5].textContent = percent(now.blocks[site.name] / dense.blocks[site.name]);
@@ -367,7 +378,7 @@ function renderTokens() {
         context.fillRect(x, y, width, height);
       }
     }, (context, center, width, height) => {
-      for (const source of sourcesOf(done, state.token)) arrow(context, center(source), center(state.token));
+      for (const source of sourcesOf(done, state.token)) if (source !== state.token) arrow(context, center(source), center(state.token));
       markToken(context, center, width, height);
     });
     by(`tokens-text-${run}`).replaceChildren(planLabel(run), ` ${blockText(run, last)}`, ...tokenText(run, done));
@@ -377,7 +388,7 @@ function renderTokens() {
 
 function blockText(run, last) {
   const site = data.sites[state.site];
-  if (!last) return `${site.name}: ${untouched(run, state.site, state.step)}, ${counted(site)} tokens`;
+  if (!last) return `${site.name}: ${untouched(run, state.site, state.step)}, ${counted(site)} tokens.`;
   const verb = data.runs[run].kind === "merging" ? "stay as they are or take in others" : "stay";
   const again = data.runs[run].kind === "merging" ? "; each layer matches anew, this is the first" : "";
   return `${site.name}: ${last.stay} of ${counted(site)} tokens ${verb} (${percent(last.stay / counted(site))})${again}`;
@@ -391,13 +402,15 @@ function sourcesOf(done, token) {
 
 function tokenText(run, done) {
   const site = data.sites[state.site], { kind, ranking, recovery } = data.runs[run], lines = [];
+  if (!ran(run, state.site, state.step)) return [element("br"), `Token in ${place(site, state.token)}.`];
   const went = done.find((each) => each.held[state.token] && !each.kept[state.token]);
   const fate = !done.length ? "stays" : !went ? "stays" : kind === "merging" ? "merged" : `pruned after layer ${went.layer + 1}`;
   lines.push(`Token in ${place(site, state.token)}: ${fate}.`);
   if (went) {
     const sources = sourcesOf(done, state.token).map((source) => place(site, source)).join(" and ");
     if (kind === "merging") lines.push(`Merged into the token in ${sources}.`);
-    else if (sources) lines.push(`Recovery “${recovery}”: ${recovery.endsWith("change") ? "adds the change of" : "copied from"} the token in ${sources}.`);
+    else if (sources && sourcesOf(done, state.token)[0] === state.token) lines.push(`Recovery “${recovery}”: adds its own change of an earlier step.`);
+    else if (sources) lines.push(`Recovery “${recovery}”: ${recovery.includes("change") ? "adds the change of" : "copied from"} the token in ${sources}.`);
     else lines.push(`Recovery “${recovery}” reads no other token.`);
   }
   for (const each of done) {
@@ -427,15 +440,19 @@ function buildAttention() {
   by("attention").append(element("figure", {}, element("div", { id: "iterations" }), element("figcaption", { id: "iterations-text" })));
 }
 
+function notRecorded(run) {
+  const numbers = recordedSteps(run).map((step) => data.steps[step].number);
+  return numbers.length ? `Attention was recorded at the steps ${numbers.join(", ")}, not at this one.` : "No attention was recorded.";
+}
+
 function renderAttention() {
   const run = state.plan, site = data.sites[state.site], recorded = recordedSteps(run), found = attention(run, state.site, state.step);
   by("plan").value = run;
   by("recorded").replaceChildren(element("option", { value: "" }, "go to …"), ...recorded.map((step) => element("option", { value: step }, `step ${data.steps[step].number}`)));
   by("recorded").value = found ? state.step : "";
   by("attention").hidden = !found;
-  const numbers = recorded.map((step) => data.steps[step].number).join(", ");
   by("attention-note").textContent = !found
-    ? `Attention was recorded at the steps ${numbers}, not at this one.`
+    ? notRecorded(run)
     : `${data.runs[run].name}, ${site.name}, ${place(site, state.token)}.`;
   if (!found) return;
   for (const [side, verb, title] of SIDES) {
@@ -501,7 +518,7 @@ function renderWords() {
     const canvas = by(`word-map-${run}`), caption = by(`word-text-${run}`), recorded = recordedSteps(run);
     canvas.hidden = !recorded.includes(state.step) || !data.words.length;
     if (canvas.hidden) {
-      caption.replaceChildren(planLabel(run), ` Attention was recorded at the steps ${recorded.map((step) => data.steps[step].number).join(", ")}, not at this one.`);
+      caption.replaceChildren(planLabel(run), ` ${notRecorded(run)}`);
       continue;
     }
     const { grid, values } = wordMap(run, state.step), low = Math.min(...values), high = Math.max(...values);

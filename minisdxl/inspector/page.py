@@ -21,6 +21,7 @@ from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.inspector.maps import AttentionMaps, Top
 from minisdxl.inspector.packing import bits, ranked, scaled, text, whole
 from minisdxl.inspector.recorder import Reduction
+from minisdxl.steps.plan import WHOLE, StepPlan
 
 if TYPE_CHECKING:
     from minisdxl.inspector.session import RecordedRun, Recording
@@ -138,6 +139,7 @@ def run_data(run: RecordedRun, name: str, steps: int) -> dict[str, Any]:
         "name": name,
         **how,
         "ratio": 0.0 if method is None else method.ratio,
+        "did": [step_text(plan) for plan in run.plans],
         "pictures": [picture_data(picture) for picture in run.pictures],
         "costs": [{"total": cost.total, "ranking": cost.ranking, "blocks": cost.blocks} for cost in costs],
         "cost": [costs.index(cost) for cost in run.costs],
@@ -147,6 +149,21 @@ def run_data(run: RecordedRun, name: str, steps: int) -> dict[str, Any]:
         },
         "attention": attention,
     }
+
+
+def step_text(plan: StepPlan) -> str:
+    """What a step left out, in a few words; nothing if all blocks ran for both branches of guidance."""
+    if not plan.runs:
+        return f"forecast ({plan.unet}), the U-Net does not run"
+    parts = [] if plan.unet == WHOLE else [f"only blocks outside of skip branch {plan.branch}"]
+    guided = {
+        "conditional": "no guidance",
+        "unconditional": "without the prompt",
+        "kept": "guidance of an earlier step",
+    }
+    parts += [guided[plan.guidance]] if plan.guidance in guided else []
+    kinds = [kind for kind in ("self", "cross") if getattr(plan, f"{kind}_attention") == "reused"]
+    return ", ".join([*parts, *(f"{kind}-attention of an earlier step" for kind in kinds)])
 
 
 def reduction_data(reduction: Reduction) -> dict[str, Any]:

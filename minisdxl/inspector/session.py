@@ -1,4 +1,4 @@
-"""``SDXL.inspect``: draws a prompt dense, with a plan and with another plan, from the same noise, and records each."""
+"""``SDXL.inspect``: draws a prompt dense, with one method and with another, from the same noise, and records each."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from PIL import Image
 from torch import Tensor
 
 from atedm.merging import Merging
-from atedm.plan import DENSE, TokenPlan
 from atedm.presets import parse_preset
 from atedm.pruning import Pruning
 from atedm.schedule import Schedule
 from minisdxl.config import ModelConfig
-from minisdxl.cost import Kind, count
+from minisdxl.cost import Kind
 from minisdxl.images import check_finite, to_image
 from minisdxl.inspector.page import Inspection, page
-from minisdxl.inspector.recorder import Recorder, Step
+from minisdxl.inspector.recorder import Recorder, Step, has_all_maps
 from minisdxl.inspector.words import Word, find_words
 from minisdxl.runtime.strips import decode_in_strips
 from minisdxl.settings import CheckedSettings, Settings, check_settings
+from minisdxl.steps.cost import step_works
+from minisdxl.steps.plan import StepPlan
+from minisdxl.steps.presets import FAST
 
 if TYPE_CHECKING:
     from minisdxl.pipeline import SDXL
@@ -42,11 +44,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A picture drawn with one plan: ``name`` is "dense" or the preset, ``pictures`` are those that steps head for."""
+    """A picture drawn with one method: ``name`` is "dense" or the presets, ``pictures`` are those that steps head for.
+
+    ``plans`` are those of each step, as they were carried out.
+    """
 
     name: str
     schedule: Schedule | None
     image: Image.Image
+    plans: list[StepPlan]
     steps: list[Step]
     pictures: list[Image.Image]
     costs: list[Cost]  # of each step
@@ -76,22 +82,24 @@ def inspect_picture(
 ) -> Inspection:
     """Draws a prompt and returns a page that shows what happened inside.
 
-    The picture is drawn dense, with ``prune`` where it is set, and with ``against``, all from the same noise. They are
-    the pictures that :meth:`SDXL.generate` draws without the compiler: recording changes no number.
+    The picture is drawn dense, with ``prune``, ``skip`` and ``guide`` where one is set, and with ``against``, all from
+    the same noise. They are the pictures that :meth:`SDXL.generate` draws without the compiler: recording changes no
+    number.
 
     Args:
         sdxl: the model.
         prompt: one prompt, in the syntax of :mod:`minisdxl.prompting.syntax`.
         settings: how to draw it; ``None`` for the model's own.
-        against: a second plan, to compare with ``prune``.
+        against: another preset to compare with, one of ``prune`` or of the command's ``--fast``.
         attention_steps: steps, from 1, of which attention is recorded. The default are the first one, the first after
-            DSAP's early steps, and the last.
-        on_step: called after each step with the plan's name and the step's number from 0.
+            DSAP's early steps, and the last. Where a method does not run the whole U-Net at a step, the next one at
+            which it does is recorded.
+        on_step: called after each step with the method's name and the step's number from 0.
         changes: single settings by name, such as ``steps=20, prune="at-edm"``.
 
     Raises:
-        ValueError: for a setting out of range, for several images per prompt, for steps that are not run, and for
-            ``against`` without ``prune``.
+        ValueError: for a setting out of range, for several images per prompt, for attention steps that are not run,
+            and for ``against`` without a method.
         ArithmeticError: if a part of the model overflows.
     """
     asked = replace(settings or Settings(), **changes)
@@ -101,26 +109,43 @@ def inspect_picture(
         raise ValueError(f"{sdxl.config.name} has a refiner, expected none: the page shows the steps of one model")
     if asked.images_per_prompt != 1:
         raise ValueError(f"images_per_prompt is {asked.images_per_prompt}, expected 1: the page shows one picture")
-    plans = [None, *(each for each in (asked.prune, against) if each not in (None, False))]
-    if against not in (None, False) and len(plans) < 3:
-        raise ValueError(f"against is {against!r} without prune, expected both: two plans are compared")
-    checked = [check_settings(replace(asked, prune=plan), sdxl.config) for plan in plans]
-    schedules = [find_schedule(plan, sdxl.config) for plan in plans]
-    chosen = check_attention_steps(attention_steps, checked[0], schedules)
+    methods = compared(asked, against)
+    checked = [check_settings(method, sdxl.config) for method in methods]
+    schedules = [find_schedule(method.prune, sdxl.config) for method in methods]
+    chosen = check_attention_steps(attention_steps, checked, schedules)
     words = find_words(prompt, sdxl.tokenizer, sdxl.text.embeddings)
     text_length = context_length(sdxl, prompt, asked, checked[0])
     runs = []
-    for index, (plan, schedule, check) in enumerate(zip(plans, schedules, checked, strict=True)):
-        name = plan_name(plan, schedule)
-        watches = index > 0 or len(plans) == 1
+    for index, (method, schedule, check) in enumerate(zip(methods, schedules, checked, strict=True)):
+        name = method_name(method, schedule)
+        watches = index > 0 or len(methods) == 1
         recorder = Recorder(sdxl.unet, check.first, chosen if watches else (), [word.tokens for word in words])
-        drawn = replace(asked, prune=plan, sampling=check.sampling.with_denoiser(recorder.watch))
+        drawn = replace(method, sampling=check.sampling.with_denoiser(recorder.watch))
         tell = None if on_step is None else _telling(on_step, name)
-        image = replace(sdxl, compiled=recorder).generate([prompt], drawn, on_step=tell)[0]
+        realized: list[Sequence[StepPlan]] = []
+        image = replace(sdxl, compiled=recorder).generate([prompt], drawn, on_step=tell, realized=realized)[0]
+        plans = list(realized[0]) if realized else [StepPlan(plan) for plan in check.plans[check.first :]]
         pictures = [decoded(sdxl, step.denoised, asked.strip_rows) for step in recorder.steps]
-        costs = step_costs(sdxl.config, check, text_length)
-        runs.append(RecordedRun(name, schedule, image, recorder.steps, pictures, costs))
+        costs = step_costs(sdxl.config, check, plans, text_length)
+        runs.append(RecordedRun(name, schedule, image, plans, recorder.steps, pictures, costs))
     return page(Recording(prompt, words, sdxl.config, asked, checked[0], runs))
+
+
+def compared(asked: Settings, against: Prune) -> list[Settings]:
+    """The settings of each picture: dense, with the methods asked for, and with ``against`` in their place.
+
+    Raises ``ValueError`` for ``against`` without a method to compare with.
+    """
+    dense = replace(asked, prune=None, skip=None, guide=None)
+    has_method = asked.prune not in (None, False) or asked.skip is not None or asked.guide is not None
+    if against in (None, False):
+        return [dense, asked] if has_method else [dense]
+    if not has_method:
+        raise ValueError(f"against is {against!r} without a method, expected both: two methods are compared")
+    if isinstance(against, str) and against in FAST:
+        other = FAST[against]
+        return [dense, asked, replace(dense, prune=other.prune, skip=other.skip, guide=other.guide)]
+    return [dense, asked, replace(dense, prune=against)]
 
 
 def _telling(on_step: Progress, name: str) -> Callable[[int, Tensor], None]:
@@ -139,23 +164,43 @@ def find_schedule(plan: Prune, config: ModelConfig) -> Schedule | None:
     return schedule
 
 
-def plan_name(plan: Prune, schedule: Schedule | None) -> str:
-    """The preset as it was written, or the schedule's name; "dense" without one."""
-    return "dense" if schedule is None else plan if isinstance(plan, str) else schedule.name
+def method_name(method: Settings, schedule: Schedule | None) -> str:
+    """The name of a composed preset, or its methods as they were written; "dense" without any."""
+    preset = method.prune if isinstance(method.prune, str) or schedule is None else schedule.name
+    parts = [each for each in (preset, method.skip, method.guide) if each not in (None, False)]
+    for name, known in FAST.items():
+        if [preset, method.skip, method.guide] == [known.prune, known.skip, known.guide]:
+            return name
+    return " + ".join(each if isinstance(each, str) else type(each).__name__ for each in parts) or "dense"
 
 
 def check_attention_steps(
-    asked: Sequence[int] | None, run: CheckedSettings, schedules: Sequence[Schedule | None]
+    asked: Sequence[int] | None, runs: Sequence[CheckedSettings], schedules: Sequence[Schedule | None]
 ) -> set[int]:
-    """The steps, from 0, of which attention is recorded. Raises ``ValueError`` for one that is not run."""
-    last = run.steps - 1
+    """The steps, from 0, of which attention is recorded.
+
+    Raises ``ValueError`` for one that is not run, and for one after which no step has maps to record.
+    """
+    run = runs[0]
+    last = min(last_maps(each) for each in runs)
     if asked is None:
         early = max((each.early_steps(run.steps) for each in schedules if each is not None), default=run.steps // 2)
         return {run.first, min(max(early, run.first), last), last}
     for step in asked:
         if not run.first < step <= run.steps:
             raise ValueError(f"attention step is {step}, expected {run.first + 1} to {run.steps}")
+        if step > last + 1:
+            raise ValueError(
+                f"attention step is {step}, expected {run.first + 1} to {last + 1}: no later one runs the whole U-Net"
+            )
     return {step - 1 for step in asked}
+
+
+def last_maps(run: CheckedSettings) -> int:
+    """The last step, from 0, at which every block computes its attention. Of an adaptive method: the last step."""
+    if run.planner is None:
+        return run.steps - 1
+    return run.first + max((step for step, plan in enumerate(run.planner.base) if has_all_maps(plan)), default=0)
 
 
 def context_length(sdxl: SDXL, prompt: str, asked: Settings, run: CheckedSettings) -> int:
@@ -171,24 +216,16 @@ def decoded(sdxl: SDXL, latent: Tensor, strip_rows: int | None) -> Image.Image:
     return to_image(check_finite("the VAE decoder", picture)[0])
 
 
-def step_costs(config: ModelConfig, run: CheckedSettings, text_length: int) -> list[Cost]:
-    """The cost of each step that is run."""
-    f, names = config.vae.downscale, {site.name for site in config.unet.attention_sites()}
+def step_costs(config: ModelConfig, run: CheckedSettings, plans: Sequence[StepPlan], text_length: int) -> list[Cost]:
+    """The cost of each step that is run, with these ``plans``."""
+    f, names = config.vae.downscale, [site.name for site in config.unet.attention_sites()]
     width, height = run.size
-    calls = run.sampling.calls(run.steps)
-    known: dict[TokenPlan, list[tuple[str, bool, int]]] = {}
-    for plan in {DENSE, *run.plans}:
-        works = count(config, height // f, width // f, plan, text_length).works
-        known[plan] = [(work.name, work.kind == Kind.RANKING, work.flops) for work in works]
+    works = {plan: step_works(config, height // f, width // f, plan, text_length) for plan in set(plans)}
     costs = []
-    for step in range(run.first, run.steps):
-        times = calls[step] * (1 if run.cfg == 1 else 2)
-        works_of_step = known[run.plans[step]]
-        blocks = dict.fromkeys(names, 0)
-        for name, ranks, flops in works_of_step:
-            if name in names and not ranks:
-                blocks[name] += times * flops
-        ranking = sum(times * flops for _, ranks, flops in works_of_step if ranks)
-        total = sum(times * flops for _, ranks, flops in works_of_step if not ranks)
-        costs.append(Cost(total, ranking, blocks))
+    for plan, calls in zip(plans, run.sampling.calls(run.steps)[run.first :], strict=True):
+        times = calls * (min(plan.halves, 1) if run.cfg == 1 else plan.halves)
+        ranking = sum(times * work.flops for work in works[plan] if work.kind == Kind.RANKING)
+        others = [work for work in works[plan] if work.kind != Kind.RANKING]
+        blocks = {name: sum(times * work.flops for work in others if work.name == name) for name in names}
+        costs.append(Cost(sum(times * work.flops for work in others), ranking, blocks))
     return costs

@@ -46,17 +46,20 @@ def picture_cost(
 
 def step_cost(config: ModelConfig, height: int, width: int, plan: StepPlan, text: int) -> tuple[int, int]:
     """FLOPs of one U-Net call for one latent, and beside them those of ranking and recovery."""
+    works = step_works(config, height, width, plan, text)
+    ranking = sum(work.flops for work in works if work.kind == Kind.RANKING)
+    return sum(work.flops for work in works) - ranking, ranking
+
+
+def step_works(config: ModelConfig, height: int, width: int, plan: StepPlan, text: int) -> tuple[Work, ...]:
+    """What one U-Net call computes for one latent: nothing where the prediction is a forecast."""
     if not plan.runs:
-        return 0, 0
+        return ()
     reused = frozenset(
         kind for kind, state in (("self", plan.self_attention), ("cross", plan.cross_attention)) if state == "reused"
     )
     works = count(config, height, width, plan.tokens, text, reused).works
-    if plan.unet == SHALLOW:
-        works = tuple(_outer(works, plan.branch or 0))
-    total = sum(work.flops for work in works)
-    ranking = sum(work.flops for work in works if work.kind == Kind.RANKING)
-    return total - ranking, ranking
+    return tuple(_outer(works, plan.branch or 0)) if plan.unet == SHALLOW else works
 
 
 def _outer(works: Sequence[Work], branch: int) -> Iterator[Work]:

@@ -28,16 +28,25 @@ Tensors = dict[str, Tensor]
 
 
 def evaluate(
-    unet: UNet, plan: StepPlan, x: Tensor, c_noise: Tensor, text: PromptKV, vector: Tensor, kept: Mapping[str, Tensor]
+    unet: UNet,
+    plan: StepPlan,
+    x: Tensor,
+    c_noise: Tensor,
+    text: PromptKV,
+    vector: Tensor,
+    kept: Mapping[str, Tensor],
+    *,
+    watched: Callable[[TokenPlan], TokenPlan] = lambda tokens: tokens,
 ) -> tuple[Tensor, Tensors]:
     """The U-Net's output for ``x`` (b, C, H, W), and the tensors that ``plan`` says to keep.
 
     ``kept`` are those of earlier calls with as many latents b. A shallow call runs the ``branch`` + 1 outermost blocks
     on both ways, and takes what came up to them from below in an earlier call (DeepCache, arXiv:2312.00858).
+    ``watched`` may put layer plans that look on in place of those that the blocks would get.
     """
     plan.tokens.check(unet.config.attention_sites())
     new: Tensors = {}
-    tokens = _layer_plans(unet, plan, kept, new)
+    tokens = watched(_layer_plans(unet, plan, kept, new))
     embedding = unet.time_embed(sinusoidal_embedding(c_noise, unet.config.model_channels).to(x.dtype))
     embedding = embedding + unet.label_emb(vector.to(x.dtype))
     blocks = len(unet.input_blocks)

@@ -60,6 +60,10 @@ class OwnChange:
         self.new.update({f"{key} {self.name}": value for key, value in zip(HISTORY, history, strict=True)})
         return restored.with_values(values)
 
+    def has_history(self) -> Tensor:
+        """Which positions (B, n) have stayed before, so that their own change is taken."""
+        return self._history()[2] > 0
+
     def _history(self) -> list[Tensor]:
         """Last change (B, n, C) and the one before it, when each was (B, n), counted from 1, and the time (B, 1)."""
         if f"change {self.name}" in self.kept:

@@ -401,6 +401,50 @@ def test_other_plans_and_prompts(browser: Any, shapes: SDXL, tmp_path: Path) -> 
     page.context.close()
 
 
+def test_steps_at_which_blocks_do_not_run(browser: Any, shapes: SDXL, tmp_path: Path) -> None:
+    """Forecast steps on the left, shallow ones without guidance on the right."""
+    settings: dict[str, Any] = {"steps": 8, "size": (128, 128), "sampling": "euler", "skip": "given:W000W000"}
+    found = shapes.inspect(PROMPT, **settings, against="fast")
+    page = Page(browser, found.save(tmp_path / "idle.html"))
+    page.it.keyboard.press("Home")
+    assert "forecast" not in page.text("#step-text")
+    first = float(re.findall(r"given:W000W000 ([\d.]+) GFLOPs", page.text("#step-text"))[0])
+    assert page.it.locator("#blocks-1 tbody tr").first.inner_text().split("\t")[2:4] == ["256 / 256", "all stay: dense"]
+    page.it.keyboard.press("ArrowRight")
+    said = page.text("#step-text")
+    assert f"given:W000W000 {first} GFLOPs (50 % of dense): forecast (latent-0), the U-Net does not run" in said
+    cells = page.it.locator("#blocks-1 tbody tr").first.inner_text().split("\t")
+    assert cells[2:] == ["0 / 256", "does not run at this step", "0", "0.0 %"]
+    assert page.text("#tokens-text-1").endswith(
+        "down.1.0: does not run at this step, 256 tokens.\nToken in row 9, column 9."
+    )
+    assert page.text("#attention-note") == "Attention was recorded at the steps 1, 5, not at this one."
+    label = page.it.get_attribute("#blocks-1 tbody tr:first-child canvas", "aria-label")
+    assert label == "down.1.0: fewer tokens in 0 of 8 steps, does not run in 6"
+    page.it.select_option("#recorded", label="step 5")
+    assert page.it.is_visible("#rows-map") and page.text("#step-text").startswith("Step 5 of 8")
+    assert page.it.is_visible(".swatch.idle")
+    page.it.locator("#blocks").screenshot(path=SHOTS / "idle-blocks.png")
+    assert page.said == []
+    page.context.close()
+
+
+def test_a_token_that_copies_its_own_change(browser: Any, shapes: SDXL, tmp_path: Path) -> None:
+    found = shapes.inspect("a circle", steps=2, size=(64, 64), prune="moving-grid:recovery=own-change")
+    page = Page(browser, found.save(tmp_path / "own.html"))
+    page.it.select_option("#site", label="mid (4 × 4)")
+    for step, expected in ((0, False), (1, True)):
+        page.it.evaluate(f"choose({{step: {step}}})")
+        said = []
+        for token in range(16):
+            page.it.evaluate(f"choose({{token: {token}}})")
+            said.append(page.text("#tokens-text-1"))
+        assert any("own-change”: adds the change of the token in row" in text for text in said)
+        assert any("own-change”: adds its own change of an earlier step." in text for text in said) == expected
+    assert page.said == []
+    page.context.close()
+
+
 def test_it_works_in_a_notebooks_frame(browser: Any, inspection: Inspection, tmp_path: Path) -> None:
     notebook = tmp_path / "notebook.html"
     notebook.write_text(f"<!doctype html><meta charset=utf-8><title>n</title>{inspection._repr_html_()}")

@@ -15,6 +15,7 @@ from minisdxl.pipeline import SDXL
 
 PROMPT = "a small red circle above a big blue square on a white background"
 QUICK = ["--steps", "2", "--size", "64x64"]
+FAST = ["--sampling", "euler", "--fast", "faithful"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,17 @@ def test_it_writes_a_page_and_says_its_size(tmp_path: Path, capsys: pytest.Captu
     assert [list(block) for block in data["runs"][1]["attention"].values()] == [["1"]] * 7
 
 
+def test_methods_over_steps(tmp_path: Path) -> None:
+    out = tmp_path / "inside.html"
+    main([PROMPT, "--size", "64x64", "--steps", "8", *FAST, "--against", "at-edm", "--out", str(out)])
+    data = data_of(out)
+    assert [run["name"] for run in data["runs"]] == ["dense", "faithful", "at-edm"]
+    idle = [did.startswith("forecast (") for did in data["runs"][1]["did"]]
+    totals = [data["runs"][1]["costs"][number]["total"] for number in data["runs"][1]["cost"]]
+    assert [total == 0 for total in totals] == idle and 3 < sum(idle) < 8
+    assert set(data["runs"][0]["did"]) == set(data["runs"][2]["did"]) == {""}
+
+
 def test_dense_alone_and_with_little_memory(tmp_path: Path, shapes: SDXL) -> None:
     pages = [tmp_path / name for name in ("plain.html", "little.html")]
     for page, more in zip(pages, ([], ["--low-memory"]), strict=True):
@@ -56,7 +68,10 @@ def test_dense_alone_and_with_little_memory(tmp_path: Path, shapes: SDXL) -> Non
     [
         ([], "there is no prompt, expected one"),
         ([PROMPT, "--out", "a.png"], "--out is a.png, expected an .html file"),
-        ([PROMPT, "--against", "tome"], "--against is tome without --prune, expected both: two plans are compared"),
+        ([PROMPT, "--against", "tome"], "against is 'tome' without a method, expected both: two methods are compared"),
+        ([PROMPT, "--fast", "fastest"], "unknown composed preset 'fastest', expected one of faithful, fast"),
+        ([PROMPT, "--fast", "fast", "--skip", "zeus"], "--fast fast sets --skip, expected one of them"),
+        ([PROMPT, "--skip", "tgate"], "tgate would change nothing"),
         ([PROMPT, "--prune", "at-edm", "--against", "tom"], "unknown preset 'tom', expected one of at-edm, "),
         ([PROMPT, "--attention-steps", "3"], "attention step is 3, expected 1 to 2"),
         ([PROMPT, "--attention-steps", "1;2"], "steps are '1;2', expected numbers from 1 with commas, such as 1,16,50"),
@@ -87,3 +102,6 @@ def test_lists_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--prune", "list"])
     assert not stop.value.code and "moving-grid" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["--skip", "list"])
+    assert not stop.value.code and "--skip deepcache" in capsys.readouterr().out

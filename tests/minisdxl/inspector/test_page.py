@@ -27,6 +27,7 @@ from minisdxl.inspector.session import RecordedRun, Recording, check_attention_s
 from minisdxl.inspector.words import Word
 from minisdxl.pipeline import SDXL
 from minisdxl.settings import Settings, check_settings
+from minisdxl.steps.plan import StepPlan
 
 PROMPT = "a small red circle above a big blue square on a white background"
 
@@ -65,7 +66,7 @@ def random_recording(
     for name in ("dense", *plans):
         schedule = None if name == "dense" else parse_preset(name)
         checked = check_settings(replace(settings, prune=schedule), config)
-        chosen = set() if schedule is None else check_attention_steps(None, checked, [parse_preset(p) for p in plans])
+        chosen = set() if schedule is None else check_attention_steps(None, [checked], [parse_preset(p) for p in plans])
         recorded = []
         for number in range(steps):
             plan = DENSE if schedule is None else schedule.plan(number, steps, sites)
@@ -74,13 +75,14 @@ def random_recording(
                 Step(
                     number,
                     1.0,
-                    plan,
                     random(4, side, side),
                     {site.name: [reduction((side >> site.level) ** 2, method)] for site in sites if site.name in plan},
                     {site.name: attention(side >> site.level) for site in sites} if number in chosen else {},
                 )
             )
-        runs.append(RecordedRun(name, schedule, picture, recorded, [picture] * steps, step_costs(config, checked, 77)))
+        planned = [StepPlan(plan) for plan in checked.plans]
+        costs = step_costs(config, checked, planned, 77)
+        runs.append(RecordedRun(name, schedule, picture, planned, recorded, [picture] * steps, costs))
     return Recording(prompt, words, config, settings, check_settings(settings, config), runs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from minisdxl.inspector.recorder import Recorder
 from minisdxl.inspector.session import RecordedRun, Recording, check_attention_steps
 from minisdxl.pipeline import SDXL
 from minisdxl.settings import Settings, check_settings
+from minisdxl.steps.cost import picture_cost
+from minisdxl.steps.plan import StepPlan, describe
 from tests.minisdxl.tiny import TINY, VOCABULARY, tiny_file
 
 PROMPT = "a small red circle above a big blue square on a white background"
@@ -57,6 +60,63 @@ def test_recording_changes_no_number(sdxl: SDXL, prune: str, sampling: str, cfg:
     for name, image in found.pictures.items():
         expected = sdxl.generate([PROMPT], prune=None if name == "dense" else name, **settings)[0]
         assert image.tobytes() == expected.tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("deepcache:every=2", {"skip": "deepcache:every=2"}),
+        ("fast", {"skip": "spaced:share=0.22"}),
+        ("tgate:gate=12,warm=2", {"skip": "tgate:gate=12,warm=2"}),
+        ("easycache:start=0.2", {"skip": "easycache:start=0.2"}),
+        ("interval:0.28-5.42", {"guide": "interval:0.28-5.42"}),
+        ("at-edm + deepcache + interval", {"prune": "at-edm", "skip": "deepcache", "guide": "interval"}),
+        ("moving-grid:recovery=own-change-linear", {"prune": "moving-grid:recovery=own-change-linear"}),
+    ],
+)
+def test_recording_step_plans_changes_no_number(
+    sdxl: SDXL, monkeypatch: pytest.MonkeyPatch, name: str, method: dict[str, str]
+) -> None:
+    """The same pictures, and plans and costs as a run without a recorder has them."""
+    settings: dict[str, Any] = {"steps": 10, "cfg": 3.0, "seed": 5, "size": (32, 32), **method}
+    found = recording(sdxl, monkeypatch, **settings)
+    run, realized = found.runs[1], list[Sequence[StepPlan]]()
+    expected = sdxl.generate([PROMPT], realized=realized, **settings)[0]
+    assert run.name == name and run.image.tobytes() == expected.tobytes()
+    assert run.plans == realized[0] and len(run.costs) == len(run.steps) == 10
+    cost = picture_cost(sdxl.config, 8, 8, realized[0], 77, 3.0, [1] * 10)
+    print(f"{name}: {describe(run.plans)}, {cost.flops} FLOPs")
+    assert sum(each.total for each in run.costs) == cost.flops
+    assert sum(each.ranking for each in run.costs) == cost.ranking
+    for plan, step, each in zip(run.plans, run.steps, run.costs, strict=True):
+        assert any(each.blocks.values()) == plan.runs or plan.unet == "shallow"
+        assert plan.runs or not step.reductions
+
+
+def test_attention_is_recorded_at_the_next_step_that_has_all_maps(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {site.name for site in TINY.unet.attention_sites()}
+    steps = recording(sdxl, monkeypatch, skip="deepcache", attention_steps=[2, 3]).runs[1].steps
+    assert [set(step.attention) for step in steps] == [set(), set(), set(), whole]
+    steps = recording(sdxl, monkeypatch, skip="deepcache:every=2").runs[1].steps  # the last step is shallow
+    assert [set(step.attention) for step in steps] == [whole, set(), whole, set()]
+    runs = recording(sdxl, monkeypatch, skip="deepcache", against="at-edm", steps=9).runs  # both at the same steps
+    recorded = [[step.number for step in run.steps if step.attention] for run in runs]
+    assert recorded[1] == [0, 3, 6] and recorded[2] == [0, 3, 6]  # whole steps; 3 is the first after DSAP's early ones
+
+
+def test_a_token_with_a_history_is_its_own_source(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = "moving-grid:recovery=own-change-linear"
+    run = recording(sdxl, monkeypatch, prune=preset).runs[1]
+    stayed: dict[str, torch.Tensor] = {}
+    for step in run.steps:
+        for name, (found,) in step.reductions.items():
+            assert found.sources is not None
+            before = stayed.get(name, torch.zeros_like(found.kept))
+            itself = found.sources[:, 0] == torch.arange(len(found.kept))
+            assert torch.equal(itself, found.kept | before)
+            assert found.kept[found.sources[~itself]].all()
+            stayed[name] = before | found.kept
+    assert any(each.any() for each in stayed.values())
 
 
 def test_modules_are_left_as_they_were(sdxl: SDXL) -> None:
@@ -151,7 +211,7 @@ def test_blocks_that_dsap_spares_are_not_reduced(sdxl: SDXL, monkeypatch: pytest
     for step in run.steps:
         plan = parse_preset("at-edm").plan(step.number, 4, sites)
         assert set(step.reductions) == set(plan)
-        assert step.plan == plan
+        assert run.plans[step.number] == StepPlan(plan)
     assert len(run.steps[0].reductions) < len(run.steps[1].reductions)
 
 
@@ -170,7 +230,7 @@ def test_steps_and_their_costs(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch, samp
 
 def check_costs(run: RecordedRun, sdxl: SDXL, found: Recording, calls: list[int]) -> None:
     for step, cost, times in zip(run.steps, run.costs, calls, strict=True):
-        flops = count(sdxl.config, 8, 8, step.plan, 77)
+        flops = count(sdxl.config, 8, 8, run.plans[step.number].tokens, 77)
         assert cost.total == 2 * times * flops.total
         for site in sdxl.config.unet.attention_sites():
             works = [work.flops for work in flops.works if work.name == site.name and "ranking" not in work.kind]
@@ -201,7 +261,7 @@ def test_attention_is_recorded_before_and_after_the_early_steps(
     prune: str | None, steps: int, expected: set[int]
 ) -> None:
     run = check_settings(Settings(steps=steps, prune=prune), TINY)
-    assert check_attention_steps(None, run, [None if prune is None else parse_preset(prune)]) == expected
+    assert check_attention_steps(None, [run], [None if prune is None else parse_preset(prune)]) == expected
 
 
 def test_a_picture_to_start_from(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +291,9 @@ def test_progress_is_told(sdxl: SDXL) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"against": "tome"}, "against is 'tome' without prune, expected both: two plans are compared"),
+        ({"against": "tome"}, "against is 'tome' without a method, expected both: two methods are compared"),
+        ({"skip": "deepcache:every=2", "attention_steps": [4]}, "attention step is 4, expected 1 to 3: no later one"),
+        ({"skip": "deepcash"}, "unknown skip method 'deepcash'"),
         ({"attention_steps": [0]}, "attention step is 0, expected 1 to 4"),
         ({"attention_steps": [5]}, "attention step is 5, expected 1 to 4"),
         ({"images_per_prompt": 2}, "images_per_prompt is 2, expected 1: the page shows one picture"),
