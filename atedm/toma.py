@@ -68,11 +68,13 @@ class Assignment(Merge):
     """How much of each token goes to each destination of its tile.
 
     ``shares`` are A (B, T, m, s) for each of ``regions``, which are in raster order. Each token's shares sum to 1.
+    ``chosen`` (B, T, m) says which of a tile's tokens are its destinations.
     """
 
     grid: tuple[int, int]
     regions: tuple[Region, ...]
     shares: tuple[Tensor, ...]
+    chosen: tuple[Tensor, ...]
 
     def merge(self, values: Tensor) -> Tensor:
         """Destinations are means weighted by A: the product with A, each row divided by its sum. See :class:`Merge`."""
@@ -113,13 +115,13 @@ class ToMA(Reduction):
         if not self._merges(tokens.grid):
             return Merge(), Merge(), Merge()
         directions = F.normalize(at_least_float32(tokens.values), dim=-1, eps=1e-12)
-        shares = []
+        shares, chosen = [], []
         for region in regions:
             tiles = region.split(directions, tokens.grid)
             similarity = tiles @ tiles.mT
-            chosen = facility_location(similarity, self.destinations(region.tokens))
-            shares.append((self.scale * _take_rows(similarity, chosen)).softmax(dim=-2))
-        assignment = Assignment(tokens.grid, regions, tuple(shares))
+            chosen.append(facility_location(similarity, self.destinations(region.tokens)))
+            shares.append((self.scale * _take_rows(similarity, chosen[-1])).softmax(dim=-2))
+        assignment = Assignment(tokens.grid, regions, tuple(shares), tuple(chosen))
         return assignment, assignment, assignment
 
     def regions(self, grid: tuple[int, int]) -> tuple[Region, ...]:

@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,11 +14,18 @@ from tqdm import tqdm
 from minisdxl.cli.jobs import drawn_seed
 from minisdxl.cli.models import add_model, load_model, open_model
 from minisdxl.cli.options import Parser, add_pruning, add_steps, plain_warnings
-from minisdxl.cli.pictures import add_picture, list_samplings, read_mask, read_source, settle_picture
+from minisdxl.cli.pictures import (
+    add_picture,
+    list_samplings,
+    picture_settings,
+    read_mask,
+    read_source,
+    settle_picture,
+)
 from minisdxl.cli.presets import check_plans, preset_note, settle_fast, settle_preset
 from minisdxl.cli.prompt_syntax import check_syntax
 from minisdxl.cli.reports import check_writable
-from minisdxl.cli.runs import LOW_MEMORY_STRIP_ROWS
+from minisdxl.inspector.page import Inspection
 from minisdxl.inspector.session import check_attention_steps, compared, find_schedule
 from minisdxl.prompting.syntax import parse
 from minisdxl.settings import Settings, check_settings
@@ -52,24 +60,7 @@ def _inspect(options: argparse.Namespace) -> None:
     check_syntax([options.prompt, options.negative], embeddings)
     source = read_source(options, [options.size])
     mask = read_mask(options, source)
-    settings = Settings(
-        negative=options.negative,
-        sampling=options.sampling,
-        steps=options.steps,
-        cfg=options.cfg,
-        seed=drawn_seed(options.seed),
-        prune=options.prune,
-        skip=options.skip,
-        guide=options.guide,
-        size=options.size,
-        original_size=options.original_size,
-        crop=options.crop,
-        target_size=options.target_size,
-        image=None if source is None else source.image,
-        strength=options.strength,
-        mask=None if mask is None else mask.image,
-        strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
-    )
+    settings = replace(picture_settings(options, source, mask), seed=drawn_seed(options.seed))
     methods = compared(settings, options.against)
     schedules = [find_schedule(method.prune, weights.config) for method in methods]
     runs = [check_settings(method, weights.config) for method in methods]
@@ -78,6 +69,13 @@ def _inspect(options: argparse.Namespace) -> None:
     for preset in (options.prune, options.against):
         if note := preset_note(weights.config, preset):
             print(f"note: {note}", file=sys.stderr)
+    found = _record(options, settings)
+    found.save(options.out)
+    print(f"{options.out}  seed {settings.seed}  {found.size / 1e6:.1f} MB  {', '.join(found.pictures)}")
+
+
+def _record(options: argparse.Namespace, settings: Settings) -> Inspection:
+    """Loads the model and draws, with a progress bar on a terminal."""
     sdxl = load_model(options)
     if options.low_memory:
         sdxl = sdxl.encode_ahead([options.prompt], [options.negative])
@@ -87,15 +85,8 @@ def _inspect(options: argparse.Namespace) -> None:
             bar.set_description(f"{plan}, step {step + 1}")
             bar.update()
 
-        found = sdxl.inspect(
-            options.prompt,
-            settings,
-            against=options.against,
-            attention_steps=options.attention_steps,
-            on_step=on_step,
-        )
-    found.save(options.out)
-    print(f"{options.out}  seed {settings.seed}  {found.size / 1e6:.1f} MB  {', '.join(found.pictures)}")
+        steps = options.attention_steps
+        return sdxl.inspect(options.prompt, settings, against=options.against, attention_steps=steps, on_step=on_step)
 
 
 def _parser() -> Parser:

@@ -14,6 +14,7 @@ from minisdxl.samplings import LEVELS, SAMPLINGS, Sampling
 from minisdxl.settings import REFINER_START, Settings, check_pictures, check_settings, first_step, split_step
 
 STRENGTH, MASKED_STRENGTH = 0.6, 1.0  # the default with --image alone, and with --mask
+LOW_MEMORY_STRIP_ROWS = 8  # rows of the latent decoded at once, with --low-memory
 
 
 def add_picture(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +110,29 @@ def settle_picture(options: argparse.Namespace, config: ModelConfig, refiner: Mo
     elif options.refiner_start is not None:
         raise ValueError(f"--refiner-start is {options.refiner_start} without --refiner, expected both")
     return run.sampling
+
+
+def picture_settings(options: argparse.Namespace, source: InitImage | None, mask: InitImage | None) -> Settings:
+    """The settings of a picture, from the options of a command that have been settled and read."""
+    return Settings(
+        negative=options.negative,
+        sampling=options.sampling,
+        steps=options.steps,
+        cfg=options.cfg,
+        seed=options.seed,
+        prune=options.prune,
+        skip=options.skip,
+        guide=options.guide,
+        size=options.size,
+        original_size=options.original_size,
+        crop=options.crop,
+        target_size=options.target_size,
+        image=None if source is None else source.image,
+        strength=options.strength,
+        mask=None if mask is None else mask.image,
+        refiner_start=options.refiner_start,
+        strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
+    )
 
 
 def read_source(options: argparse.Namespace, sizes: Collection[tuple[int, int]]) -> InitImage | None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from minisdxl.cli.jobs import Job
 from minisdxl.cli.picture_files import InitImage, side_by_side, write_picture
+from minisdxl.cli.pictures import picture_settings
 from minisdxl.cli.previews import Preview, RGBMap, fit_rgb
 from minisdxl.cost import format_flops
 from minisdxl.pipeline import SDXL
@@ -25,7 +26,6 @@ from minisdxl.steps.cost import PictureCost, picture_cost
 from minisdxl.steps.plan import StepPlan, describe
 
 REALIZED = "realized"  # the plans of the steps that were run, a setting that shows only in the run
-LOW_MEMORY_STRIP_ROWS = 8  # rows of the latent decoded at once, with --low-memory
 
 
 class Method(NamedTuple):
@@ -140,24 +140,15 @@ class Run:
             kind = f"-{'dense' if method == DENSE else 'pruned'}" if options.compare else ""
             targets = [job.target.with_stem(job.target.stem + kind) for job in jobs]
             preview = Preview(self._rgb, options.preview, targets)
-        settings = Settings(
+        settings = replace(
+            picture_settings(options, self.source, self.mask),
             negative=job.negative,
             sampling=self.sampling if preview is None else preview.watch(self.sampling),
             steps=job.steps,
             cfg=job.cfg,
             seed=job.seed,
-            prune=method.prune,
-            skip=method.skip,
-            guide=method.guide,
             size=job.size,
-            original_size=options.original_size,
-            crop=options.crop,
-            target_size=options.target_size,
-            image=None if self.source is None else self.source.image,
-            strength=options.strength,
-            refiner_start=options.refiner_start,
-            mask=None if self.mask is None else self.mask.image,
-            strip_rows=LOW_MEMORY_STRIP_ROWS if options.low_memory else None,
+            **method._asdict(),
         )
         run, realized = self._check(settings), list[Sequence[StepPlan]]()
         plans = run.planner.base if run.planner else [StepPlan(plan) for plan in run.plans[run.first :]]

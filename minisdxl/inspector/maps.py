@@ -1,7 +1,8 @@
 """Attention of one transformer layer, reduced to what a page can hold.
 
 Shapes: N tokens of the grid (H, W), heads h, T text tokens. Where tokens are merged, attention sees M < N of them; each
-token then has the attention of its group, and a group is shown at the position of the token that stayed.
+token then has the attention of its group, and a group is shown at the position of the token that stayed. Where only
+keys and values are fewer (ToDo), no token attends to the others, and there is no G-WPR: it needs a square map.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from atedm.graph import AttentionGraph, AttentionInputs, DenseGraph
 from atedm.gwpr import rank
-from atedm.merging import Matching
+from minisdxl.inspector.groups import Groups
 
 TOP = 12  # of a token's row and column, so many largest weights are kept
 ITERATIONS = 12  # of G-WPR that are kept at most
@@ -36,7 +37,7 @@ class AttentionMaps:
 
     ``rows`` is what a token attends to, ``columns`` who attends to it. ``words`` (words, H', W') is the attention to
     each word, which is that to all its tokens together. ``scores`` (t, N) are those of G-WPR after so many
-    ``iterations``, the last of them converged or at the limit.
+    ``iterations``, the last of them converged or at the limit; t is 0 if the map is not square.
     """
 
     rows: Top
@@ -51,7 +52,7 @@ def attention_maps(
     self_attention: AttentionInputs,
     cross_attention: AttentionInputs,
     words: Sequence[Sequence[int]],
-    matching: Matching | None,
+    groups: Groups | None,
     ranked_by_text: bool,
 ) -> AttentionMaps:
     """The maps of the last row of the batch. ``words`` are the text tokens of each word.
@@ -61,25 +62,30 @@ def attention_maps(
     ours, text = last_row(self_attention), last_row(cross_attention)
     count = grid[0] * grid[1]
     everywhere = torch.arange(count, device=ours.query.device)
-    group = place = everywhere
-    if matching is not None:
-        group = matching.source[-1]
-        place = matching.order[-1][: count - matching.target.shape[1]]
+    places = everywhere if groups is None else groups.places
 
     def spread(x: Tensor) -> Tensor:
-        """From groups (M, ...) to tokens (N, ...), where attention saw groups."""
-        return x if x.shape[0] == count else x[group]
+        """From groups (M, ...) to tokens (N, ...), where attention saw groups; 0 for tokens that are in none."""
+        if groups is None or x.shape[0] == count:
+            return x
+        if groups.members is None:
+            return x.new_zeros(count, *x.shape[1:]).index_copy(0, places, x)
+        return x[groups.members]
 
     attention = mean_map(ours)
-    at = everywhere if len(attention) == count else place
-    rows, columns = (x.topk(min(TOP, len(x)), dim=1) for x in (attention, attention.mT))
-    iterations, scores = iterated(text if ranked_by_text else ours, cross=ranked_by_text)
+    asking, read = (everywhere if size == count else places for size in attention.shape)
+    rows, columns = (x.topk(min(TOP, x.shape[1]), dim=1) for x in (attention, attention.mT))
+    if len(asking) == len(read):
+        iterations, scores = iterated(text if ranked_by_text else ours, cross=ranked_by_text)
+        scores = spread(scores.mT).mT
+    else:
+        iterations, scores = [], attention.new_zeros(0, count)
     return AttentionMaps(
-        Top(spread(at[rows.indices]).cpu(), spread(rows.values).cpu()),
-        Top(spread(at[columns.indices]).cpu(), spread(columns.values).cpu()),
+        Top(spread(read[rows.indices]).cpu(), spread(rows.values).cpu()),
+        Top(spread(asking[columns.indices]).cpu(), spread(columns.values).cpu()),
         word_maps(spread(mean_map(text)), grid, words).cpu(),
         iterations,
-        spread(scores.mT).mT.cpu(),
+        scores.cpu(),
     )
 
 

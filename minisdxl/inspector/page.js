@@ -355,7 +355,7 @@ function renderTokens() {
   const site = data.sites[state.site], [rows, columns] = site.grid;
   by("site").value = state.site;
   by("view").value = state.view;
-  const legend = { kept: "covered: pruned or merged · clear: stays", scores: "dark violet: low score · yellow: high score · ×: pruned", picture: "the picture alone" };
+  const legend = { kept: "covered: pruned, merged or left out · clear: stays", scores: "dark violet: low score · yellow: high score · ×: pruned", picture: "the picture alone" };
   const chosen = "□ the chosen token · the arrow starts where it is copied from";
   by("tokens-legend").replaceChildren(...[legend[state.view], chosen].map((text) => element("span", {}, text)));
   for (const run of plans) {
@@ -389,7 +389,7 @@ function renderTokens() {
 function blockText(run, last) {
   const site = data.sites[state.site];
   if (!last) return `${site.name}: ${untouched(run, state.site, state.step)}, ${counted(site)} tokens.`;
-  const verb = data.runs[run].kind === "merging" ? "stay as they are or take in others" : "stay";
+  const verb = data.runs[run].kind === "merging" ? data.runs[run].wording.stay : "stay";
   const again = data.runs[run].kind === "merging" ? "; each layer matches anew, this is the first" : "";
   return `${site.name}: ${last.stay} of ${counted(site)} tokens ${verb} (${percent(last.stay / counted(site))})${again}`;
 }
@@ -401,14 +401,14 @@ function sourcesOf(done, token) {
 }
 
 function tokenText(run, done) {
-  const site = data.sites[state.site], { kind, ranking, recovery } = data.runs[run], lines = [];
+  const site = data.sites[state.site], { kind, wording, ranking, recovery } = data.runs[run], lines = [];
   if (!ran(run, state.site, state.step)) return [element("br"), `Token in ${place(site, state.token)}.`];
   const went = done.find((each) => each.held[state.token] && !each.kept[state.token]);
-  const fate = !done.length ? "stays" : !went ? "stays" : kind === "merging" ? "merged" : `pruned after layer ${went.layer + 1}`;
+  const fate = !done.length ? "stays" : !went ? "stays" : kind === "merging" ? wording.fate : `pruned after layer ${went.layer + 1}`;
   lines.push(`Token in ${place(site, state.token)}: ${fate}.`);
   if (went) {
     const sources = sourcesOf(done, state.token).map((source) => place(site, source)).join(" and ");
-    if (kind === "merging") lines.push(`Merged into the token in ${sources}.`);
+    if (kind === "merging") lines.push(...(sources ? [`${wording.source} ${sources}.`] : []));
     else if (sources && sourcesOf(done, state.token)[0] === state.token) lines.push(`Recovery “${recovery}”: adds its own change of an earlier step.`);
     else if (sources) lines.push(`Recovery “${recovery}”: ${recovery.includes("change") ? "adds the change of" : "copied from"} the token in ${sources}.`);
     else lines.push(`Recovery “${recovery}” reads no other token.`);
@@ -419,7 +419,7 @@ function tokenText(run, done) {
       lines.push(`Rank ${each.ranks[state.token]} of ${held} by ${ranking}, score ${short(each.scores[state.token])}${done.length > 1 ? ` in layer ${each.layer + 1}` : ""}.`);
     }
   }
-  if (kind === "merging" && done.length) lines.push("ToMe merges the most similar tokens and has no scores.");
+  if (kind === "merging" && done.length) lines.push(wording.note);
   return lines.flatMap((line) => [element("br"), line]);
 }
 
@@ -458,21 +458,26 @@ function renderAttention() {
   for (const [side, verb, title] of SIDES) {
     const top = found[side](state.token), most = Math.max(...top.map(([, weight]) => weight));
     const weights = new Map();
-    for (const [position, weight] of top) weights.set(position, Math.max(weight, weights.get(position) || 0));
+    for (const [position, weight] of top) if (weight > 0) weights.set(position, Math.max(weight, weights.get(position) || 0));
     drawGrid(by(`${side}-map`), run, site.grid, true, (context, cell, x, y, width, height) => {
-      context.fillStyle = weights.has(cell) ? rgb(ramp(weights.get(cell) / most), 0.9) : "rgba(16, 18, 24, 0.55)";
+      context.fillStyle = weights.has(cell) ? rgb(ramp(weights.get(cell) / (most || 1)), 0.9) : "rgba(16, 18, 24, 0.55)";
       context.fillRect(x, y, width, height);
     }, markToken);
     const sum = top.reduce((total, [, weight]) => total + weight, 0);
     const first = top.slice(0, 3).map(([position, weight]) => `${place(site, position)} (${percent(weight)})`).join("; ");
     const share = side === "rows" ? ` together ${percent(Math.min(1, sum))} of its attention` : ` together ${short(sum)}, where a whole column has 1 on average`;
-    by(`${side}-text`).textContent = `${title}. The largest ${top.length}:${share}. ${verb === "attends to" ? "Most to" : "Most from"} ${first}.`;
+    by(`${side}-text`).textContent = most === 0 ? `${title}. None does: it is not read.` : `${title}. The largest ${top.length}:${share}. ${verb === "attends to" ? "Most to" : "Most from"} ${first}.`;
   }
   renderIterations(found, counted(site), run);
 }
 
 function renderIterations(found, count, run) {
   const { iterations, scores } = found, cross = data.runs[run].ranking === "ca-wpr";
+  if (!iterations.length) {
+    by("iterations").replaceChildren();
+    by("iterations-text").textContent = "G-WPR needs a vote of every token on every other, which this method does not compute.";
+    return;
+  }
   const line = iterations.map((_, t) => scores[t * count + state.token] * count);
   const stay = staying(run, state.site, state.step), series = [{ name: "this token", values: line, className: `plan-${run}` }];
   if (stay !== null && ["gwpr", "ca-wpr", "one-vote", "lowest", "covered"].includes(data.runs[run].ranking)) {

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
 
 from atedm.merging import Merging
 from atedm.pruning import Pruning
+from atedm.sito import SiTo
+from atedm.todo import ToDo
+from atedm.toma import ToMA
 from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.inspector.maps import AttentionMaps, Top
 from minisdxl.inspector.packing import bits, ranked, scaled, text, whole
@@ -30,6 +33,43 @@ SIDE = 512  # pixels of a picture's longer side on the page at most
 QUALITY = 80  # of its WebP
 FAR = 0.1  # a change of the denoised latent that shows
 NOTEBOOK_HEIGHT = 900  # pixels
+
+
+class Wording(NamedTuple):
+    """How the page speaks of a method around the sub-layers."""
+
+    stay: str  # of tokens of which attention sees something: "64 of 256 tokens ..."
+    fate: str  # of another token
+    source: str  # before the place of the token that it takes its result from
+    note: str
+
+
+WORDING: dict[type, Wording] = {
+    Merging: Wording(
+        "stay as they are or take in others",
+        "merged",
+        "Merged into the token in",
+        "ToMe merges the most similar tokens and has no scores.",
+    ),
+    SiTo: Wording(
+        "stay in self-attention",
+        "left out of self-attention",
+        "Takes the result of the token in",
+        "SiTo leaves out those that are most like one that stays, and has no scores of attention.",
+    ),
+    ToDo: Wording(
+        "are read as keys and values",
+        "asks, and is not read",
+        "",
+        "ToDo reads a coarser grid, whatever the tokens are, and has no scores.",
+    ),
+    ToMA: Wording(
+        "are destinations",
+        "merged",
+        "Its largest share goes to the token in",
+        "ToMA merges the tokens of a tile into destinations, by shares, and has no scores.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -124,10 +164,10 @@ def run_data(run: RecordedRun, name: str, steps: int) -> dict[str, Any]:
     costs = [cost for i, cost in enumerate(run.costs) if cost not in run.costs[:i]]  # few differ
     method = None if run.schedule is None else run.schedule.method
     how: dict[str, Any] = {"kind": "dense", "early": 0}
-    if isinstance(method, Merging):
-        how["kind"] = "merging"
-    elif isinstance(method, Pruning):
+    if isinstance(method, Pruning):
         how |= {"kind": "pruning", "ranking": method.ranking, "recovery": method.recovery}
+    elif method is not None:
+        how |= {"kind": "merging", "wording": WORDING[type(method)]._asdict()}
     if run.schedule is not None and run.schedule.early == "less":
         how["early"] = run.schedule.early_steps(steps)
     blocks = {name for step in run.steps for name in step.reductions}

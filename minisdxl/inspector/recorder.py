@@ -16,13 +16,13 @@ from torch import Tensor
 
 from atedm.fills import Fill
 from atedm.graph import AttentionInputs, LazyGraph
-from atedm.merging import Matching
 from atedm.plan import UNTOUCHED, Attended, BlockPlan, LayerPlan, TokenPlan
 from atedm.pruning import Pruning
 from atedm.ranking import scores
 from atedm.recovery import Copy, Restore
 from atedm.reduction import Merge
 from atedm.tokens import TokenSet
+from minisdxl.inspector.groups import Groups, groups_of
 from minisdxl.inspector.maps import AttentionMaps, attention_maps
 from minisdxl.sampler import Denoiser
 from minisdxl.steps.evaluate import Tensors, evaluate
@@ -36,7 +36,7 @@ class Reduction:
     """What a transformer layer did with the N grid positions of its block, for one picture.
 
     ``held`` (N,) says which of them were tokens when the layer began, ``kept`` (N,) which stayed. ``scores`` (N,) are
-    NaN where there was no token; ``None`` for merging, which does not rank. ``sources`` (N, m) are the positions that
+    NaN where there was no token; ``None`` for merging, which ranks no tokens. ``sources`` (N, m) are the positions that
     a token takes its later value or change from, its own if it stayed, -1 where there was no token; ``None`` if the
     recovery reads no kept token.
     """
@@ -178,18 +178,16 @@ class LayerWatcher:
     block: str
     layer: int
     words: Sequence[Sequence[int]] | None
-    matching: Matching | None = None  # of merged tokens, around the sub-layers that merge
+    groups: Groups | None = None  # of the tokens, around the sub-layers that merge
 
     def merged(self, tokens: TokenSet, merges: Sequence[Merge]) -> None:
-        """Records the matching of the first layer. Later layers match anew."""
-        matching = next((merge for merge in merges if isinstance(merge, Matching)), None)
-        if matching is None or self.layer > 0:
+        """Records what the first layer merges. Later layers match anew."""
+        groups = next((found for found in map(groups_of, merges) if found is not None), None)
+        if groups is None or self.layer > 0:
             return
-        self.matching = matching
-        order = matching.order[-1]
-        stay = order[: len(order) - matching.target.shape[1]]
-        kept = torch.zeros(tokens.count, dtype=torch.bool, device=order.device).scatter(0, stay, True)
-        self._add(Reduction(0, torch.ones_like(kept), kept, None, stay[matching.source[-1]].unsqueeze(-1)))
+        self.groups = groups
+        kept = torch.zeros(tokens.count, dtype=torch.bool, device=groups.places.device).scatter(0, groups.places, True)
+        self._add(Reduction(0, torch.ones_like(kept), kept, None, groups.sources()))
 
     def pruned(
         self,
@@ -237,7 +235,7 @@ class LayerWatcher:
             return
         ranked_by_text = pruning is not None and pruning.ranking == "ca-wpr"
         self.step.attention[self.block] = attention_maps(
-            tokens.grid, self_attention, cross_attention, self.words, self.matching, ranked_by_text
+            tokens.grid, self_attention, cross_attention, self.words, self.groups, ranked_by_text
         )
 
     def _add(self, reduction: Reduction) -> None:

@@ -10,9 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from atedm.merging import Merging
 from atedm.presets import parse_preset
-from atedm.pruning import Pruning
 from atedm.schedule import Schedule
 from minisdxl.config import ModelConfig
 from minisdxl.cost import Kind
@@ -153,15 +151,9 @@ def _telling(on_step: Progress, name: str) -> Callable[[int, Tensor], None]:
 
 
 def find_schedule(plan: Prune, config: ModelConfig) -> Schedule | None:
-    """The schedule of a preset, of the model's own preset (true), or as it is given; ``None`` for dense.
-
-    Raises ``ValueError`` for methods that the page cannot show: it knows pruning, and ToMe's matching.
-    """
+    """The schedule of a preset, of the model's own preset (true), or as it is given; ``None`` for dense."""
     preset = config.defaults.prune if plan is True else plan
-    schedule = parse_preset(preset) if isinstance(preset, str) else preset or None
-    if schedule is not None and not isinstance(schedule.method, Pruning | Merging):
-        raise ValueError(f"{schedule.name} is {type(schedule.method).__name__}, expected pruning or ToMe to inspect")
-    return schedule
+    return parse_preset(preset) if isinstance(preset, str) else preset or None
 
 
 def method_name(method: Settings, schedule: Schedule | None) -> str:

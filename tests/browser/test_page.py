@@ -429,6 +429,30 @@ def test_steps_at_which_blocks_do_not_run(browser: Any, shapes: SDXL, tmp_path: 
     page.context.close()
 
 
+@pytest.mark.parametrize("preset", ["sito", "todo", "toma"])
+def test_other_reductions(browser: Any, shapes: SDXL, tmp_path: Path, preset: str) -> None:
+    found = shapes.inspect("a circle", steps=1, size=(128, 128), prune=preset)
+    page = Page(browser, found.save(tmp_path / "page.html"))
+    said, columns = set(), set()
+    for token in range(256):
+        page.it.evaluate(f"choose({{token: {token}}})")
+        lines = page.text("#tokens-text-1").split("\n")
+        said.add((lines[1].partition(": ")[2], re.sub(r"row \d+, column \d+", "X", lines[2])))
+        columns.add("None does: it is not read." in page.text("#columns-text"))
+        assert "of its attention. Most to row" in page.text("#rows-text")
+    note = next(text for _, text in said if preset in text.lower())
+    expected = {
+        "sito": {("stays.", note), ("left out of self-attention.", "Takes the result of the token in X.")},
+        "todo": {("stays.", note), ("asks, and is not read.", note)},
+        "toma": {("stays.", note), ("merged.", "Its largest share goes to the token in X.")},
+    }
+    assert said == expected[preset]
+    assert columns == ({True, False} if preset == "todo" else {False})
+    assert page.text("#iterations-text").startswith("G-WPR needs" if preset == "todo" else "Score × N through")
+    assert page.said == []
+    page.context.close()
+
+
 def test_a_token_that_copies_its_own_change(browser: Any, shapes: SDXL, tmp_path: Path) -> None:
     found = shapes.inspect("a circle", steps=2, size=(64, 64), prune="moving-grid:recovery=own-change")
     page = Page(browser, found.save(tmp_path / "own.html"))

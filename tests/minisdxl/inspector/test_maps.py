@@ -13,6 +13,7 @@ from atedm.graph import AttentionInputs
 from atedm.gwpr import EPSILON
 from atedm.merging import Matching, Merging
 from minisdxl.inspector import maps
+from minisdxl.inspector.groups import Groups, groups_of
 from minisdxl.inspector.maps import AttentionMaps, attention_maps
 from tests.atedm.reference import algorithm_1, root_mean_square
 
@@ -33,10 +34,12 @@ def exact(of: AttentionInputs) -> Tensor:
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def recorded(matching: Matching | None = None, cross: bool = False) -> tuple[AttentionMaps, Tensor, Tensor]:
-    tokens = GRID[0] * GRID[1] - (0 if matching is None else matching.target.shape[1])
-    ours, text = inputs(tokens, tokens, 0), inputs(tokens, TEXT, 1)
-    return attention_maps(GRID, ours, text, WORDS, matching, cross), exact(ours), exact(text)
+def recorded(groups: Groups | None = None, cross: bool = False) -> tuple[AttentionMaps, Tensor, Tensor]:
+    count = GRID[0] * GRID[1]
+    keys = count if groups is None else len(groups.places)
+    asking = count if groups is None or groups.members is None else keys
+    ours, text = inputs(asking, keys, 0), inputs(asking, TEXT, 1)
+    return attention_maps(GRID, ours, text, WORDS, groups, cross), exact(ours), exact(text)
 
 
 def test_rows_and_columns_have_the_largest_weights() -> None:
@@ -95,7 +98,7 @@ def test_merged_tokens_have_the_attention_of_their_group() -> None:
     values = torch.randn(2, GRID[0] * GRID[1], 5, generator=torch.Generator().manual_seed(2))
     matching = match_tokens(TokenSet(values, GRID), Merging(0.5))
     assert isinstance(matching, Matching)
-    found, ours, text = recorded(matching)
+    found, ours, text = recorded(groups_of(matching))
     groups, stay = matching.source[-1], matching.order[-1, :12]
     mean = ours.mean(dim=0)
     for token in range(24):
@@ -105,3 +108,18 @@ def test_merged_tokens_have_the_attention_of_their_group() -> None:
         assert math.isclose(float(found.words[0].flatten()[token]), float(text.mean(dim=0)[group, 1]), rel_tol=1e-5)
     for position, group in zip(stay.tolist(), range(12), strict=True):  # a group is shown where its token stayed
         assert int(groups[position]) == group
+
+
+def test_where_only_keys_are_fewer_the_others_have_no_column() -> None:
+    places = torch.tensor([0, 3, 8, 13, 17, 22])
+    found, ours, _ = recorded(Groups(places, None))
+    mean = ours.mean(dim=0)  # (24, 6)
+    assert torch.equal(found.rows.positions, places[torch.argsort(mean, dim=1, descending=True)])
+    read = torch.zeros(24, dtype=torch.bool).index_fill(0, places, True)
+    assert (found.columns.weights[~read] == 0).all()
+    expected = torch.argsort(mean.mT, dim=1, descending=True)[:, : maps.TOP]
+    assert torch.equal(found.columns.positions[read], expected)
+    error = (found.columns.weights[read] - mean.mT.gather(1, expected)).abs().max().item()
+    print(f"max error {error:.2e}")
+    assert error < 1e-6
+    assert found.iterations == [] and found.scores.shape == (0, 24)  # the map is not square
