@@ -68,9 +68,9 @@ def has_all_maps(plan: StepPlan) -> bool:
 class Recorder:
     """Stands in for a U-Net and watches its denoiser; ``steps`` are the steps recorded so far.
 
-    ``attention_steps`` are the steps of which attention is recorded; one that does not have all maps gives its turn to
-    the next that has. ``words`` are the positions of each word's tokens in the context, and ``first`` is the first step
-    that is run.
+    ``attention_steps`` are the steps of which attention is recorded. Where one of them does not compute all attention
+    maps, the next step that does is recorded instead. ``words`` are the positions of each word's tokens in the context,
+    and ``first`` is the first step that is run.
     """
 
     def __init__(self, unet: UNet, first: int, attention_steps: Collection[int], words: Sequence[Sequence[int]]):

@@ -42,7 +42,7 @@ def evaluate(
 
     ``kept`` are those of earlier calls with as many latents b. A shallow call runs the ``branch`` + 1 outermost blocks
     on both ways, and takes what came up to them from below in an earlier call (DeepCache, arXiv:2312.00858).
-    ``watched`` may put layer plans that look on in place of those that the blocks would get.
+    ``watched`` may replace the token plan by one that does the same and records it.
     """
     plan.tokens.check(unet.config.attention_sites())
     new: Tensors = {}
