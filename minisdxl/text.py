@@ -67,14 +67,17 @@ class TextEncoder(nn.Module):
 
         Returns the hidden state before the last layer (B, L, width), without the final LayerNorm, and the pooled output
         (B, projection): the normalized last state at the first end token, projected; ``None`` without a projection.
-        Raises ``ValueError`` for a row without an end token.
+        Raises ``ValueError`` for a row without an end token; on a GPU it is an assertion of the device.
         """
         hidden = self.text_model(ids)
         if self.text_projection is None:
             return hidden, None
         ends = ids == self.end_token
-        if not ends.any(dim=1).all():
-            raise ValueError(f"token ids have a row without the end token {self.end_token}, expected one in each row")
+        said = f"token ids have a row without the end token {self.end_token}, expected one in each row"
+        if ids.is_cuda or ids.is_meta:  # the same, without waiting for the GPU
+            torch._assert_async(ends.any(dim=1).all(), said)
+        elif not ends.any(dim=1).all():
+            raise ValueError(said)
         first_end = ends.int().argmax(dim=1)
         rows = torch.arange(len(ids), device=ids.device)
         return hidden, self.text_projection(self.text_model.finish(hidden)[rows, first_end])

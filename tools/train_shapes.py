@@ -129,6 +129,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--watch-pictures", type=int, default=8, help="plain and as many open pictures of a measurement"
     )
+    parser.add_argument(
+        "--save-every", type=int, default=100, help="U-Net steps between two saved states (default: %(default)s)"
+    )
     parser.add_argument("--grid-every", type=int, default=200, help="U-Net steps between two sample grids, 0: none")
     parser.add_argument("--grid-pictures", type=int, default=16, help="pictures of a grid, in rows of four")
     options = parser.parse_args(arguments)

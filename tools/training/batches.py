@@ -43,9 +43,9 @@ def draw_batch(rng: random.Random, size: BatchSize, split: str = "train", world:
     return np.stack(pictures), captions
 
 
-def to_images(pictures: Picture, device: torch.device | str = "cpu") -> Tensor:
+def to_images(pictures: Picture | Tensor, device: torch.device | str | None = None) -> Tensor:
     """Pictures (B, side, side, 3) to tensors (B, 3, side, side) in [-1, 1]."""
-    images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    images = torch.as_tensor(pictures, device=device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     return images.contiguous(memory_format=torch.channels_last)
 
 

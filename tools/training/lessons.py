@@ -30,11 +30,19 @@ class Graded(NamedTuple):
 
 
 class Lesson(ABC):
-    """One kind of training for the U-Net."""
+    """One kind of training for the U-Net.
+
+    In two parts, because a GPU records the second one and repeats it (``tools.training.learning``): what is different
+    in each step goes through the tensors of the first.
+    """
 
     @abstractmethod
-    def __call__(self, step: int, size: BatchSize) -> Graded:
-        """The model's errors in this step, with gradients."""
+    def inputs(self, step: int, size: BatchSize) -> tuple[Tensor, ...]:
+        """What step ``step`` learns from, on the model's device."""
+
+    @abstractmethod
+    def grade(self, *inputs: Tensor) -> Graded:
+        """The model's errors on these :meth:`inputs`, with gradients. Waits for no result of the GPU."""
 
     def state(self) -> dict[str, Any]:
         """What a run that was stopped needs to go on, for :meth:`load_state`."""
@@ -54,27 +62,31 @@ class NoisyPictures(Lesson):
         self.device = next(model.parameters()).device
         self.levels = discrete_sigmas(SHAPES.noise).float().to(self.device)
 
-    def __call__(self, step: int, size: BatchSize) -> Graded:
-        """The errors on the next drawn pictures."""
+    def inputs(self, step: int, size: BatchSize) -> tuple[Tensor, ...]:
+        """The next drawn pictures, their captions, and noise."""
         torch.manual_seed(step)
         pictures, captions = next(self.drawn)
-        count, device = size.count, self.device
-        images = to_images(pictures, device)
-        with torch.no_grad():
-            latents = self.vae.encode(images).float()
-        share = noise_levels(count).to(device)
-        timestep = (share * SHAPES.noise.steps).long()
         # Offset noise, as in SDXL's own training but twice as strong. Without it the noisiest latent still shows its
         # mean. The model then takes the background from it, and at sampling, where it is 0, no caption makes it white.
-        noise = (torch.randn(latents.shape) + 0.1 * torch.randn(count, latents.shape[1], 1, 1)).to(device)
+        shape = (size.count, *SHAPES.latent_shape((size.side, size.side)))
+        noise = torch.randn(shape, device=self.device) + 0.1 * torch.randn(*shape[:2], 1, 1, device=self.device)
+        drop = torch.rand(size.count) < 0.1
+        made = (noise_levels(size.count), *self.tokenizer(captions), drop, size_numbers(size.side, size.count))
+        return torch.from_numpy(pictures).to(self.device), noise, *(each.to(self.device) for each in made)
+
+    def grade(self, *inputs: Tensor) -> Graded:
+        """The errors on noisy latents of the pictures."""
+        pictures, noise, share, ids, ids_2, drop, sizes = inputs
+        images = to_images(pictures)
+        with torch.no_grad():
+            latents = self.vae.encode(images).float()
+        timestep = (share * SHAPES.noise.steps).long()
         sigma = _wide(self.levels[timestep])
         noisy = (latents + sigma * noise) / (1 + sigma.square()).sqrt()
-        ids, ids_2 = (each.to(device) for each in self.tokenizer(captions))
-        drop = (torch.rand(count) < 0.1).to(device)
         words = self.model.text(ids, ids_2)
-        predicted = self.model(noisy, timestep, words.zeroed(drop), size.side).float()
+        predicted = self.model(noisy, timestep, words.zeroed(drop), sizes).float()
         seen = self.model.thumbnails.loss(words, images)
-        target = noise if self.teacher is None else self.teacher(noisy, timestep, ids, ids_2, drop, size.side)
+        target = noise if self.teacher is None else self.teacher(noisy, timestep, ids, ids_2, drop, sizes)
         return Graded(_squared(predicted - target), share, seen)
 
 
@@ -101,44 +113,50 @@ class OwnSampling(Lesson):
         self.levels = discrete_sigmas(SHAPES.noise).float()
         count = max(1, options.batch // 4)
         self.offsets = torch.arange(count) * self.steps // count
-        self.x = torch.zeros(count, *SHAPES.latent_shape((SHAPES.size, SHAPES.size)))
+        self.x = torch.zeros(count, *SHAPES.latent_shape((SHAPES.size, SHAPES.size)), device=self.device)
         self.captions, self.shifts = [""] * count, torch.zeros(count, dtype=torch.long)
 
-    def __call__(self, step: int, size: BatchSize) -> Graded:
-        """The errors on the latents of this step, and a step of sampling."""
+    def inputs(self, step: int, size: BatchSize) -> tuple[Tensor, ...]:
+        """The noise levels, fresh noise and captions of a step of sampling, in which finished pictures begin anew."""
         if not all(self.captions):  # a new run: sample until each picture is at its place
             with torch.no_grad():
                 for before in range(step - self.steps, step):
-                    self._sample(before)
+                    self.grade(*self._inputs(before))
             self.teacher.forget()
-        share, ours, theirs = self._sample(step)
-        errors = torch.stack([_squared(one - other) for one, other in zip(ours, theirs, strict=True)]).sum(dim=0)
-        return Graded(errors, share, torch.zeros(()))
+        return self._inputs(step)
 
-    def _sample(self, step: int) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """One step of sampling. Returns places in the noise levels, and the student's and the teacher's predictions."""
+    def _inputs(self, step: int) -> tuple[Tensor, ...]:
         rng = random.Random(f"own sampling {self.seed} {step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(32))
         place = (step + self.offsets) % self.steps
-        for row in (place == 0).nonzero().flatten().tolist():
+        begins = (place == 0).nonzero().flatten()
+        for row in begins.tolist():
             self.captions[row] = self.scene(rng, "train").caption
             self.shifts[row] = rng.randrange(self.stride)
-            self.x[row] = (1 + self.levels[-1].square()).sqrt() * torch.randn(self.x[row].shape, generator=generator)
+        first = (1 + self.levels[-1].square()).sqrt() * torch.randn(len(begins), *self.x.shape[1:], generator=generator)
         timestep = self._timesteps(place)
         sigma = self.levels[timestep]
-        scaled = (self.x / _wide((1 + sigma.square()).sqrt())).to(self.device)
-        ids, ids_2 = (torch.cat([each, each]).to(self.device) for each in self.tokenizer(self.captions))
-        drop = torch.arange(2 * len(place), device=self.device) >= len(place)
-        inputs = torch.cat([scaled, scaled]), torch.cat([timestep, timestep]).to(self.device)
-        words = self.model.text(ids, ids_2).zeroed(drop)
-        ours = self._guided(self.model(*inputs, words, SHAPES.size).float())
-        theirs = self._guided(self.teacher(*inputs, ids, ids_2, drop, SHAPES.size))
         after = torch.where(place < self.steps - 1, self.levels[self._timesteps(place + 1)], 0)
+        fresh = torch.randn(self.x.shape, generator=generator)
+        made = (timestep, sigma, after, fresh, *self.tokenizer(self.captions), size_numbers(SHAPES.size, len(place)))
+        self.x[begins.to(self.device)] = first.to(self.device)  # only now: a GPU first ends the step before
+        return tuple(each.to(self.device) for each in made)
+
+    def grade(self, *inputs: Tensor) -> Graded:
+        """The errors on the latents of this step, and a step of sampling."""
+        timestep, sigma, after, fresh, ids, ids_2, sizes = inputs
+        scaled = self.x / _wide((1 + sigma.square()).sqrt())
+        twice = [torch.cat([each, each]) for each in (scaled, timestep, ids, ids_2, sizes)]
+        x, timesteps, ids, ids_2, sizes = twice
+        drop = torch.arange(len(x), device=self.device) >= len(scaled)
+        words = self.model.text(ids, ids_2).zeroed(drop)
+        ours = self._guided(self.model(x, timesteps, words, sizes).float())
+        theirs = self._guided(self.teacher(x, timesteps, ids, ids_2, drop, sizes))
         down = after.square() / sigma  # as minisdxl.solvers.euler_ancestral, each row with its own noise level
         up = (after.square() - down.square()).sqrt()
-        fresh = torch.randn(self.x.shape, generator=generator)
-        self.x += _wide(down - sigma) * ours[-1].detach().cpu() + _wide(up) * fresh
-        return (timestep / SHAPES.noise.steps).to(self.device), ours, theirs
+        self.x += _wide(down - sigma) * ours[-1].detach() + _wide(up) * fresh
+        errors = torch.stack([_squared(one - other) for one, other in zip(ours, theirs, strict=True)]).sum(dim=0)
+        return Graded(errors, timestep / SHAPES.noise.steps, errors.new_zeros(()))
 
     def _timesteps(self, place: Tensor) -> Tensor:
         last = SHAPES.noise.steps - 1
@@ -156,7 +174,13 @@ class OwnSampling(Lesson):
         """Restores a :meth:`state`. That of another lesson has no pictures on their way: they begin as in a new run."""
         if "x" not in state:
             return
-        self.x, self.captions, self.shifts = state["x"].cpu(), state["captions"], state["shifts"].cpu()
+        self.x.copy_(state["x"])
+        self.captions, self.shifts = state["captions"], state["shifts"].cpu()
+
+
+def size_numbers(side: int, count: int) -> Tensor:
+    """SDXL's size conditioning (count, 6) of whole pictures of ``side`` pixels."""
+    return torch.tensor([[side, side, 0, 0, side, side]]).repeat(count, 1)
 
 
 def _wide(numbers: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from minisdxl.config import SHAPES
@@ -32,8 +31,7 @@ class Model(nn.Module):
                 zero(module.proj_out)
         zero(self.unet.out[2])
 
-    def forward(self, latents: Tensor, timestep: Tensor, words: TextEmbeddings, side: int) -> Tensor:
-        """Predicts the noise in latents (B, 4, h, w) of pictures with ``side`` pixels."""
-        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=latents.device).expand(len(latents), -1)
+    def forward(self, latents: Tensor, timestep: Tensor, words: TextEmbeddings, sizes: Tensor) -> Tensor:
+        """Predicts the noise in latents (B, 4, h, w) of pictures with the size numbers ``sizes`` (B, 6)."""
         predicted: Tensor = self.unet(latents, timestep, words.context, words.vector(sizes, SHAPES.size_channels))
         return predicted

@@ -57,9 +57,8 @@ class Teacher:
             features.clear()
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, timestep: Tensor, ids: Tensor, ids_2: Tensor, drop: Tensor, side: int) -> Tensor:
+    def __call__(self, x: Tensor, timestep: Tensor, ids: Tensor, ids_2: Tensor, drop: Tensor, sizes: Tensor) -> Tensor:
         """The teacher's prediction (B, 4, h, w) for the same noisy latents and captions."""
         words = self.text(ids, ids_2).zeroed(drop)
-        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=x.device).expand(len(x), -1)
         predicted: Tensor = self.unet(x, timestep, words.context, words.vector(sizes, SHAPES.size_channels))
         return predicted.float()

@@ -5,18 +5,13 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils import convert_conv2d_weight_memory_format
-from torch.overrides import TorchFunctionMode
 
 from minisdxl.checkpoint.atomic import atomic_path
 from minisdxl.checkpoint.modules import Modules, load, save
@@ -28,31 +23,13 @@ from minisdxl.vae import VAE
 from tools.drawn.detector import check
 from tools.drawn.world import unseen_captions
 from tools.training.batches import BatchSize, DrawnBatches, draw_ahead
+from tools.training.learning import Learner, RecordedLearner
 from tools.training.lessons import Lesson, NoisyPictures, OwnSampling
 from tools.training.likeness import similarity_kernel, watch
 from tools.training.model import Model
 from tools.training.steps import Balance, Optimizer, log, save_state, warm_then_decay
 from tools.training.teacher import Teacher
 from tools.training.text import SeeingText
-
-
-class ProductAttention(TorchFunctionMode):
-    """A context in which attention with a small map runs as two matrix products and a softmax.
-
-    It is for training on a CPU, where the backward pass of the fused bfloat16 kernel is up to five times slower.
-    """
-
-    LARGEST_MAP = 512 * 512  # queries x keys; larger maps do not fit the caches, and the fused kernel is faster
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and kwargs.keys() == {"scale"}:
-            q, k, v = args
-            if q.shape[-2] * k.shape[-2] <= self.LARGEST_MAP:
-                return (q @ k.transpose(-1, -2) * kwargs["scale"]).softmax(dim=-1) @ v
-        return function(*args, **kwargs)
 
 
 def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokenizer: Tokenizer) -> None:
@@ -79,14 +56,14 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
         for _ in range(count)
     ]
     steps = len(sizes)
-    optimizer, balance = Optimizer(model, options.attention_rate), Balance()
+    optimizer, balance = Optimizer(model, options.attention_rate), Balance(options.device)
     state = None
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=options.device)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state(state["optimizer"])
-        balance.typical = state["typical"]
+        balance.typical.copy_(state["typical"])
     step = 0 if state is None else state["step"]
     lesson: Lesson
     if options.own_sampling and teacher is not None:
@@ -97,29 +74,23 @@ def train_unet(options: argparse.Namespace, vae: VAE, seeing: SeeingText, tokeni
     if state is not None:
         lesson.load_state(state["lesson"])
     config, device = SHAPES, torch.device(options.device)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
+    kind = RecordedLearner if device.type == "cuda" else Learner
+    learn = kind(lesson, model, average, teacher, optimizer, balance, options.bf16)
     sdxl = SDXL(config, average.unet, vae, PromptEncoders(average.text), tokenizer)
     began, first, losses = time.time(), step, list[Tensor]()
     while step < steps:
-        with ProductAttention() if device.type == "cpu" else nullcontext(), precision:
-            graded = lesson(step, sizes[step])
-        loss = balance(graded.errors, graded.share).mean() + graded.beside
-        if teacher is not None:
-            loss = loss + Teacher.HINT * teacher.hint()
-        losses.append(graded.errors.detach().mean())
-        optimizer.step(loss, options.rate * warm_then_decay(step, steps, warm=50, decay=1.0))
+        rate = options.rate * warm_then_decay(step, steps, warm=50, decay=1.0)
+        weight = 1 - min(0.99, (2 + step) / (11 + step))
+        inputs = lesson.inputs(step, sizes[step])  # made while a GPU still does the step before
+        losses.append(learn(*torch.tensor([rate, weight], device=device), *inputs))
         side = sizes[step].side
         step += 1
-        weight = 1 - min(0.99, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for kept, fresh in zip(average.parameters(), model.parameters(), strict=True):
-                kept.lerp_(fresh, weight)
         if step % 20 == 0:
             mean = torch.stack(losses).mean().item()
             seconds = (time.time() - began) / (step - first)
             log(options.run / "unet.csv", step=step, side=side, loss=mean, seconds_per_step=seconds)
             losses = []
-        if _due(step, 100, steps):
+        if _due(step, options.save_every, steps):
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state()}
             state |= {"typical": balance.typical, "lesson": lesson.state(), "step": step}
             save_state(state_file, state)

@@ -21,7 +21,7 @@ from minisdxl.solvers import euler_ancestral
 from minisdxl.tokenizer import Tokenizer
 from tools.train_shapes import TOKENIZER
 from tools.training.batches import BatchSize
-from tools.training.lessons import Lesson, OwnSampling
+from tools.training.lessons import Graded, Lesson, OwnSampling
 from tools.training.model import Model
 from tools.training.teacher import Teacher
 from tools.training.text import SeeingText
@@ -49,12 +49,16 @@ def own_sampling(model: Model, tokenizer: Tokenizer) -> OwnSampling:
     return OwnSampling(model, Teacher(BUNDLED["shapes"], model.unet, "cpu"), tokenizer, OPTIONS, steps=3)
 
 
+def step(lesson: Lesson, number: int) -> Graded:
+    return lesson.grade(*lesson.inputs(number, SIZE))
+
+
 @torch.no_grad()
 def test_it_samples_as_the_pipeline_does(own_sampling: OwnSampling, tokenizer: Tokenizer) -> None:
-    own_sampling(0, SIZE)
+    step(own_sampling, 0)
     own_sampling.shifts[:] = 17
     before = own_sampling.x.clone()
-    own_sampling(1, SIZE)
+    step(own_sampling, 1)
 
     text = own_sampling.teacher.text
     sizes = torch.tensor([[256, 256, 0, 0, 256, 256]])
@@ -72,7 +76,7 @@ def test_it_samples_as_the_pipeline_does(own_sampling: OwnSampling, tokenizer: T
 
 
 def test_a_model_makes_no_errors_beside_itself(own_sampling: OwnSampling) -> None:
-    graded = own_sampling(0, SIZE)
+    graded = step(own_sampling, 0)
     print(f"errors {graded.errors.tolist()}")
     assert graded.errors.detach().max() < 1e-10 and float(own_sampling.teacher.hint().detach()) < 1e-10
     assert graded.errors.requires_grad and graded.share.tolist() == pytest.approx([0.999])
@@ -89,24 +93,24 @@ def test_errors_are_of_both_predictions_and_of_their_guidance(
     monkeypatch.setattr(own_sampling.model, "forward", higher)
     guided = 0.3 + 4.0 * (0.1 - 0.3)
     expected = 0.1**2 + 0.3**2 + guided**2
-    assert own_sampling(0, SIZE).errors.tolist() == pytest.approx([expected], rel=1e-4)
+    assert step(own_sampling, 0).errors.tolist() == pytest.approx([expected], rel=1e-4)
 
 
 @torch.no_grad()
 def test_a_run_goes_on_with_the_same_pictures(own_sampling: OwnSampling, model: Model, tokenizer: Tokenizer) -> None:
-    own_sampling(0, SIZE)
+    step(own_sampling, 0)
     state = copy.deepcopy(own_sampling.state())
-    own_sampling(1, SIZE)
+    step(own_sampling, 1)
     again = OwnSampling(model, own_sampling.teacher, tokenizer, OPTIONS, steps=3)
     again.load_state(state)
-    again(1, SIZE)
+    step(again, 1)
     assert torch.equal(again.x, own_sampling.x) and again.captions == own_sampling.captions
 
 
 @torch.no_grad()
 def test_a_run_on_drawn_pictures_goes_on_with_own_sampling(own_sampling: OwnSampling) -> None:
     own_sampling.load_state(Lesson.state(own_sampling))
-    assert len(own_sampling(600, SIZE).errors) == 1 and all(own_sampling.captions)
+    assert len(step(own_sampling, 600).errors) == 1 and all(own_sampling.captions)
 
 
 def test_places_are_spread_and_all_timesteps_are_met(model: Model, tokenizer: Tokenizer) -> None:

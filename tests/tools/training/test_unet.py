@@ -10,6 +10,7 @@ from minisdxl.bundled import BUNDLED
 from minisdxl.checkpoint.modules import load
 from minisdxl.config import SHAPES
 from minisdxl.unet import UNet
+from tools.training.lessons import size_numbers
 from tools.training.teacher import Teacher
 
 
@@ -35,7 +36,7 @@ def inputs(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def test_a_model_is_no_way_from_itself(student: UNet) -> None:
     teacher = Teacher(BUNDLED["shapes"], student, "cpu")
     x, timestep, *_ = given = inputs(2)
-    told = teacher(*given, 64)
+    told = teacher(*given, size_numbers(64, 2))
     nothing = torch.zeros(2, 77, SHAPES.unet.context_channels)
     vector = torch.zeros(2, SHAPES.unet.vector_channels)
     vector[:, 128:] = (
@@ -50,7 +51,7 @@ def test_a_model_is_no_way_from_itself(student: UNet) -> None:
 @torch.no_grad()
 def test_a_hint_is_the_error_of_blocks_in_units_of_their_variance(student: UNet) -> None:
     teacher = Teacher(BUNDLED["shapes"], student, "cpu")
-    teacher(*inputs(2), 64)
+    teacher(*inputs(2), size_numbers(64, 2))
     outputs = [each.double() for each in teacher.features["teacher"]]
     assert len(outputs) == len(list(SHAPES.unet.attention_sites()))
     teacher.features["student"] += [output.float() for output in outputs[:-1]]
