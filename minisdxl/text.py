@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minisdxl.clip import TextTransformer
 from minisdxl.config import TextConfig
 from minisdxl.embedding import sinusoidal_embedding
-from minisdxl.tokenizer import Tokenizer
+from minisdxl.tokenizer import Tokenizer, first_end
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,14 @@ class TextEncoder(nn.Module):
 
         Returns the hidden state before the last layer (B, L, width), without the final LayerNorm, and the pooled output
         (B, projection): the normalized last state at the first end token, projected; ``None`` without a projection.
-        Raises ``ValueError`` for a row without an end token; on a GPU it is an assertion of the device.
+        Raises as :func:`first_end`.
         """
         hidden = self.text_model(ids)
         if self.text_projection is None:
             return hidden, None
-        ends = ids == self.end_token
-        said = f"token ids have a row without the end token {self.end_token}, expected one in each row"
-        if ids.is_cuda or ids.is_meta:  # the same, without waiting for the GPU
-            torch._assert_async(ends.any(dim=1).all(), said)
-        elif not ends.any(dim=1).all():
-            raise ValueError(said)
-        first_end = ends.int().argmax(dim=1)
         rows = torch.arange(len(ids), device=ids.device)
-        return hidden, self.text_projection(self.text_model.finish(hidden)[rows, first_end])
+        last = self.text_model.finish(hidden)[rows, first_end(ids, self.end_token)]
+        return hidden, self.text_projection(last)
 
 
 class TextEncoders(nn.Module):

@@ -218,3 +218,17 @@ def byte_symbols() -> list[str]:
     """One character for each byte, in CLIP's order: printable bytes as themselves ("!" first), then the others."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+
+
+def first_end(ids: Tensor, end_token: int) -> Tensor:
+    """The position (B,) of the first end token in each row of token ids (B, L).
+
+    Raises ``ValueError`` for a row without one. On a GPU that is an assertion of the device, which waits for nothing.
+    """
+    ends = ids == end_token
+    said = f"token ids have a row without the end token {end_token}, expected one in each row"
+    if ids.is_cuda or ids.is_meta:
+        torch._assert_async(ends.any(dim=1).all(), said)
+    elif not ends.any(dim=1).all():
+        raise ValueError(said)
+    return ends.int().argmax(dim=1)
