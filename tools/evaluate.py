@@ -31,6 +31,7 @@ from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
 from tools.evaluation.paired_statistics import INTERVALS
 from tools.evaluation.pictures import (
     SPLITS,
+    WORLDS,
     Captions,
     Evaluation,
     drawn_captions,
@@ -66,6 +67,12 @@ def _parser() -> Parser:
         choices=SPLITS,
         default="test",
         help="drawn captions: unseen in training, or all (default: test)",
+    )
+    add(
+        "--world",
+        choices=WORLDS,
+        default="plain",
+        help="drawn captions: plain, or mixed: two thirds leave attributes open (default: plain)",
     )
     add(
         "--prompts",
@@ -158,7 +165,8 @@ def _at_scale(
 def _captions(options: argparse.Namespace) -> tuple[Captions, str]:
     """The captions, and their description for the settings."""
     if options.prompts is None:
-        return drawn_captions(options.captions, options.split), f"drawn, {options.split}"
+        kind = options.split if options.world == "plain" else f"{options.split}, {options.world}"
+        return drawn_captions(options.captions, options.split, options.world), f"drawn, {kind}"
     return file_captions(options.prompts, options.captions), options.prompts.name
 
 

@@ -35,9 +35,14 @@ def test_both_documents_have_such_tables() -> None:
     assert {document for document, _ in COMMANDS} == {"results.md", "better-method.md"}
 
 
+CAPTION = "a big red circle on a gray background"
+
+
 def row(preset: str, number: int, obeyed: bool, latent_error: float) -> Row:
     share, quality = (1.0, float("inf")) if preset == "dense" else (0.5, 20.0)
-    return Row(preset, number, number, 50, 4.0, "c", obeyed, True, "", quality, 1.0, latent_error, share, 1.0, "m")
+    return Row(
+        preset, number, number, 50, 4.0, CAPTION, obeyed, True, 1, "", quality, 1.0, latent_error, share, 1.0, "m"
+    )
 
 
 def test_numbers_are_those_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

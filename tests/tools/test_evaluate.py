@@ -109,6 +109,7 @@ def rows_are_right(shapes: SDXL, rows: list[Row]) -> None:
         verdict = check(picture, row.caption)
         assert (row.obeyed, row.reasons) == (verdict.right, "; ".join(verdict.reasons))
         assert row.held_out is True
+        assert row.objects == len(verdict.found.objects)
         assert (row.psnr, row.ssim) == (psnr(picture, made[None]), ssim(picture, made[None]))
         if row.preset == "dense":
             assert (row.latent_error, row.flops_share) == (0, 1)

@@ -241,20 +241,23 @@ def mixed_scene(rng: random.Random, split: str | None = None) -> Scene:
     return (random_scene if rng.random() < PLAIN else random_open_scene)(rng, split)
 
 
-def unseen_captions(count: int) -> tuple[str, ...]:
-    """``count`` different test captions, the same ones every time: every third is plain, the others are open.
+def mixed_captions(count: int, split: str | None = "test") -> tuple[str, ...]:
+    """``count`` different captions, the same ones every time: every third is plain, the others are open.
 
-    Raises ``ValueError`` if there are fewer, or if they are not found in ``1000 + 5 * count`` draws.
+    ``split`` is as in :func:`random_scene`. Raises as :func:`distinct_captions`.
     """
-    plain = distinct_captions(random.Random("evaluate"), random_scene, -(-count // 3))
-    others = distinct_captions(random.Random("evaluate open"), random_open_scene, count - len(plain))
+    plain = distinct_captions(random.Random("evaluate"), random_scene, -(-count // 3), split)
+    others = distinct_captions(random.Random("evaluate open"), random_open_scene, count - len(plain), split)
     return tuple(plain[i // 3] if i % 3 == 0 else others[i - i // 3 - 1] for i in range(count))
 
 
 def distinct_captions(
     rng: random.Random, scenes: Callable[[random.Random, str | None], Scene], count: int, split: str | None = "test"
 ) -> tuple[str, ...]:
-    """The first ``count`` different captions of ``scenes``. Raises ``ValueError`` as :func:`unseen_captions`."""
+    """The first ``count`` different captions of ``scenes``; ``split`` is as in :func:`random_scene`.
+
+    Raises ``ValueError`` if there are fewer, or if they are not found in ``1000 + 5 * count`` draws.
+    """
     captions: dict[str, None] = {}
     for _ in range(1000 + 5 * count):
         if len(captions) >= count:

@@ -26,13 +26,14 @@ from minisdxl.pipeline import SDXL
 from minisdxl.settings import Settings
 from minisdxl.steps.plan import StepPlan
 from tools.drawn.detector import check
-from tools.drawn.world import held_out, parse_caption, random_scene
+from tools.drawn.world import distinct_captions, held_out, mixed_captions, parse_caption, random_scene
 from tools.evaluation.coco import coco_captions
 from tools.evaluation.methods import Method, parse_method, picture_flops, settings_of
 from tools.evaluation.metrics import latent_error, psnr, ssim
 from tools.evaluation.rows import DENSE, Folder, Row
 
 SPLITS = {"test": "test", "all": None}  # values of random_scene's split: captions that training never saw, or all
+WORLDS = ("plain", "mixed")  # captions that name every color, or a third of these and the rest open
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,18 @@ class Captions:
         return len(self.texts)
 
 
-def drawn_captions(count: int, split: str = "test") -> Captions:
-    """``count`` different captions of the drawn world, the same ones every time. ``split`` is one of ``SPLITS``.
+def drawn_captions(count: int, split: str = "test", world: str = "plain") -> Captions:
+    """``count`` different captions of the drawn world, the same ones every time.
 
-    Raises ``ValueError`` if the drawn world has fewer, or if they are not found in ``1000 + 5 * count`` draws.
+    ``split`` is one of ``SPLITS``, and ``world`` one of ``WORLDS``. Raises ``ValueError`` for a ``count`` that is too
+    small, or too large as ``distinct_captions`` says.
     """
-    rng = random.Random("evaluate")
-    captions: dict[str, None] = {}
-    for _ in range(1000 + 5 * count):
-        captions[random_scene(rng, SPLITS[split]).caption] = None
-        if len(captions) == count:
-            return Captions(tuple(captions), drawn=True)
-    raise ValueError(f"--captions is {count}, expected 1 to {len(captions)}: what the drawn world, {split}, has")
+    if count < 1:
+        raise ValueError(f"--captions is {count}, expected 1 or more")
+    part = SPLITS[split]
+    if world == "mixed":
+        return Captions(mixed_captions(count, part), drawn=True)
+    return Captions(distinct_captions(random.Random("evaluate"), random_scene, count, part), drawn=True)
 
 
 def file_captions(path: Path, count: int) -> Captions:
@@ -220,10 +221,11 @@ class Evaluation:
 
 def _caption_check(pixels: Any, caption: str, drawn: bool) -> dict[str, Any]:
     if not drawn:
-        return {"obeyed": None, "held_out": None, "reasons": ""}
+        return {"obeyed": None, "held_out": None, "objects": None, "reasons": ""}
     found = check(pixels, caption)
     reasons = "; ".join(found.reasons)
-    return {"obeyed": found.right, "held_out": held_out(parse_caption(caption)), "reasons": reasons}
+    objects, unseen = len(found.found.objects), held_out(parse_caption(caption))
+    return {"obeyed": found.right, "held_out": unseen, "objects": objects, "reasons": reasons}
 
 
 def _progress(rows: Sequence[Row]) -> str:

@@ -41,9 +41,10 @@ class Row:
     """One picture, and its measures. The fields are the columns of the CSV file.
 
     ``number`` counts captions from 0. ``obeyed`` says that the picture is right: recorded files have this word for it.
-    ``held_out`` says that training never saw the caption. Both are ``None`` for captions that are not of the drawn
-    world. ``psnr``, ``ssim`` and ``latent_error`` compare with the dense picture of the same seed; for that picture
-    they are infinite, 1 and 0. ``flops_share`` is the FLOPs of the picture, ranking left out, as a share of dense.
+    ``held_out`` says that training never saw the caption, and ``objects`` how many objects the picture shows. All three
+    are ``None`` for captions that are not of the drawn world. ``psnr``, ``ssim`` and ``latent_error`` compare with the
+    dense picture of the same seed; for that picture they are infinite, 1 and 0. ``flops_share`` is the FLOPs of the
+    picture, ranking left out, as a share of dense.
     """
 
     preset: str
@@ -54,6 +55,7 @@ class Row:
     caption: str
     obeyed: bool | None
     held_out: bool | None
+    objects: int | None
     reasons: str
     psnr: float
     ssim: float
@@ -68,6 +70,7 @@ _READERS: dict[str, Any] = {
     "str": str,
     "int": int,
     "float": float,
+    "int | None": lambda text: int(text) if text else None,
     "bool | None": lambda text: {"": None, "0": False, "1": True}[text],
 }
 Rows = dict[tuple[str, int], Row]  # by preset and number

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tools.drawn.world import has_new_pair
+from tools.drawn.world import has_new_pair, parse_caption
 from tools.evaluation.paired_statistics import Estimate, bootstrap_mean, paired_shares, verdict, wilson
 from tools.evaluation.rows import DENSE, Row, Rows
 
@@ -20,7 +20,9 @@ class Summary:
 
     Estimates have intervals of 95 %; ``None`` is not measured. ``obeyed`` is the caption accuracy. ``seen`` and
     ``held_out`` are the accuracy on captions that training saw and never saw, if both kinds are there. ``new_pairs`` is
-    that on captions with a color and a shape that training never showed together. ``over_dense`` and ``over_baseline``
+    that on captions with a color and a shape that training never showed together. ``plain`` and ``open`` are that on
+    captions that name every color or leave some open, if both kinds are there. ``lost`` is the share of captions of
+    which the dense picture shows all objects, and the preset's does not. ``over_dense`` and ``over_baseline``
     are paired differences of caption accuracy, ``error_over_baseline`` of latent error. Dense has no differences.
     ``crowd`` holds the metrics of all pictures together. The fields are the keys of recorded JSON.
     """
@@ -36,6 +38,9 @@ class Summary:
     seen: Estimate | None
     held_out: Estimate | None
     new_pairs: Estimate | None
+    plain: Estimate | None
+    open: Estimate | None
+    lost: Estimate | None
     over_dense: Estimate | None
     over_baseline: Estimate | None
     psnr: Estimate  # dB, to the dense picture of the same seed, as are the next two
@@ -70,6 +75,8 @@ def _summary(mine: Sequence[Row], dense: Sequence[Row], baseline: Sequence[Row] 
     first = mine[0]
     other = None if baseline is None or first.preset in (DENSE, baseline[0].preset) else baseline
     both = len({row.held_out for row in mine}) == 2
+    opens = [row.obeyed is not None and parse_caption(row.caption).open for row in mine]
+    kinds = len({*opens}) == 2
     return Summary(
         preset=first.preset,
         steps=first.steps,
@@ -82,6 +89,9 @@ def _summary(mine: Sequence[Row], dense: Sequence[Row], baseline: Sequence[Row] 
         seen=_share([row for row in mine if row.held_out is False]) if both else None,
         held_out=_share([row for row in mine if row.held_out is True]) if both else None,
         new_pairs=_share([row for row in mine if has_new_pair(row.caption)]),
+        plain=_share([row for row, left_open in zip(mine, opens, strict=True) if not left_open]) if kinds else None,
+        open=_share([row for row, left_open in zip(mine, opens, strict=True) if left_open]) if kinds else None,
+        lost=None if first.preset == DENSE else _lost(mine, dense),
         over_dense=None if first.preset == DENSE else accuracy_over(mine, dense),
         over_baseline=accuracy_over(mine, other) if other else None,
         psnr=bootstrap_mean([row.psnr for row in mine]),
@@ -95,6 +105,16 @@ def _summary(mine: Sequence[Row], dense: Sequence[Row], baseline: Sequence[Row] 
 def _share(rows: Sequence[Row]) -> Estimate | None:
     judged = [row.obeyed for row in rows if row.obeyed is not None]
     return wilson(sum(judged), len(judged)) if judged else None
+
+
+def _lost(mine: Sequence[Row], dense: Sequence[Row]) -> Estimate | None:
+    lost = [
+        row.objects < named <= other.objects
+        for row, other in zip(mine, dense, strict=True)
+        if row.objects is not None and other.objects is not None
+        for named in [len(parse_caption(row.caption).objects)]
+    ]
+    return wilson(sum(lost), len(lost)) if lost else None
 
 
 def accuracy_over(ours: Sequence[Row], theirs: Sequence[Row]) -> Estimate | None:
@@ -153,6 +173,9 @@ def markdown_table(summaries: Sequence[Summary], baseline: str | None) -> str:
         "captions seen": lambda s: _percent(s.seen),
         "held out": lambda s: _percent(s.held_out),
         "new pairs": lambda s: _percent(s.new_pairs),
+        "plain captions": lambda s: _percent(s.plain),
+        "open captions": lambda s: _percent(s.open),
+        "objects lost": lambda s: _percent(s.lost),
         "over dense": lambda s: _percent(s.over_dense, "+"),
         f"over `{baseline}`": lambda s: _percent(s.over_baseline, "+"),
         "latent error": lambda s: _number(s.latent_error, ".4f"),

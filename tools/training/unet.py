@@ -21,7 +21,7 @@ from minisdxl.prompting.encoders import PromptEncoders
 from minisdxl.tokenizer import Tokenizer
 from minisdxl.vae import VAE
 from tools.drawn.detector import check
-from tools.drawn.world import unseen_captions
+from tools.drawn.world import mixed_captions
 from tools.training.batches import BatchSize, DrawnBatches, draw_ahead
 from tools.training.learning import Learner, RecordedLearner
 from tools.training.lessons import Lesson, NoisyPictures, OwnSampling
@@ -112,7 +112,7 @@ def _due(step: int, every: int, steps: int) -> bool:
 @torch.no_grad()
 def sample_grid(options: argparse.Namespace, step: int, sdxl: SDXL, side: int) -> float:
     """Samples unseen captions in 20 steps, writes them as one picture, and returns the caption accuracy."""
-    captions = unseen_captions(options.grid_pictures)
+    captions = mixed_captions(options.grid_pictures)
     with torch.autocast(sdxl.device.type, torch.bfloat16, enabled=options.bf16):
         images = sdxl.generate(captions, sampling="euler", steps=20, cfg=options.cfg, seed=0, size=(side, side))
     pictures = np.stack([np.asarray(image) for image in images])

@@ -24,11 +24,11 @@ from tools.drawn.world import (
     distinct_captions,
     has_new_pair,
     held_out,
+    mixed_captions,
     mixed_scene,
     parse_caption,
     random_open_scene,
     random_scene,
-    unseen_captions,
 )
 
 
@@ -285,10 +285,10 @@ BEFORE = [
 ]
 
 
-def test_unseen_captions_are_of_all_kinds_and_stay() -> None:
-    captions = unseen_captions(60)
+def test_mixed_captions_are_of_all_kinds_and_stay() -> None:
+    captions = mixed_captions(60)
     scenes = [parse_caption(caption) for caption in captions]
-    assert captions == unseen_captions(90)[:60] and len({*captions}) == 60
+    assert captions == mixed_captions(90)[:60] and len({*captions}) == 60
     assert all(map(held_out, scenes))
     assert [scene.open for scene in scenes] == [i % 3 > 0 for i in range(60)]
     assert captions[::3][:3] == tuple(BEFORE)

@@ -17,8 +17,14 @@ def test_captions_are_unseen_different_and_always_the_same() -> None:
     assert all(held_out(parse_caption(caption)) for caption in captions.texts)
     assert drawn_captions(20).texts == captions.texts[:20]
     assert {held_out(parse_caption(caption)) for caption in drawn_captions(60, "all").texts} == {True, False}
-    for count in (0, 2000):
-        with pytest.raises(ValueError, match=f"--captions is {count}, expected 1 to"):
+    mixed = drawn_captions(60, world="mixed")
+    kinds = [parse_caption(caption).open for caption in mixed.texts]
+    assert kinds == 20 * [False, True, True] and mixed.texts[::3] == captions.texts[:20]
+    for count, said in (
+        (0, "--captions is 0, expected 1 or more"),
+        (2000, "2000 captions are asked for, expected 1 to"),
+    ):
+        with pytest.raises(ValueError, match=said):
             drawn_captions(count)
 
 

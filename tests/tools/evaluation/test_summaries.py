@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tools.evaluation.rows import Row
-from tools.evaluation.summaries import judge, summarize
+from tools.evaluation.summaries import judge, markdown_table, summarize
 
 
 def row(preset: str, number: int, obeyed: bool, error: float, held_out: bool = True) -> Row:
     caption = f"a big {'cyan' if number < 10 else 'red'} triangle on a gray background"
-    return Row(
-        preset, number, number, 50, 3.0, caption, obeyed, held_out, "", 20 + error, 0.5, error, 0.8, 2.0 + error, "m"
-    )
+    judged = caption, obeyed, held_out, 1, ""
+    return Row(preset, number, number, 50, 3.0, *judged, 20 + error, 0.5, error, 0.8, 2.0 + error, "m")
+
+
+def test_captions_of_both_kinds_and_lost_objects_are_counted_apart() -> None:
+    dense = [row("dense", i, True, 0.0) for i in range(40)]
+    pruned = [row("at-edm", i, i >= 10, 0.1) for i in range(40)]
+    for rows in (dense, pruned):
+        rows[:20] = [replace(each, caption="a big triangle on a gray background") for each in rows[:20]]
+    dense[5] = replace(dense[5], objects=0)
+    pruned[4:8] = [replace(each, objects=0) for each in pruned[4:8]]  # the second of them is lost in dense, too
+    first, second = summarize({"dense": dense, "at-edm": pruned}, None)
+    assert first.lost is None
+    assert second.lost is not None and second.plain is not None and second.open is not None
+    assert (second.lost.value, second.plain.value, second.open.value) == (3 / 40, 1, 0.5)
+    table = markdown_table([first, second], None)
+    print(table)
+    assert "| plain captions | open captions | objects lost |" in table
+    assert "7.5 % (" in table.splitlines()[-1]
 
 
 def test_summaries_and_verdicts_of_known_rows() -> None:
