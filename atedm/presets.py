@@ -211,6 +211,7 @@ PRUNING_SETTINGS: dict[str, Setting] = {
     "ranking": _method("ranking", str),
     "recovery": _method("recovery", str),
     "graph": _method("graph", str),
+    "sharpness": _method("sharpness", _number),
     "iterations": _method("iterations", _whole),
 }
 METHOD_SETTINGS: dict[type, dict[str, Setting]] = {

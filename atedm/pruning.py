@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from atedm.graph import GRAPHS, AttentionInputs, LazyGraph
 from atedm.ranking import RANKINGS, check_ratio, kept_count, scores, top_k
@@ -20,6 +21,7 @@ class Pruning:
     ranking: str = "gwpr"  # one of RANKINGS: which tokens stay
     graph: str = "by-head"  # one of GRAPHS: how the attention map is kept or recomputed
     recovery: str = "similarity"  # one of RECOVERIES, or WITH_HISTORY: what pruned positions become afterwards
+    sharpness: float = 1.0  # factor of the self-attention logits of which the map is made
     iterations: int | None = None  # exactly so many of G-WPR; None: until it converges
     seed: int = 0  # for the rankings "random" and "moving-grid"; the same seed keeps the same positions
 
@@ -29,6 +31,8 @@ class Pruning:
         for what, name, names in (*choices, ("recovery", self.recovery, RECOVERIES + WITH_HISTORY)):
             if name not in names:
                 raise ValueError(f"{what} is {name!r}, expected one of {', '.join(names)}")
+        if not 0 < self.sharpness < inf:
+            raise ValueError(f"sharpness is {self.sharpness:g}, expected more than 0: 1 is attention as it is")
         if self.iterations is not None and self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations}, expected 1 or more, or None: until the scores settle")
 
@@ -53,7 +57,7 @@ def prune(
     count = kept_count(held, how.ratio)
     if count == held:
         return tokens, identity(tokens)
-    self_graph = LazyGraph(self_attention, how.graph)
+    self_graph = LazyGraph(self_attention.sharpened(how.sharpness), how.graph)
     cross_kind = "dense" if how.graph == "by-head" else how.graph  # a map to a few words is small
     cross_graph = LazyGraph(cross_attention, cross_kind)
     kept = top_k(scores(how.ranking, tokens, self_graph, cross_graph, how.iterations, how.seed), count)

@@ -27,6 +27,10 @@ class AttentionInputs(NamedTuple):
     scale: float
     log_sum_exp: Tensor | None = None
 
+    def sharpened(self, factor: float) -> AttentionInputs:
+        """The inputs of the map softmax(factor * scale * query key^T)."""
+        return self if factor == 1 else AttentionInputs(self.query, self.key, factor * self.scale)
+
     def graph(self, kind: str = "by-head") -> AttentionGraph:
         """The attention graph of the ``kind``, one of ``GRAPHS``. Raises ``ValueError`` for any other.
 

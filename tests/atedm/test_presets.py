@@ -107,7 +107,9 @@ def test_budgets_of_table_1_by_letter(preset: str, ratios: dict[str, float]) -> 
     assert parse_preset(f"{preset}:c").method == plain.method
 
 
-PRUNING_SETTINGS = "rho, tau, early, ends, spare, ratios, levels, layers, place, ranking, recovery, graph, iterations"
+PRUNING_SETTINGS = (
+    "rho, tau, early, ends, spare, ratios, levels, layers, place, ranking, recovery, graph, sharpness, iterations"
+)
 MERGING_SETTINGS = "r, tau, early, ends, spare, ratios, levels"
 
 

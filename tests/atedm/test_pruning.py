@@ -43,14 +43,15 @@ def stack(one: Layer, other: Layer) -> Layer:
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.63, 0.9])
-@pytest.mark.parametrize("iterations", [None, 3])
-def test_by_loops(ratio: float, iterations: int | None) -> None:
+@pytest.mark.parametrize(("iterations", "sharpness"), [(None, 1.0), (3, 1.0), (None, 4.0)])
+def test_by_loops(ratio: float, iterations: int | None, sharpness: float) -> None:
     tokens, self_attention, cross_attention = random_layer(2, 4, 5)
-    kept, restore = prune(tokens, self_attention, cross_attention, Pruning(ratio, iterations=iterations))
+    how = Pruning(ratio, iterations=iterations, sharpness=sharpness)
+    kept, restore = prune(tokens, self_attention, cross_attention, how)
     restored = restore(kept).to_feature_map()
     eps, limit = (EPSILON, MAX_ITERATIONS) if iterations is None else (-1.0, iterations)
     for row in range(2):
-        a = (0.5 * self_attention.query[row] @ self_attention.key[row].mT).softmax(-1)
+        a = (sharpness * 0.5 * self_attention.query[row] @ self_attention.key[row].mT).softmax(-1)
         scores = root_mean_square([algorithm_1(head, eps=eps, limit=limit)[0] for head in a.tolist()])
         best = sorted(range(20), key=lambda position: (-scores[position], position))
         expected = sorted(best[: round(20 * (1 - ratio))])
@@ -85,6 +86,21 @@ def test_every_choice(ranking: str, graph: str, recovery: str) -> None:
     kept, restore = prune(tokens.with_values(tokens.values.to("meta")), on_meta[0], on_meta[1], how)
     assert kept.count == 10
     assert restore(kept).values.shape == (2, 20, 8)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_sharper_map_is_that_of_longer_queries(graph: str) -> None:
+    """Known sums of the rows of the map as it is must not be taken for those of the sharper one."""
+    tokens, self_attention, cross_attention = random_layer(2, 6, 5)
+    q, k, scale, _ = self_attention
+    sums = (scale * q @ k.mT).logsumexp(-1)
+    kept, restore = prune(
+        tokens, AttentionInputs(q, k, scale, sums), cross_attention, Pruning(0.6, "gwpr", graph, sharpness=4.0)
+    )
+    longer, other = prune(tokens, AttentionInputs(4 * q, k, scale), cross_attention, Pruning(0.6, "gwpr", graph))
+    assert kept.positions is not None and longer.positions is not None
+    assert torch.equal(kept.positions, longer.positions)
+    assert torch.equal(restore(kept).values, other(longer).values)
 
 
 def test_held_and_streamed_graphs_keep_the_same() -> None:
@@ -165,6 +181,7 @@ def test_seed_chooses_the_random_positions() -> None:
         ({"ranking": "wpr"}, "ranking is 'wpr', expected one of gwpr, ca-wpr, one-vote, lowest, random"),
         ({"graph": "stream"}, "graph is 'stream', expected one of by-head, streamed, subsampled, dense"),
         ({"recovery": "copy"}, "recovery is 'copy', expected one of similarity, zeros, bicubic, direct"),
+        ({"sharpness": 0.0}, "sharpness is 0, expected more than 0"),
         ({"iterations": 0}, "iterations is 0, expected 1 or more, or None"),
     ],
 )
