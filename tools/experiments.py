@@ -61,7 +61,10 @@ class Part:
 
 
 def plan(experiment: Experiment, sdxl: SDXL, size: tuple[int, int]) -> tuple[list[Part], list[str]]:
-    """The parts of an experiment, and notes on presets that cannot be brought to a budget."""
+    """The parts of an experiment, and notes on presets that cannot be brought to a budget.
+
+    Under a budget, each part also has the control: dense in so many fewer steps that its FLOPs are the budget's.
+    """
     parts, notes = list[Part](), list[str]()
     for steps in experiment.steps:
         for cfg in experiment.cfgs:
@@ -73,6 +76,8 @@ def plan(experiment: Experiment, sdxl: SDXL, size: tuple[int, int]) -> tuple[lis
                         solved |= solve(sdxl.config, size, [preset], steps, share, "average")
                     except ValueError as error:
                         notes.append(str(error))
+                if share is not None and 1 <= (fewer := round(share * steps)) < steps:
+                    solved[f"steps={fewer}"] = f"steps={fewer}"
                 parts.append(Part(steps, cfg, share, solved))
     return parts, list(dict.fromkeys(notes))
 
