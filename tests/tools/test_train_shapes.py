@@ -74,6 +74,10 @@ def test_a_new_color_changes_the_encoder_and_not_the_unet(tmp_path: Path, monkey
     assert not torch.equal(before.vae.quant_conv.weight, after.vae.quant_conv.weight)
     kept = before.unet.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in after.unet.state_dict().items())
+    again = [option for option in options if option not in ("--teach", "cyan")]  # its VAE, in the run that goes on
+    monkeypatch.setattr(sys, "argv", ["train_shapes", "--run", str(tmp_path), *again, "--out", str(tmp_path / "again")])
+    main()
+    assert torch.equal(load(tmp_path / "again")[1].vae.quant_conv.weight, after.vae.quant_conv.weight)
 
 
 def test_a_new_color_without_a_checkpoint_is_refused(

@@ -49,8 +49,9 @@ def train_vae(options: argparse.Namespace) -> VAE:
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=options.device)
         vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+        if step < options.vae_steps:  # a finished one may have trained other parts than this run would
+            optimizer.load_state_dict(state["optimizer"])
     began = time.time()
     sizes = [_batch_size(step, options.batch) for step in range(options.vae_steps)]
     for pictures, captions in draw_ahead(DrawnBatches("vae", options.seed, sizes), step, options.workers):
