@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
+from minisdxl.bundled import BUNDLED
 from minisdxl.cli.options import Parser
 from minisdxl.loading import load
 from tools.benchmark.machine import machine
-from tools.train_shapes import TOKENIZER
 from tools.training.likeness import TIMESTEPS, watch
 
+TOKENIZER = BUNDLED["shapes"].parent / "tokenizer"
 HEAD = (
     *("model", "scenes", "error", "with uniform attention, times", "source cosine", "best possible", "entropy"),
     *("objects kept", "rest kept", *(f"`at-edm` change at t = {t}" for t in TIMESTEPS)),
