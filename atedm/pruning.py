@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from atedm.graph import GRAPHS, AttentionInputs, LazyGraph
+from atedm.graph import GRAPHS, AttentionInputs, lazy_graphs
 from atedm.ranking import RANKINGS, check_ratio, kept_count, scores, top_k
 from atedm.recovery import RECOVERIES, Restore, identity, recover
 from atedm.tokens import TokenSet
@@ -57,8 +57,6 @@ def prune(
     count = kept_count(held, how.ratio)
     if count == held:
         return tokens, identity(tokens)
-    self_graph = LazyGraph(self_attention.sharpened(how.sharpness), how.graph)
-    cross_kind = "dense" if how.graph == "by-head" else how.graph  # a map to a few words is small
-    cross_graph = LazyGraph(cross_attention, cross_kind)
+    self_graph, cross_graph = lazy_graphs(self_attention, cross_attention, how.graph, how.sharpness)
     kept = top_k(scores(how.ranking, tokens, self_graph, cross_graph, how.iterations, how.seed), count)
     return tokens.keep(kept), recover(how.recovery, tokens, kept, self_graph)

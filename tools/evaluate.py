@@ -27,11 +27,11 @@ from minisdxl.cli.workers import add_workers, check_workers
 from minisdxl.loading import load, weights_path
 from minisdxl.scale.store import Store
 from minisdxl.settings import CheckedSettings, Settings, check_settings
+from tools.drawn.world import WORLDS
 from tools.evaluation.official_metrics import ClipScore, Fid, find_pictures
 from tools.evaluation.paired_statistics import INTERVALS
 from tools.evaluation.pictures import (
     SPLITS,
-    WORLDS,
     Captions,
     Evaluation,
     drawn_captions,

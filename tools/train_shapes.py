@@ -19,8 +19,7 @@ import torch
 
 from minisdxl.config import SHAPES
 from minisdxl.tokenizer import Tokenizer
-from tools.drawn.world import COLORS
-from tools.training.batches import WORLDS
+from tools.drawn.world import COLORS, WORLDS
 from tools.training.likeness import NOISE, SHARPNESS
 from tools.training.text import train_text
 from tools.training.unet import train_unet

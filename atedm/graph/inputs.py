@@ -63,3 +63,14 @@ class LazyGraph:
         if self._built is None:
             self._built = self.inputs.graph(self.kind)
         return self._built
+
+
+def lazy_graphs(
+    self_attention: AttentionInputs, cross_attention: AttentionInputs, kind: str, sharpness: float
+) -> tuple[LazyGraph, LazyGraph]:
+    """The graphs that ranking and recovery may read, of the ``kind`` (:meth:`AttentionInputs.graph`).
+
+    Self-attention is sharpened. A cross-attention map to a few words is small, so heads in turn would save nothing.
+    """
+    cross_kind = "dense" if kind == "by-head" else kind
+    return LazyGraph(self_attention.sharpened(sharpness), kind), LazyGraph(cross_attention, cross_kind)

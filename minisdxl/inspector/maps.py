@@ -54,10 +54,12 @@ def attention_maps(
     words: Sequence[Sequence[int]],
     groups: Groups | None,
     ranked_by_text: bool,
+    sharpness: float = 1.0,
 ) -> AttentionMaps:
     """The maps of the last row of the batch. ``words`` are the text tokens of each word.
 
-    With ``ranked_by_text``, G-WPR runs on cross-attention, as the ranking ``ca-wpr`` does.
+    With ``ranked_by_text``, G-WPR runs on cross-attention, as the ranking ``ca-wpr`` does, else on self-attention of
+    this ``sharpness`` (:class:`~atedm.pruning.Pruning`). The maps are those of attention as it is.
     """
     ours, text = last_row(self_attention), last_row(cross_attention)
     count = grid[0] * grid[1]
@@ -76,7 +78,7 @@ def attention_maps(
     asking, read = (everywhere if size == count else places for size in attention.shape)
     rows, columns = (x.topk(min(TOP, x.shape[1]), dim=1) for x in (attention, attention.mT))
     if len(asking) == len(read):
-        iterations, scores = iterated(text if ranked_by_text else ours, cross=ranked_by_text)
+        iterations, scores = iterated(text if ranked_by_text else ours.sharpened(sharpness), cross=ranked_by_text)
         scores = spread(scores.mT).mT
     else:
         iterations, scores = [], attention.new_zeros(0, count)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from atedm.fills import Fill
-from atedm.graph import AttentionInputs, LazyGraph
+from atedm.graph import AttentionInputs, lazy_graphs
 from atedm.plan import UNTOUCHED, Attended, BlockPlan, LayerPlan, TokenPlan
 from atedm.pruning import Pruning
 from atedm.ranking import scores
@@ -201,8 +201,7 @@ class LayerWatcher:
         """Records a pruning. The scores are computed again, on the whole batch, so they are those that decided."""
         if kept.positions is None or kept.count == tokens.count:
             return
-        cross_kind = "dense" if how.graph == "by-head" else how.graph  # as atedm.pruning.prune
-        graphs = LazyGraph(self_attention, how.graph), LazyGraph(cross_attention, cross_kind)
+        graphs = lazy_graphs(self_attention, cross_attention, how.graph, how.sharpness)
         ranked = scores(how.ranking, tokens, *graphs, how.iterations, how.seed)[-1].cpu().double()
         positions = torch.arange(tokens.size) if tokens.positions is None else tokens.positions[-1].cpu()
         stayed = kept.positions[-1].cpu()
@@ -234,8 +233,9 @@ class LayerWatcher:
         if self.words is None:
             return
         ranked_by_text = pruning is not None and pruning.ranking == "ca-wpr"
+        sharpness = 1.0 if pruning is None else pruning.sharpness
         self.step.attention[self.block] = attention_maps(
-            tokens.grid, self_attention, cross_attention, self.words, self.groups, ranked_by_text
+            tokens.grid, self_attention, cross_attention, self.words, self.groups, ranked_by_text, sharpness
         )
 
     def _add(self, reduction: Reduction) -> None:

@@ -241,6 +241,9 @@ def mixed_scene(rng: random.Random, split: str | None = None) -> Scene:
     return (random_scene if rng.random() < PLAIN else random_open_scene)(rng, split)
 
 
+WORLDS: dict[str, Callable[[random.Random, str | None], Scene]] = {"mixed": mixed_scene, "plain": random_scene}
+
+
 def mixed_captions(count: int, split: str | None = "test") -> tuple[str, ...]:
     """``count`` different captions, the same ones every time: every third is plain, the others are open.
 

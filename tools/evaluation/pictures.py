@@ -33,7 +33,6 @@ from tools.evaluation.metrics import latent_error, psnr, ssim
 from tools.evaluation.rows import DENSE, Folder, Row
 
 SPLITS = {"test": "test", "all": None}  # values of random_scene's split: captions that training never saw, or all
-WORLDS = ("plain", "mixed")  # captions that name every color, or a third of these and the rest open
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,7 @@ def _summary(mine: Sequence[Row], dense: Sequence[Row], baseline: Sequence[Row] 
     first = mine[0]
     other = None if baseline is None or first.preset in (DENSE, baseline[0].preset) else baseline
     both = len({row.held_out for row in mine}) == 2
-    opens = [row.obeyed is not None and parse_caption(row.caption).open for row in mine]
-    kinds = len({*opens}) == 2
+    opened, closed = [row for row in mine if _is_open(row)], [row for row in mine if not _is_open(row)]
     return Summary(
         preset=first.preset,
         steps=first.steps,
@@ -89,8 +88,8 @@ def _summary(mine: Sequence[Row], dense: Sequence[Row], baseline: Sequence[Row] 
         seen=_share([row for row in mine if row.held_out is False]) if both else None,
         held_out=_share([row for row in mine if row.held_out is True]) if both else None,
         new_pairs=_share([row for row in mine if has_new_pair(row.caption)]),
-        plain=_share([row for row, left_open in zip(mine, opens, strict=True) if not left_open]) if kinds else None,
-        open=_share([row for row, left_open in zip(mine, opens, strict=True) if left_open]) if kinds else None,
+        plain=_share(closed) if opened else None,
+        open=_share(opened) if closed else None,
         lost=None if first.preset == DENSE else _lost(mine, dense),
         over_dense=None if first.preset == DENSE else accuracy_over(mine, dense),
         over_baseline=accuracy_over(mine, other) if other else None,
@@ -107,13 +106,16 @@ def _share(rows: Sequence[Row]) -> Estimate | None:
     return wilson(sum(judged), len(judged)) if judged else None
 
 
+def _is_open(row: Row) -> bool:
+    return row.obeyed is not None and parse_caption(row.caption).open
+
+
 def _lost(mine: Sequence[Row], dense: Sequence[Row]) -> Estimate | None:
-    lost = [
-        row.objects < named <= other.objects
-        for row, other in zip(mine, dense, strict=True)
-        if row.objects is not None and other.objects is not None
-        for named in [len(parse_caption(row.caption).objects)]
-    ]
+    lost = []
+    for row, other in zip(mine, dense, strict=True):
+        if row.objects is not None and other.objects is not None:
+            named = len(parse_caption(row.caption).objects)
+            lost.append(row.objects < named <= other.objects)
     return wilson(sum(lost), len(lost)) if lost else None
 
 

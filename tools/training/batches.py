@@ -7,7 +7,7 @@ run that was stopped continues with the same batches.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tools.drawn.painting import Picture, draw
-from tools.drawn.world import Scene, mixed_scene, random_scene
+from tools.drawn.world import WORLDS
 
-WORLDS: dict[str, Callable[[random.Random, str | None], Scene]] = {"mixed": mixed_scene, "plain": random_scene}
 Batch = tuple[Picture, list[str]]  # pictures (count, side, side, 3), and their captions
 
 

@@ -75,7 +75,7 @@ class Learner:
 class RecordedLearner(Learner):
     """A learner on a GPU, which records a step as a CUDA graph and repeats it with other inputs.
 
-    A step of the small model has some ten thousand kernels. They take the GPU less time than the CPU needs to start
+    A step of the small model has thousands of kernels. They take the GPU less time than the CPU needs to start
     them one by one.
     """
 

@@ -15,7 +15,8 @@ from minisdxl.config import SHAPES
 from minisdxl.preconditioning import discrete_sigmas
 from minisdxl.tokenizer import Tokenizer
 from minisdxl.vae import VAE
-from tools.training.batches import WORLDS, Batch, BatchSize, to_images
+from tools.drawn.world import WORLDS
+from tools.training.batches import Batch, BatchSize, to_images
 from tools.training.model import Model
 from tools.training.steps import noise_levels
 from tools.training.teacher import Teacher

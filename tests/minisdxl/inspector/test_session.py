@@ -150,11 +150,14 @@ RANKED = dict.fromkeys([*SOURCED, "zeros", "bicubic", "direct"], "gwpr") | {
 }
 
 
-@pytest.mark.parametrize("recovery", RANKED)
-def test_reductions_are_what_happened(sdxl: SDXL, monkeypatch: pytest.MonkeyPatch, recovery: str) -> None:
+@pytest.mark.parametrize(("recovery", "sharpness"), [*((name, 1.0) for name in RANKED), ("similarity", 4.0)])
+def test_reductions_are_what_happened(
+    sdxl: SDXL, monkeypatch: pytest.MonkeyPatch, recovery: str, sharpness: float
+) -> None:
     """Masks against the token sets that pruning returned; sources by what the restore copies from numbered tokens."""
     spy = Spy(monkeypatch)
-    schedule = replace(parse_preset("at-edm"), method=Pruning(0.6, ranking=RANKED[recovery], recovery=recovery))
+    how = Pruning(0.6, ranking=RANKED[recovery], recovery=recovery, sharpness=sharpness)
+    schedule = replace(parse_preset("at-edm"), method=how)
     run = recording(sdxl, monkeypatch, prune=schedule, steps=2).runs[1]
     reductions = [each for step in run.steps for blocks in step.reductions.values() for each in blocks]
     assert len(reductions) == len(spy.seen) > 4
