@@ -9,6 +9,10 @@ picture in two steps, and then times a second picture with all steps. ``first st
 program to the end of the first step. With fewer than 50 steps the share of prune-less steps is the same. Nothing is
 downloaded.
 
+Large pictures of many steps take hours. With ``--each N`` the process samples one picture, times N steps of each kind
+after the first step, which it has once, and decodes. A picture of all steps is added up from those. Steps are of one
+kind if their plans are equal: evaluated, forecast, shallow, with these or those tokens.
+
 A preset is one of ``--prune`` or the text of a method as in ``tools.evaluate``, such as ``skip=deepcache``. A patch is
 a package that accelerates diffusers, with the settings of its README: DeepCache 3 steps at branch 0, tomesd half of the
 tokens, with ``max_downsample=4`` because by default it merges nothing on SDXL.
@@ -27,6 +31,8 @@ from typing import Any
 
 from minisdxl.cli.options import DTYPES, Parser, parse_size
 from minisdxl.cli.reports import write_report
+from minisdxl.steps.methods import Adaptive
+from minisdxl.steps.presets import parse_skip
 from tools.benchmark.machine import machine
 from tools.benchmark.model_files import CONFIGS, prepared
 from tools.benchmark.processes import measure
@@ -44,7 +50,7 @@ def measure_pictures(weights: Path, folder: Path, options: argparse.Namespace, r
     """Adds to ``runs`` what is missing by contender: diffusers plain and with each patch, ours dense and by preset."""
     patched = {f"{PEER} + {patch}": patch for patch in options.patches}
     what = {"weights": str(weights), "folder": str(folder), "dtype": str(DTYPES[options.dtype])[6:]}
-    what |= {"size": options.size, "steps": options.steps, "cfg": options.cfg}
+    what |= {"size": options.size, "steps": options.steps, "cfg": options.cfg, "each": options.each}
     for repeat in range(options.repeats):
         for name in runs if repeat % 2 == 0 else reversed(runs):
             if len(runs[name]) > repeat:
@@ -78,7 +84,8 @@ def begun(options: argparse.Namespace) -> Runs:
 
 def _conditions(options: argparse.Namespace) -> str:
     size = "x".join(map(str, options.size))
-    return f"{machine()}\n{size} px, {options.steps} steps, CFG {options.cfg:g}, {options.dtype}"
+    steps = f"{options.steps} steps" + ("" if options.each is None else f" added up from {options.each} of each kind")
+    return f"{machine()}\n{size} px, {steps}, CFG {options.cfg:g}, {options.dtype}"
 
 
 def table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
@@ -104,12 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     with parser.one_line("no file was left", RuntimeError):
-        for name in ("steps", "repeats"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name} is {getattr(options, name)}, expected 1 or more")
+        for name in ("steps", "repeats", "each"):
+            if (number := getattr(options, name)) is not None and number < 1:
+                raise ValueError(f"--{name} is {number}, expected 1 or more")
         for preset in options.presets:
-            if parse_method(preset).steps is not None:
+            method = parse_method(preset)
+            if method.steps is not None:
                 raise ValueError(f"{preset!r} sets the steps, expected --steps, which all contenders share")
+            if options.each is not None and method.skip is not None and isinstance(parse_skip(method.skip), Adaptive):
+                raise ValueError(f"{preset!r} decides as it goes, expected no --each: its steps are not known before")
         runs = begun(options)
         with prepared(options) as (weights, folder):
             measure_pictures(weights, folder, options, runs)
@@ -133,6 +143,7 @@ def _parser() -> Parser:
     add("--folder", type=Path, metavar="DIR", help="for 7 GB of temporary files (default: the system's)")
     add("--size", type=parse_size, default=(512, 512), metavar="WxH", help="in pixels (default: 512x512)")
     add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    add("--each", type=int, metavar="N", help="time N steps of each kind and add up (default: time all)")
     add("--cfg", type=float, default=7.0, help="guidance scale (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="fp32", help="of U-Net and text (default: %(default)s)")
     add("--presets", nargs="*", default=["at-edm"], metavar="PRESET", help="beside dense (default: at-edm)")

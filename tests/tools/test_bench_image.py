@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from tools.bench_image import main, table
+from tools.benchmark.worker import StepTimes
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 SHAPES = Path(__file__).parents[2] / "weights" / "shapes" / "shapes.safetensors"
@@ -24,6 +26,38 @@ def test_both_libraries_make_pictures(tmp_path: Path, capsys: pytest.CaptureFixt
     for (run,) in runs.values():
         assert 0 < run["picture"] < run["first_step"]  # four small steps beside a start of Python
     assert runs["skip=deepcache"][0]["flops"] < 0.7 * runs["dense"][0]["flops"]
+
+
+def test_a_picture_is_added_up_from_steps_of_each_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--weights", str(SHAPES), "--size", "64x64", "--steps", "30", "--repeats", "1", "--json", "--each", "2"]
+    main([*small, "--presets", "fast=fast", "--patches", "deepcache", "tomesd"])
+    timed = {name: run["timed"] for name, (run,) in json.loads(capsys.readouterr().out)["runs"].items()}
+    # After the first step: two of one kind; W and S of WSSWSSW; W, n and the one 0 of W0WnnnWnnnnWnnn...
+    expected = {"diffusers": 3, "dense": 3, "diffusers + tomesd": 3, "diffusers + deepcache": 7, "fast=fast": 7}
+    assert timed == expected
+
+
+def test_seconds_of_each_kind_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = {"W": 8.0, "n": 1.0}
+    kinds = "WWnnWnnnnWnnnnnnn"
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def run(each: int | None) -> dict[str, float]:
+        times = StepTimes(kinds, each)
+        now[0] += 5  # text
+        for step, kind in enumerate(kinds):
+            now[0] += cost[kind]
+            if times.ended(step):
+                break
+        now[0] += 3  # decoder
+        return times.picture()
+
+    whole = 5 + sum(cost[kind] for kind in kinds) + 3
+    assert run(None) == {"picture": whole, "decoding": 3, "timed": len(kinds)}
+    assert run(1) == {"picture": whole, "decoding": 3, "timed": 3}
+    assert run(2) == {"picture": whole, "decoding": 3, "timed": 5}
+    assert run(99)["timed"] == len(kinds)
 
 
 def test_measurements_of_other_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +83,8 @@ def test_table_has_ratios_of_one_round() -> None:
         (["--steps", "0"], "--steps is 0, expected 1 or more"),
         (["--presets", "fast"], "unknown preset 'fast'"),
         (["--presets", "steps=17"], "'steps=17' sets the steps"),
+        (["--each", "0"], "--each is 0, expected 1 or more"),
+        (["--each", "1", "--presets", "skip=sada"], "'skip=sada' decides as it goes"),
         (["--weights", "missing.safetensors"], "missing.safetensors does not exist"),
     ],
 )

@@ -6,9 +6,11 @@ Each function imports only what it measures, because imports count in the memory
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 PROMPT = "a photograph of an astronaut riding a horse"
 WARM = 2  # steps of the first of two pictures, which no method accelerates: most have nothing to skip in so few
 PATCHES = ("deepcache", "tomesd")  # packages that accelerate diffusers' pipeline
+DEEPCACHE_INTERVAL = 3  # steps from one that runs the whole U-Net to the next
 
 
 def ours(weights: str, folder: str, dtype: str) -> dict[str, Any]:
@@ -94,36 +97,44 @@ def two_pictures(
     steps: int,
     cfg: float,
     started: float,
+    each: int | None = None,
     method: dict[str, Any] | None = None,
     patch: str | None = None,
 ) -> dict[str, Any]:
     """Samples two pictures with guidance. Times the start, up to the first step of the first, and the whole second.
 
+    With ``each`` there is one picture, which is decoded as soon as it had so many steps of each kind, and a picture of
+    all steps is added up from those: see ``StepTimes``.
+
     ``started`` is ``time.time()`` when the process was requested. ``method`` has the fields of
     ``tools.evaluation.methods.Method``, for ours; ``patch`` is one of ``PATCHES``, for diffusers. Ours also counts the
-    FLOPs of the second picture, as planned.
+    FLOPs of the picture, as planned.
     """
     import torch
 
     first_steps: list[float] = []
     counted: dict[str, int] = {}
+    times: StepTimes
 
-    def note(*_: Any) -> None:
+    def ended(step: int) -> bool:
+        """Notes the end of a step, and says whether it was the last one."""
         if not first_steps:
             first_steps.append(time.time() - started)
+        return times.ended(step)
 
     if library == "ours":
         from minisdxl import load
-        from tools.evaluation.methods import Method, picture_flops, settings_of
+        from tools.evaluation.methods import Method, picture_flops, settings_of, step_plans
 
         sdxl = load(weights, dtype=getattr(torch, dtype), tokenizer=Path(folder) / "tokenizer")
         settings = settings_of(Method(**method or {}), "euler", steps, cfg, (size[0], size[1]))
         counted["flops"] = picture_flops(sdxl.config, settings)
+        kinds: Sequence[Hashable] = step_plans(sdxl.config, settings)
 
         def make(steps: int) -> Any:
             asked = {**(method or {} if steps > WARM else {}), "steps": steps, "cfg": cfg, "size": tuple(size)}
             asked["sampling"] = "euler"  # as diffusers does here
-            return sdxl.generate([PROMPT], **asked, on_step=note)
+            return sdxl.generate([PROMPT], **asked, on_step=lambda step, _: ended(step))
     else:
         from diffusers import StableDiffusionXLPipeline
 
@@ -133,9 +144,10 @@ def two_pictures(
         pipeline.vae.float()
         pipeline.set_progress_bar_config(disable=True)
         _apply(patch, pipeline)
+        kinds = [step % DEEPCACHE_INTERVAL == 0 if patch == "deepcache" else None for step in range(steps)]
 
-        def seen(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            note()
+        def seen(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipeline._interrupt = ended(step)  # diffusers' documented way to stop after a step
             return tensors
 
         def make(steps: int) -> Any:
@@ -143,10 +155,43 @@ def two_pictures(
             asked = {"num_inference_steps": steps, "guidance_scale": cfg, "width": width, "height": height}
             return pipeline(PROMPT, **asked, callback_on_step_end=seen).images
 
-    make(WARM)
-    began = time.perf_counter()
+    if each is None:
+        times = StepTimes(kinds)
+        make(WARM)
+    times = StepTimes(kinds, each)
     make(steps)
-    return {"first_step": first_steps[0], "picture": time.perf_counter() - began, **counted}
+    return {"first_step": first_steps[0], **times.picture(), **counted}
+
+
+class StepTimes:
+    """The time of a picture of all steps, from a picture that ends when ``each`` steps of every kind were timed.
+
+    The first step is timed apart, with all that comes before it; what comes after the last one is decoding. Without
+    ``each`` the picture has all its steps. Steps of one kind do the same work.
+    """
+
+    def __init__(self, kinds: Sequence[Hashable], each: int | None = None) -> None:
+        self.kinds, self.each = kinds, each
+        self.clock = time.perf_counter()
+        self.seconds: list[float] = []
+
+    def ended(self, step: int) -> bool:
+        """Notes the end of step ``step``, counted from 0, and says whether enough steps were timed."""
+        before, self.clock = self.clock, time.perf_counter()
+        self.seconds.append(self.clock - before)
+        if self.each is None:
+            return False
+        timed, all_steps = Counter(self.kinds[1 : step + 1]), Counter(self.kinds[1:])
+        return all(timed[kind] >= min(self.each, number) for kind, number in all_steps.items())
+
+    def picture(self) -> dict[str, float]:
+        """Seconds of a picture of all steps and of its decoding, and the steps that were timed. Called at its end."""
+        decoding = time.perf_counter() - self.clock
+        of_kind = defaultdict[Hashable, list[float]](list)
+        for kind, seconds in zip(self.kinds[1:], self.seconds[1:], strict=False):
+            of_kind[kind].append(seconds)
+        later = sum(statistics.mean(of_kind[kind]) for kind in self.kinds[1:])
+        return {"picture": self.seconds[0] + later + decoding, "decoding": decoding, "timed": len(self.seconds)}
 
 
 def _apply(patch: str | None, pipeline: Any) -> None:
@@ -154,7 +199,7 @@ def _apply(patch: str | None, pipeline: Any) -> None:
         from DeepCache import DeepCacheSDHelper
 
         helper = DeepCacheSDHelper(pipe=pipeline)
-        helper.set_params(cache_interval=3, cache_branch_id=0)
+        helper.set_params(cache_interval=DEEPCACHE_INTERVAL, cache_branch_id=0)
         helper.enable()
     elif patch == "tomesd":
         import tomesd

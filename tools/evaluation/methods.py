@@ -72,5 +72,10 @@ def picture_flops(config: ModelConfig, settings: Settings, realized: Sequence[St
     return picture_cost(config, height, width, realized or _plans(run), text, run.cfg, calls).flops
 
 
+def step_plans(config: ModelConfig, settings: Settings) -> Sequence[StepPlan]:
+    """The plan of each step, before the run. Adaptive methods may carry out others."""
+    return _plans(check_settings(settings, config))
+
+
 def _plans(run: CheckedSettings) -> Sequence[StepPlan]:
     return run.planner.base if run.planner else [StepPlan(plan) for plan in run.plans]
