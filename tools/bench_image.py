@@ -10,8 +10,9 @@ program to the end of the first step. With fewer than 50 steps the share of prun
 downloaded.
 
 Large pictures of many steps take hours. With ``--each N`` the process samples one picture, times N steps of each kind
-after the first step, which it has once, and decodes. A picture of all steps is added up from those. Steps are of one
-kind if their plans are equal: evaluated, forecast, shallow, with these or those tokens.
+after the first step, and decodes. A picture of all steps is added up from those and, for steps that were not run, the
+median of their kind. Steps are of one kind if their plans are equal: evaluated, forecast, shallow, with these or those
+tokens.
 
 A preset is one of ``--prune`` or the text of a method as in ``tools.evaluate``, such as ``skip=deepcache``. A patch is
 a package that accelerates diffusers, with the settings of its README: DeepCache 3 steps at branch 0, tomesd half of the
@@ -43,7 +44,7 @@ PEER = "diffusers"
 MEASURES = {"picture": "s a picture", "first_step": "s to the first step"}
 
 
-Runs = dict[str, list[dict[str, float]]]
+Runs = dict[str, list[dict[str, Any]]]
 
 
 def measure_pictures(weights: Path, folder: Path, options: argparse.Namespace, runs: Runs) -> None:
@@ -88,7 +89,7 @@ def _conditions(options: argparse.Namespace) -> str:
     return f"{machine()}\n{size} px, {steps}, CFG {options.cfg:g}, {options.dtype}"
 
 
-def table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Markdown: FLOPs beside dense, medians of both times, and of their ratios to diffusers in the same round.
 
     Ratios have their range. FLOPs are those of all calls of the U-Net, as planned before the run.

@@ -39,7 +39,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """By oneDNN, except on Intel's CPUs."""
+    """By MKL or oneDNN, whichever is faster on this CPU."""
     return cpu.linear(x, weight, bias) if cpu.usable(x) else None
 
 

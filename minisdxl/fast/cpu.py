@@ -1,7 +1,8 @@
 """Attention and linear maps on a CPU, faster than torch's default ones. ``tools.bench`` measures by how much.
 
-Linear maps run in oneDNN, as torch's convolutions do, except on Intel's CPUs, where MKL is faster. Attention is torch's
-fused operator, called in a way that also returns the log-sum-exp; to few keys it is not fused. There are no gradients.
+Linear maps run in MKL, as torch's do, or in oneDNN on others' CPUs with AVX-512, which MKL uses on Intel's alone.
+Attention is torch's fused operator, called in a way that also returns the log-sum-exp; to few keys it is not fused.
+There are no gradients.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ def usable(x: Tensor) -> bool:
 
 
 @cache
-def of_intel() -> bool:
-    """Whether this is a CPU of Intel."""
+def mkl_pays() -> bool:
+    """Whether MKL's matrix products are the faster ones: on Intel's CPUs, and on others with AVX2 alone."""
     cpus = Path("/proc/cpuinfo")  # on Linux platform.processor() is empty
-    return "GenuineIntel" in (cpus.read_text() if cpus.exists() else platform.processor())
+    of_intel = "GenuineIntel" in (cpus.read_text() if cpus.exists() else platform.processor())
+    return of_intel or torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., C) -> (..., C'), as ``torch.nn.functional.linear``, which is the faster one on a CPU of Intel."""
-    if of_intel():
+    """(..., C) -> (..., C'), as ``torch.nn.functional.linear``, which runs in MKL."""
+    if mkl_pays():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

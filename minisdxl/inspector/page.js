@@ -41,7 +41,7 @@ function thousands(n) {
   return `${n} `;
 }
 const flopsText = (n) => `${thousands(n)}FLOPs`;
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}\u00a0%`;
 const short = (x) => (x === 0 ? "0" : Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5 ? x.toExponential(1) : x.toPrecision(3));
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const place = (site, token) => `row ${Math.floor(token / site.grid[1]) + 1}, column ${(token % site.grid[1]) + 1}`;

@@ -134,8 +134,8 @@ def test_cost_so_far(page: Page, inspection: Inspection) -> None:
         page.it.fill("#step", str(step))
         dense, pruned, merged = (sum(run["costs"][c]["total"] for c in run["cost"][: step + 1]) for run in runs)
         said = page.text("#step-text")
-        assert f"at-edm {pruned / 1e9:#.3g} GFLOPs ({100 * pruned / dense:.0f} % of dense)" in said
-        assert f"tome {merged / 1e9:#.3g} GFLOPs ({100 * merged / dense:.0f} % of dense)" in said
+        assert f"at-edm {pruned / 1e9:#.3g} GFLOPs ({100 * pruned / dense:.0f}\u00a0% of dense)" in said
+        assert f"tome {merged / 1e9:#.3g} GFLOPs ({100 * merged / dense:.0f}\u00a0% of dense)" in said
 
 
 def test_pictures_and_their_difference(page: Page) -> None:
@@ -162,8 +162,8 @@ def test_blocks_by_table_and_strip(page: Page, inspection: Inspection) -> None:
     assert [row[0] for row in rows] == [site["name"] for site in data(inspection)["sites"]]
     by_name = {row[0]: row for row in rows}
     assert by_name["down.1.0"][2:4] == ["256 / 256", "unpruned: early step of DSAP"]
-    assert by_name["mid"][2:4] == ["24 / 64", "38 %"]
-    assert by_name["down.1.0"][5] == "100 %" and by_name["mid"][5] != "100 %"
+    assert by_name["mid"][2:4] == ["24 / 64", "38\u00a0%"]
+    assert by_name["down.1.0"][5] == "100\u00a0%" and by_name["mid"][5] != "100\u00a0%"
     page.it.fill("#step", "3")
     assert page.it.locator("#blocks-1 tbody tr").first.inner_text().split("\t")[2] == "95 / 256"
     page.it.click("#blocks-1 button:text-is('mid')")
@@ -254,7 +254,9 @@ def test_rows_and_columns_of_self_attention(page: Page) -> None:
     page.click_cell("#tokens-1", 0.1, 0.1)
     assert page.text("#attention-note") == "at-edm, down.1.0, row 2, column 2."
     row, column = page.text("#rows-text"), page.text("#columns-text")
-    assert re.match(r"Row: what the token attends to\. The largest 12: together \d+(\.\d)? % of its attention\.", row)
+    assert re.match(
+        r"Row: what the token attends to\. The largest 12: together \d+(\.\d)?\u00a0% of its attention\.", row
+    )
     assert re.match(r"Column: who attends to the token\. The largest 12: together ", column)
     first = page.pixels("#rows-map"), page.pixels("#columns-map")
     page.click_cell("#rows-map", 0.9, 0.9)
@@ -412,9 +414,9 @@ def test_steps_at_which_blocks_do_not_run(browser: Any, shapes: SDXL, tmp_path: 
     assert page.it.locator("#blocks-1 tbody tr").first.inner_text().split("\t")[2:4] == ["256 / 256", "all stay: dense"]
     page.it.keyboard.press("ArrowRight")
     said = page.text("#step-text")
-    assert f"given:W000W000 {first} GFLOPs (50 % of dense): forecast (latent-0), the U-Net does not run" in said
+    assert f"given:W000W000 {first} GFLOPs (50\u00a0% of dense): forecast (latent-0), the U-Net does not run" in said
     cells = page.it.locator("#blocks-1 tbody tr").first.inner_text().split("\t")
-    assert cells[2:] == ["0 / 256", "does not run at this step", "0", "0.0 %"]
+    assert cells[2:] == ["0 / 256", "does not run at this step", "0", "0.0\u00a0%"]
     assert page.text("#tokens-text-1").endswith(
         "down.1.0: does not run at this step, 256 tokens.\nToken in row 9, column 9."
     )

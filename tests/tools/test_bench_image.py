@@ -31,7 +31,7 @@ def test_both_libraries_make_pictures(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_picture_is_added_up_from_steps_of_each_kind(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--weights", str(SHAPES), "--size", "64x64", "--steps", "30", "--repeats", "1", "--json", "--each", "2"]
     main([*small, "--presets", "fast=fast", "--patches", "deepcache", "tomesd"])
-    timed = {name: run["timed"] for name, (run,) in json.loads(capsys.readouterr().out)["runs"].items()}
+    timed = {name: len(run["steps"]) for name, (run,) in json.loads(capsys.readouterr().out)["runs"].items()}
     # After the first step: two of one kind; W and S of WSSWSSW; W, n and the one 0 of W0WnnnWnnnnWnnn...
     expected = {"diffusers": 3, "dense": 3, "diffusers + tomesd": 3, "diffusers + deepcache": 7, "fast=fast": 7}
     assert timed == expected
@@ -43,7 +43,7 @@ def test_seconds_of_each_kind_are_added_up(monkeypatch: pytest.MonkeyPatch) -> N
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    def run(each: int | None) -> dict[str, float]:
+    def run(each: int | None) -> tuple[float, float, int]:
         times = StepTimes(kinds, each)
         now[0] += 5  # text
         for step, kind in enumerate(kinds):
@@ -51,13 +51,14 @@ def test_seconds_of_each_kind_are_added_up(monkeypatch: pytest.MonkeyPatch) -> N
             if times.ended(step):
                 break
         now[0] += 3  # decoder
-        return times.picture()
+        picture = times.picture()
+        return picture["picture"], picture["decoding"], len(picture["steps"])
 
     whole = 5 + sum(cost[kind] for kind in kinds) + 3
-    assert run(None) == {"picture": whole, "decoding": 3, "timed": len(kinds)}
-    assert run(1) == {"picture": whole, "decoding": 3, "timed": 3}
-    assert run(2) == {"picture": whole, "decoding": 3, "timed": 5}
-    assert run(99)["timed"] == len(kinds)
+    assert run(None) == (whole, 3, len(kinds))
+    assert run(1) == (whole, 3, 3)
+    assert run(2) == (whole, 3, 5)
+    assert run(99) == (whole, 3, len(kinds))
 
 
 def test_measurements_of_other_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,14 +184,17 @@ class StepTimes:
         timed, all_steps = Counter(self.kinds[1 : step + 1]), Counter(self.kinds[1:])
         return all(timed[kind] >= min(self.each, number) for kind, number in all_steps.items())
 
-    def picture(self) -> dict[str, float]:
-        """Seconds of a picture of all steps and of its decoding, and the steps that were timed. Called at its end."""
+    def picture(self) -> dict[str, Any]:
+        """Seconds of a picture of all steps, of its decoding, and of the steps that were timed. Called at its end.
+
+        A step that was not run counts as the median of its kind: the first ones still look for memory.
+        """
         decoding = time.perf_counter() - self.clock
         of_kind = defaultdict[Hashable, list[float]](list)
         for kind, seconds in zip(self.kinds[1:], self.seconds[1:], strict=False):
             of_kind[kind].append(seconds)
-        later = sum(statistics.mean(of_kind[kind]) for kind in self.kinds[1:])
-        return {"picture": self.seconds[0] + later + decoding, "decoding": decoding, "timed": len(self.seconds)}
+        others = sum(statistics.median(of_kind[kind]) for kind in self.kinds[len(self.seconds) :])
+        return {"picture": sum(self.seconds) + others + decoding, "decoding": decoding, "steps": self.seconds}
 
 
 def _apply(patch: str | None, pipeline: Any) -> None:

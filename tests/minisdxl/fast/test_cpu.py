@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,15 +21,34 @@ def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
     return float((x.double() - exact).abs().max() / exact.abs().max())
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "capability", "in_mkl"),
+    [
+        ("vendor_id : GenuineIntel", "AVX512", True),
+        ("vendor_id : GenuineIntel", "AVX2", True),
+        ("vendor_id : AuthenticAMD", "AVX512", False),
+        ("vendor_id : AuthenticAMD", "AVX2", True),
+        ("CPU implementer : 0x41", "DEFAULT", False),  # Arm, for which there is no MKL
+    ],
+)
+def test_mkl_is_for_intel_and_for_avx2(
+    cpuinfo: str, capability: str, in_mkl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: cpuinfo)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert cpu.mkl_pays.__wrapped__() is in_mkl
+
+
 @needs_onednn
-@pytest.mark.parametrize("of_intel", [True, False], ids=["intel", "other"])
+@pytest.mark.parametrize("in_mkl", [True, False], ids=["mkl", "onednn"])
 @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["ordinary", "small"])
 @pytest.mark.parametrize("shape", [(1, 200, 64), (3, 1, 64), (2, 77, 512)], ids=str)
 @torch.no_grad()
 def test_products_are_those_of_float64(
-    shape: tuple[int, ...], scale: float, of_intel: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], scale: float, in_mkl: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "of_intel", lambda: of_intel)
+    monkeypatch.setattr(cpu, "mkl_pays", lambda: in_mkl)
     generator = torch.Generator().manual_seed(0)
     x = scale * torch.randn(shape, generator=generator)
     weight, bias = torch.randn(96, shape[-1], generator=generator), scale * torch.randn(96, generator=generator)
