@@ -117,7 +117,7 @@ def two_pictures(
     times: StepTimes
 
     def ended(step: int) -> bool:
-        """Notes the end of a step, and says whether it was the last one."""
+        """Notes the end of a step, and says whether the picture may end with it."""
         if not first_steps:
             first_steps.append(time.time() - started)
         return times.ended(step)
@@ -131,8 +131,8 @@ def two_pictures(
         counted["flops"] = picture_flops(sdxl.config, settings)
         kinds: Sequence[Hashable] = step_plans(sdxl.config, settings)
 
-        def make(steps: int) -> Any:
-            asked = {**(method or {} if steps > WARM else {}), "steps": steps, "cfg": cfg, "size": tuple(size)}
+        def make(steps: int, how: dict[str, Any]) -> Any:
+            asked = {**how, "steps": steps, "cfg": cfg, "size": tuple(size)}
             asked["sampling"] = "euler"  # as diffusers does here
             return sdxl.generate([PROMPT], **asked, on_step=lambda step, _: ended(step))
     else:
@@ -150,16 +150,16 @@ def two_pictures(
             pipeline._interrupt = ended(step)  # diffusers' documented way to stop after a step
             return tensors
 
-        def make(steps: int) -> Any:
+        def make(steps: int, how: dict[str, Any]) -> Any:
             width, height = size
             asked = {"num_inference_steps": steps, "guidance_scale": cfg, "width": width, "height": height}
             return pipeline(PROMPT, **asked, callback_on_step_end=seen).images
 
     if each is None:
         times = StepTimes(kinds)
-        make(WARM)
+        make(WARM, {})
     times = StepTimes(kinds, each)
-    make(steps)
+    make(steps, method or {})
     return {"first_step": first_steps[0], **times.picture(), **counted}
 
 
