@@ -1,8 +1,8 @@
 """Attention and linear maps on a CPU, faster than torch's default ones. ``tools.bench`` measures by how much.
 
-Linear maps run in MKL, as torch's do, or in oneDNN on others' CPUs with AVX-512, which MKL uses on Intel's alone.
-Attention is torch's fused operator, called in a way that also returns the log-sum-exp; to few keys it is not fused.
-There are no gradients.
+Linear maps run in MKL, as torch's do, on Intel's CPUs and on others with AVX2 alone. On all else they run in oneDNN,
+since MKL leaves AVX-512 unused on CPUs that are not Intel's. Attention is torch's fused operator, called in a way that
+also returns the log-sum-exp; to few keys it is not fused. There are no gradients.
 """
 
 from __future__ import annotations
